@@ -1,0 +1,2307 @@
+"""What the six papers' training loops and commands share, and no paper is about.
+
+In this file, in the order in which a run meets it
+    the command line            CommandLine, UserError: a mistake is one line and exit status 2
+    data in                     open_data: public names, folders, zips, toy; decode; downloads
+    toy                         cartoon faces drawn from a seed: domains, regions, attributes
+    the loader                  ImageSet, batches: order is a pure function of (seed, step)
+    a run                       Run: devices, processes, folder, log, update, checkpoint, resume
+    pictures and files out      sheets of samples, checkpoints in and out
+    metrics                     fd8, FID, KID; InceptionV3 written out
+
+Networks and losses of the model files do not need this file; their loops and commands do.
+"""
+
+import argparse
+import collections
+import colorsys
+import concurrent.futures
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import http.client
+import io
+import json
+import math
+import operator
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: no lock between two downloads of one file, no memory figure
+    fcntl = resource = None
+
+BICUBIC = Image.Resampling.BICUBIC
+
+# =============================================================================
+# The command line
+# =============================================================================
+
+
+class UserError(Exception):
+    """A user's mistake: one line on stderr that says what is wrong and what to do, status 2."""
+
+
+def exit_status(main):
+    """Runs main(); the exit status of the script, after one line on stderr if it went wrong."""
+    script = Path(sys.argv[0]).name
+    try:
+        if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
+            raise UserError(f"torch {torch.__version__} is too old: install 2.6 or newer.")
+        main()
+        return 0
+    except UserError as e:
+        problem, status = " ".join(str(e).split()), 2
+    except torch.OutOfMemoryError:
+        problem, status = "the GPU's memory is full: take a smaller --batch or picture size.", 2
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        problem, status = f"cannot write {e.filename or 'a file'}: {e.strerror}.", 2
+    except KeyboardInterrupt:
+        problem, status = "stopped.", 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{script}: {problem}", file=sys.stderr)
+    return status
+
+
+def positive(text):
+    """A number above 0, for argparse."""
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text):
+    """A finite number, 0 or more, for argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
+    return value
+
+
+def positive_int(text):
+    """A whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def not_negative_int(text):
+    """A whole number, 0 or more, for argparse."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help shows defaults and whose errors are one line."""
+
+    def add(self, *names, help="", **options):
+        if options.get("default") not in (None, False):
+            help += " (default: %(default)s)"
+        return self.add_argument(*names, help=help.strip(), **options)
+
+    def error(self, message):
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
+class CommandLine:
+    """`FILE.py [COMMAND] [options]`; with no command it is `train`.
+
+    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data. On
+    --resume the options of that run are the defaults. What the user types always wins.
+    """
+
+    def __init__(self, prog, doc, presets):
+        self.parser = Parser(prog, description=doc.split("\n\n")[0])
+        self.commands = self.parser.add_subparsers(dest="command", parser_class=Parser)
+        self.presets = presets
+
+    def command(self, name, function, help):
+        parser = self.commands.add_parser(name, help=help, description=help)
+        parser.set_defaults(function=function)
+        return parser
+
+    def parse(self, argv=None):
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if not argv or (argv[0] not in self.commands.choices and argv[0] not in ("-h", "--help")):
+            argv = ["train", *argv]
+        args = self.parser.parse_args(argv)
+        if args.command == "train":
+            defaults = read_run_args(args.resume) if args.resume else self.presets.get(args.data)
+            self.commands.choices["train"].set_defaults(**defaults or {})
+            args = self.parser.parse_args(argv)
+        return args
+
+
+def add_train_options(p, data, batch, every):
+    """The options that every `train` has. every: what --every counts."""
+    p.add("--data", default=data, help="toy, a public name, a folder or a .zip")
+    p.add("--out", default="runs", help="where run folders go")
+    p.add("--resume", metavar="RUN", help="continue the run in this folder")
+    p.add("--batch", type=positive_int, default=batch, help="global, over all processes")
+    p.add("--seed", type=not_negative_int, default=0, help="of weights, order and draws")
+    p.add("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="default: tf32, CPU: fp32")
+    p.add("--workers", type=not_negative_int, default=4, help="threads that load pictures")
+    p.add(
+        "--cache", choices=("auto", "off"), default="auto", help="keep decoded pictures in memory"
+    )
+    p.add("--every", type=positive_int, default=5000, help=f"{every} between snapshots")
+    add_device_option(p)
+
+
+def add_device_option(p):
+    p.add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+
+
+def pick_device(name):
+    """The torch device of --device, or CUDA if there is one, else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use cuda, cuda:1 or cpu.") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"--device {name}: this machine has {count} CUDA devices; use --device cpu."
+        )
+    return device
+
+
+# =============================================================================
+# Public data sets: download and unpack
+# =============================================================================
+
+GB = 10**9
+TIMEOUT, WAITS = 30, (0, 1, 4)  # seconds without an answer; before each try of one address
+MAX_DOWNLOAD = 20 * GB  # where the size is not known
+MAX_MEMBERS, MAX_UNPACKED = 200_000, 20 * GB  # of an archive that is unpacked
+MAX_FILE, MAX_RATIO = 2**28, 200  # one picture; its bytes per byte of the zip, beyond 16 MB
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+# CycleGAN's sets. Bytes and sha256 were recorded when they lay at an older address
+# (tensorflow/datasets: url_checksums/cycle_gan.txt).
+_CYCLEGAN_HOST = "efrosgans.eecs.berkeley.edu/cyclegan/datasets"
+_CYCLEGAN = """
+horse2zebra             116867962  a74d9d392eecca9966b51287a76ca126af473d9de4f3e8fc0e9cda08fa1730a1
+apple2orange            78456409   845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8
+summer2winter_yosemite  132640856  167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9
+facades                 35135868   9a31ebf3a31b9b5cd195dd5bf62e9308e00cb94604d1019e3889ac84248695c0
+maps                    1476754427 639534f69dbf9f36bef8d6292a7698006361221f83f0285d7c9ca78afe6e8a9e
+monet2photo             305231073  88f91b00fc228f97c9411fbf1880ec1d119c98f1722e4cfcfaa2fb35fac05b04
+vangogh2photo           306590349  362c3473e70be0944bda08d49d660eafdc2854df55d697835b8186d1d79caaff
+cezanne2photo           279885071  3a6c10ca21f9485862f1cbd707744b9dc258954a04631271d23a3605eeb63cff
+ukiyoe2photo            292946532  02a2a2fb5ecf425ca1bf86aca7304377da64a2a1d3b86df54eb65e4068bf3b08
+iphone2dslr_flower      339964458  8fcb5e374d631b107e1d961b8c4cd0a186aa2a4ff3e279923f4c426128de7113
+"""
+PUBLIC = {  # name: (addresses, bytes, sha256)
+    name: ([f"{s}://{_CYCLEGAN_HOST}/{name}.zip" for s in ("https", "http")], int(size), sha256)
+    for name, size, sha256 in map(str.split, _CYCLEGAN.strip().splitlines())
+}
+WITHDRAWN = {  # name: how to build it
+    "cityscapes": "cityscapes was withdrawn by its publishers (licence). Build it: get leftImg8bit "
+    "and gtFine from cityscapes-dataset.com, resize photos (A) and *_gtFine_color label maps (B) "
+    "to 256x256, and save them as {folder}/trainA, trainB (from train), testA, testB (from val)."
+}
+
+
+class Refused(Exception):
+    """An answer that another try of the same address will not better."""
+
+
+def _web_opener():
+    """urllib without its ftp, file and data handlers, so that no redirect leads there."""
+    opener, web = urllib.request.OpenerDirector(), urllib.request
+    for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler, web.UnknownHandler):
+        opener.add_handler(handler())
+    for handler in (web.HTTPRedirectHandler, web.HTTPDefaultErrorHandler, web.HTTPErrorProcessor):
+        opener.add_handler(handler())
+    return opener
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time. The system drops the lock of a process that dies."""
+    with _disk_errors(Path(path).parent):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{path}.lock", "w")
+    with lock:
+        if fcntl:
+            with contextlib.suppress(OSError):  # some cluster file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        # Only after success: whoever holds or makes another lock file finds the work done.
+        with contextlib.suppress(OSError):
+            os.unlink(lock.name)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder, needed=None):
+    """Turn a full or forbidden disk into a UserError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in DISK_ERRORS:
+            raise
+        size = f" {needed:,} bytes are needed." if needed else ""
+        raise UserError(
+            f"{folder} cannot be written: {e.strerror}.{size} Make room, or choose another folder."
+        ) from e
+
+
+def _fetch(url, part, size):
+    """One try of one address, going on where part ends. OSError when cut off: try again."""
+    have = part.stat().st_size if part.exists() else 0
+    if have == size:
+        return
+    headers = {"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        answer = _web_opener().open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as e:
+        if e.code == 416:  # the file has no such range: start over
+            part.unlink(missing_ok=True)
+        elif e.code < 500:
+            raise Refused(str(e)) from e
+        raise
+    with answer:
+        if answer.status != 206:  # the whole file, this server ignores Range
+            have = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink(missing_ok=True)
+            raise OSError("answered with another range than asked for")
+        total = size if answer.length is None else have + answer.length
+        shown = 0
+        with open(part, "ab" if have else "wb") as f:
+            while chunk := answer.read(2**18):
+                if have == 0 and chunk.lstrip().startswith(b"<"):
+                    raise Refused("answered with a web page instead of the file")
+                have += len(chunk)
+                if max(have, total or 0) > (size or MAX_DOWNLOAD):
+                    raise Refused(f"offers more than {size or MAX_DOWNLOAD:,} bytes")
+                f.write(chunk)
+                if time.monotonic() > shown + 0.5 or have == total:
+                    shown = time.monotonic()
+                    of = f" of {total / 1e6:.1f}" if total else ""
+                    end = "\n" if have == total else ""
+                    print(
+                        f"\r{part.stem}: {have / 1e6:.1f}{of} MB",
+                        end=end,
+                        file=sys.stderr,
+                        flush=True,
+                    )
+    if have < (total or 0):
+        raise OSError(f"cut off after {have:,} of {total:,} bytes")
+
+
+def _try_address(url, part, size):
+    """Fetch with a few tries. Returns None when the file is there, else the reason."""
+    for wait in WAITS:
+        time.sleep(wait)
+        try:
+            with _disk_errors(part.parent, size):
+                return _fetch(url, part, size)
+        except Refused as e:
+            part.unlink(missing_ok=True)
+            return str(e)
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            reason = str(getattr(e, "reason", e)) or type(e).__name__
+    return reason
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(urls, path, sha256=None, size=None):
+    """Fetch one of urls to path, unless it is there. What arrived before a cut is kept in PATH.part
+    and continued, also by the next run. Nothing is left at path that does not fit sha256."""
+    path, part = Path(path), Path(f"{path}.part")
+    by_hand = f"Or fetch it by hand, from {' or '.join(urls)}, and save it as {path}."
+    with locked(path):
+        if path.exists():
+            if sha256 and (found := sha256_of(path)) != sha256:
+                raise UserError(
+                    f"{path} is not the published file: sha256 is {found}, expected {sha256}. "
+                    "Remove it and run again, or, if you trust it, give it by its path."
+                )
+            return
+        problems = []
+        for url in urls:
+            if not sha256:
+                part.unlink(missing_ok=True)  # parts of unknown origin are not put together
+            problem = _try_address(url, part, size)
+            if problem is None:
+                break
+            problems.append(f"{url}: {problem}")
+        else:
+            raise UserError(
+                f"{path.name} could not be fetched ({'; '.join(problems)}). Check the network and "
+                f"run again, what has arrived is kept. {by_hand}"
+            )
+        found = sha256_of(part)
+        if sha256 and found != sha256:
+            part.unlink()
+            raise UserError(
+                f"{path.name} from {url} has sha256 {found}, expected {sha256}; it was deleted. "
+                f"Run again; if that does not help, the publisher changed the file. {by_hand}"
+            )
+        if not sha256:
+            print(f"{path.name}: no checksum is published; its sha256 is {found}", file=sys.stderr)
+        os.replace(part, path)
+
+
+# What zipfile raises on a damaged file, beside its own error.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError, KeyError)
+
+
+def _refusal(info):
+    """Why a member of a zip is not read, or None."""
+    if info.flag_bits & 1:
+        return "is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is neither stored nor deflated"
+    if info.file_size > min(MAX_FILE, MAX_RATIO * info.compress_size + 2**24):
+        return f"would unpack from {info.compress_size:,} to {info.file_size:,} bytes"
+    return None
+
+
+def _checked_members(archive, z):
+    """The members worth unpacking. One bad name condemns the whole archive."""
+    infos = z.infolist()
+    total = sum(info.file_size for info in infos)
+    most = min(MAX_UNPACKED, 50 * os.path.getsize(archive) + 2**26)
+    for info in infos:
+        name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
+        problem = _refusal(info)
+        if re.match(r"/|[A-Za-z]:", name) or "\\" in name or ".." in name.split("/"):
+            problem = "leads out of the folder"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "is a link or a device"
+        elif len(infos) > MAX_MEMBERS or total > most:
+            problem = f"is one of {len(infos):,} (at most {MAX_MEMBERS:,}), {total:,} bytes in all"
+            problem += f" (at most {most:,})"
+        if problem:
+            raise UserError(f"{archive} is refused: its member {name!r} {problem}.")
+    return [i for i in infos if is_image(i.filename) or _is_wanted(i.filename, (".json", ".txt"))]
+
+
+def unpack(archive, folder):
+    """Unzip pictures, .json and .txt to folder, all or nothing. A single top folder of the same
+    name is left out: horse2zebra/trainA/1.jpg becomes FOLDER/trainA/1.jpg. Hostile or damaged
+    archives raise UserError."""
+    folder, temp = Path(folder), Path(f"{folder}.part")
+    shutil.rmtree(temp, ignore_errors=True)  # of a run that was killed
+    try:
+        with zipfile.ZipFile(archive) as z:
+            members = _checked_members(archive, z)
+            with _disk_errors(folder.parent, sum(i.file_size for i in members)):
+                temp.mkdir(parents=True)
+                for info in members:
+                    target = temp / info.filename
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with z.open(info) as source, open(target, "wb") as f:
+                        shutil.copyfileobj(source, f, 2**20)
+        doubled = os.listdir(temp) == [folder.name] and (temp / folder.name).is_dir()
+        os.replace(temp / folder.name if doubled else temp, folder)
+    except ZIP_ERRORS as e:
+        raise UserError(f"{archive} cannot be unpacked: {e}. Remove it and fetch it anew.") from e
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+# =============================================================================
+# Pictures
+# =============================================================================
+
+# Only these decoders ever see a file, whatever it is called.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
+MAX_PIXELS = 2**27  # about 11,600 x 11,600
+warnings.filterwarnings("ignore", module="PIL")  # MAX_PIXELS decides; damaged EXIF is no matter
+
+_T = Image.Transpose
+UPRIGHT = [None, None, _T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM]  # by EXIF orientation
+UPRIGHT += [_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90]
+
+
+class BadImage(Exception):
+    """One file that cannot be used: BadImage(name, reason)."""
+
+    def __init__(self, name, reason):
+        super().__init__(name, reason)  # both, so that it survives the way out of a worker
+        self.name, self.reason = name, reason
+
+    def __str__(self):
+        return f"{self.name}: {self.reason}"
+
+
+def _load(file, name, convert):
+    """convert(upright image). Whatever a strange file makes Pillow raise becomes BadImage."""
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    try:
+        with Image.open(file, formats=FORMATS) as img:  # reads the header only
+            W, H = img.size
+            if W * H > MAX_PIXELS:
+                raise BadImage(name, f"{W} x {H} pixels, at most {MAX_PIXELS:,} are accepted")
+            if W * H == 0:
+                raise BadImage(name, f"has no pixels ({W} x {H})")
+            img.load()
+            try:
+                turn = UPRIGHT[img.getexif().get(0x0112, 1)]
+            except Exception:  # damaged EXIF around a good picture: as if there were none
+                turn = None
+            return convert(img if turn is None else img.transpose(turn))
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError as e:
+        raise BadImage(name, f"not a picture of these kinds: {', '.join(FORMATS)}") from e
+    except Exception as e:  # Pillow's decoders raise a dozen kinds on damaged data
+        raise BadImage(name, " ".join(str(e).split()) or type(e).__name__) from e
+
+
+def _to_8bit(img, mode):
+    if img.mode.startswith("I"):  # 16 bits: 65535 -> 255. (Pillow itself reads 16-bit RGB as 8.)
+        x = np.asarray(img).astype(np.int64)
+        if x.min() < 0 or x.max() > 65535:
+            raise ValueError("32-bit pixels; save it with 8 or 16 bits")
+        img = Image.fromarray(((x + 128) // 257).astype(np.uint8))
+    elif img.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    elif img.has_transparency_data:
+        img = img.convert("LA") if img.mode == "La" else img
+        alpha = img.convert("RGBA")
+        img = Image.new("RGB", img.size, "white")
+        img.paste(alpha, mask=alpha.getchannel("A"))
+    return img if img.mode == mode else img.convert(mode)
+
+
+def decode(file, name, mode="RGB"):
+    """A PIL image of 8-bit RGB or L, upright, alpha over white, from a path, bytes or open file.
+    Of an animation, the first frame. Raises BadImage."""
+    return _load(file, name, lambda img: _to_8bit(img, mode))
+
+
+def decode_labels(file, name):
+    """The indices (H, W), uint8, of a label map of mode L, P or 1. Raises BadImage."""
+
+    def indices(img):  # not convert("L"), which would turn a palette's indices into luminance
+        if img.mode not in ("L", "P", "1"):
+            raise ValueError(f"mode {img.mode}; a label map holds indices, in mode L, P or 1")
+        return np.array(img, dtype=np.uint8)
+
+    return _load(file, name, indices)
+
+
+# =============================================================================
+# Where pictures lie: folders and zips
+# =============================================================================
+
+
+def _is_wanted(name, suffixes):
+    """By suffix, and nothing hidden or of __MACOSX."""
+    hidden = any(p == "__MACOSX" or p.startswith(".") and p.strip(".") for p in name.split("/"))
+    return name.lower().endswith(suffixes) and not hidden
+
+
+def is_image(name):
+    return _is_wanted(name, SUFFIXES)
+
+
+def _walk(folder, above=()):
+    """Relative paths of the files below folder. Follows links, but not into a folder around it."""
+    here = os.stat(folder)
+    if any(os.path.samestat(here, a) for a in above):
+        return
+    if len(above) == 100:
+        raise UserError(f"{folder}: folders are nested more than 100 deep.")
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            continue  # leads nowhere, or to itself
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from (f"{entry.name}/{name}" for name in _walk(entry.path, (*above, here)))
+        elif entry.is_file():  # no pipe, no device
+            yield entry.name
+
+
+class Source:
+    """What Folder, Zip and Subset share. Each has .path, for messages; .names, the sorted relative
+    paths of its pictures; .read(name) -> bytes and .image(name), which may raise BadImage;
+    .has(name), also of a folder or another file; .labels()."""
+
+    is_toy = False  # whether .counterpart(name, domain) knows the true answer of a translation
+
+    def _keep(self, names):
+        self.names = sorted({name for name in names if is_image(name)})
+        if not self.names:
+            raise UserError(f"{self.path}: no images found. Looked for {' '.join(SUFFIXES)} files.")
+
+    def image(self, name, mode="RGB"):
+        return decode(self.read(name), name, mode)
+
+    def labels(self):
+        """{name: class number} or {name: list of floats} of StyleGAN's dataset.json, or None."""
+        if not self.has("dataset.json"):
+            return None
+        try:
+            pairs = json.loads(self.read("dataset.json")).get("labels")
+            if pairs is None:
+                return None
+            labels = {name.replace("\\", "/"): label for name, label in pairs}
+            if missing := set(self.names) - set(labels):
+                raise ValueError(f"{len(missing)} images have no label, {min(missing)} for one")
+            values = np.array([labels[name] for name in self.names])  # ragged: ValueError
+            classes = values.ndim == 1 and values.dtype.kind == "i"
+            vectors = values.ndim == 2 and values.dtype.kind in "if" and np.isfinite(values).all()
+            if not vectors and not (classes and 0 <= values.min() and values.max() < 10**6):
+                raise ValueError("classes must count from 0, vectors hold numbers")
+        except (BadImage, ValueError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(
+                f'{self.path}: dataset.json cannot be used: {e}. Expected {{"labels": '
+                '[["a.png", 3], ...]}, with a class or a list of numbers for each image.'
+            ) from e
+        return {name: labels[name] for name in self.names}
+
+
+class Folder(Source):
+    """The pictures of a folder and the folders below it."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        try:
+            self._keep(_walk(path))
+        except OSError as e:
+            raise UserError(f"{e.filename or path} cannot be read: {e.strerror}.") from e
+
+    def has(self, name):
+        return os.path.exists(os.path.join(self.path, name))
+
+    def read(self, name):
+        try:
+            with open(os.path.join(self.path, name), "rb") as f:
+                if (size := os.fstat(f.fileno()).st_size) > MAX_FILE:
+                    raise BadImage(name, f"{size:,} bytes, at most {MAX_FILE:,} are accepted")
+                return f.read()
+        except OSError as e:
+            raise BadImage(name, e.strerror) from e
+
+
+class Zip(Source):
+    """The pictures of a zip, read where they are. Threads share a handle; each process that a
+    loader forks opens its own, since they would move one another's place in the file."""
+
+    def __init__(self, path):
+        self.path, self._own = str(path), None
+        try:
+            z, _ = self._handle()
+        except ZIP_ERRORS as e:
+            raise UserError(f"{path} cannot be read as a zip: {e}. Fetch or pack it anew.") from e
+        self._keep(z.namelist())
+
+    def _handle(self):
+        if self._own is None or self._own[0] != os.getpid():
+            self._own = os.getpid(), zipfile.ZipFile(self.path), threading.Lock()
+        return self._own[1:]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_own": None}
+
+    def has(self, name):
+        return any(n == name or n.startswith(f"{name}/") for n in self._handle()[0].namelist())
+
+    def read(self, name):
+        try:
+            z, lock = self._handle()
+            info = z.getinfo(name)
+            if problem := _refusal(info):
+                raise BadImage(name, problem)
+            with lock:
+                return z.read(info)
+        except ZIP_ERRORS as e:
+            raise BadImage(name, f"damaged in {self.path}: {e}") from e
+
+
+class Subset(Source):
+    """The pictures of another source below one of its folders, named from there."""
+
+    def __init__(self, source, folder):
+        self.source, self.folder, self.is_toy = source, f"{folder}/", source.is_toy
+        self.path = os.path.join(source.path, folder)
+        self._keep(n[len(self.folder) :] for n in source.names if n.startswith(self.folder))
+
+    def has(self, name):
+        return self.source.has(self.folder + name)
+
+    def read(self, name):
+        return self.source.read(self.folder + name)
+
+    def image(self, name, mode="RGB"):
+        return self.source.image(self.folder + name, mode)
+
+    def counterpart(self, name, domain, mode="RGB"):
+        return self.source.counterpart(self.folder + name, domain, mode)
+
+    def labels(self):
+        labels = self.source.labels()
+        return labels and {name: labels[self.folder + name] for name in self.names}
+
+
+def top_folders(source):
+    """The sorted names of the first folders that hold pictures (StarGAN v2's domains, say)."""
+    return sorted({name.split("/")[0] for name in source.names if "/" in name})
+
+
+def _place(source, folder):
+    """Where source holds pictures of folder: there, or in TOP/folder if TOP is its only folder."""
+    tops = top_folders(source)
+    for place in [folder] + [f"{top}/{folder}" for top in tops if len(tops) == 1]:
+        if any(name.startswith(f"{place}/") for name in source.names):
+            return place
+
+
+def has_subset(source, folder):
+    """Whether subset() would find pictures."""
+    return _place(source, folder) is not None
+
+
+def subset(source, folder, layout=None):
+    """What source holds in folder, or in TOP/folder where TOP is its only folder. layout: the
+    folders that the caller accepts, for the message."""
+    place = _place(source, folder)
+    if place is not None:
+        return Subset(source, place)
+    if source.has(folder):
+        raise UserError(f"{os.path.join(source.path, folder)} is empty: it holds no images.")
+    tops = top_folders(source)
+    found = ", ".join(tops[:10]) + ", ..." * (len(tops) > 10) or "no folders"
+    expected = f" Expected: {layout}." if layout else ""
+    raise UserError(f"{source.path}: no folder {folder} in it, found {found}.{expected}")
+
+
+# =============================================================================
+# Toy faces
+# =============================================================================
+# A face is a list of flat polygons in units of the picture's side, so every size shows the same
+# picture. The domains share geometry and clothes, and the sky's hue. Skin, hair, iris lie at the same
+# t on a ramp of colours per domain: recolouring is one-to-one and keeps the order of lightness, so
+# that unpaired translation has one natural answer and loses nothing in either direction.
+
+TOY_DOMAINS = ("human", "goblin", "robot")
+TOY_REGIONS = ("background", "skin", "eyes", "brows", "nose", "mouth", "hair", "clothes", "neck",
+               "ears", "glasses")  # fmt: skip
+TOY_HAIR = ("parted", "bangs", "swept", "curly", "spiky", "bun", "bunches")
+
+# fmt: off
+# Colours by domain; ramps go from t = 0 to t = 1. Backgrounds and clothes keep clear of them.
+_SKIN = (((140, 88, 62), (196, 134, 94), (240, 186, 148), (255, 222, 198)),
+         ((40, 116, 62), (70, 156, 62), (122, 200, 76), (184, 236, 112)),
+         ((112, 124, 150), (152, 166, 188), (192, 204, 220), (232, 238, 246)))
+_HAIR = (((44, 30, 30), (104, 54, 32), (188, 84, 32), (242, 194, 88)),
+         ((44, 16, 92), (100, 30, 156), (176, 62, 214), (232, 150, 252)),
+         ((12, 52, 66), (10, 98, 110), (24, 160, 160), (120, 232, 214)))
+_IRIS = (((70, 44, 30), (110, 120, 60), (60, 130, 190)),
+         ((110, 20, 30), (200, 40, 30), (240, 110, 30)),
+         ((40, 200, 240), (120, 235, 200), (220, 250, 140)))
+_EYE_WHITE = ((255, 255, 252), (255, 238, 120), (32, 40, 60))
+_LIPS = ((200, 62, 72), (64, 44, 76), (60, 70, 96))
+_BLUSH = ((240, 92, 84), (236, 216, 40), (84, 96, 122))
+# Saturation and value of the sky's top, its foot, the disc, the stripes: day, dusk, a workshop.
+_SKY = (((0.24, 0.96), (0.10, 1.00), (0.05, 1.00), (0.12, 1.00)),
+        ((0.42, 0.64), (0.32, 0.80), (0.24, 0.88), (0.34, 0.78)),
+        ((0.10, 0.78), (0.05, 0.90), (0.03, 0.96), (0.06, 0.88)))
+_CLOTHES = ((0.0, 0.72), (0.55, 0.75), (0.63, 0.68), (0.98, 0.5))  # hue, saturation
+_INK, _WHITE, _STEEL = (44, 34, 46), (255, 255, 255), (74, 84, 106)
+
+# Hairlines from the right temple to the left, in units of the head's half width and half height.
+_HAIRLINES = {
+    "parted": ((0.97, 0.02), (0.9, -0.32), (0.62, -0.56), (0.3, -0.8), (-0.1, -0.62),
+               (-0.6, -0.44), (-0.9, -0.26), (-0.97, 0.02)),
+    "bangs": ((0.97, 0.08), (0.9, -0.26), (0.6, -0.4), (0.2, -0.41), (-0.2, -0.41), (-0.6, -0.4),
+              (-0.9, -0.26), (-0.97, 0.08)),
+    "swept": ((0.97, 0.02), (0.92, -0.3), (0.78, -0.56), (0.4, -0.66), (0, -0.52), (-0.45, -0.42),
+              (-0.82, -0.36), (-0.97, 0.02)),
+    "high": ((0.97, 0.02), (0.93, -0.32), (0.76, -0.56), (0.4, -0.7), (-0.4, -0.7), (-0.76, -0.56),
+             (-0.93, -0.32), (-0.97, 0.02)),
+}
+_GOBLIN_EAR = np.array(
+    [(0.8, -0.1), (1.1, -0.2), (1.46, -0.38), (1.32, 0.04), (1.1, 0.3), (0.8, 0.3)])
+# fmt: on
+
+_DISC, _CIRCLE = (  # (60, 2) for large shapes and (24, 2), clockwise from the top
+    np.stack([np.sin(angle), -np.cos(angle)], 1)
+    for angle in (np.arange(n) * (2 * np.pi / n) for n in (60, 24))
+)
+_ANGLES = np.linspace(-1.7, 1.7, 19)
+_ARC = np.stack([np.sin(_ANGLES), -np.cos(_ANGLES)], 1)  # (19, 2), temple to temple over the top
+_LID, _LIP = np.linspace(-1, 1, 9), np.linspace(-1, 1, 15)
+_T = np.linspace(0, 1, 6, endpoint=False)[:, None] ** np.arange(4)  # (6, 4): 1, t, t^2, t^3
+_CATMULL_ROM = _T @ (np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]]) / 2)
+
+
+def toy_attributes(seed):
+    """What seed (int >= 0) looks like in every domain: a dict of floats and, for styles, ints."""
+    seed = operator.index(seed)
+    if seed < 0:
+        raise ValueError(f"seed {seed}: toy faces need an integer >= 0")
+    rng = random.Random(f"toy face {seed}")  # the same numbers on every machine
+    u, choice = rng.uniform, rng.randrange
+    # fmt: off
+    return {
+        "x": u(-0.045, 0.045), "y": u(-0.005, 0.035), "scale": u(1.03, 1.19),
+        "tilt": u(-0.18, 0.18),
+        "yaw": u(-1, 1), "pitch": u(-1, 1), "face_width": u(0.9, 1.08), "jaw": u(0.04, 0.34),
+        "skin_tone": u(0, 1), "hair_tone": u(0, 1), "hair_style": choice(len(TOY_HAIR)),
+        "hair_length": max(0.0, u(-0.8, 1)), "hair_volume": u(0, 1), "hair_side": 1 - 2 * choice(2),
+        "eye_size": u(0.88, 1.12), "eye_gap": u(0.93, 1.07), "eye_open": u(0.8, 1.1),
+        "gaze_x": u(-1, 1), "gaze_y": u(-1, 1), "iris": u(0, 1), "brow_raise": u(-1, 1),
+        "brow_angle": u(-1, 1), "brow_width": u(0.75, 1.25), "nose": u(0.8, 1.25),
+        "smile": u(-0.6, 1), "mouth_open": max(0.0, u(-0.6, 1)), "mouth_width": u(0.85, 1.15),
+        "glasses": max(0, choice(6) - 3), "clothes_style": choice(4), "clothes_hue": choice(4),
+        "clothes_light": u(0, 1), "background_style": choice(3), "background_hue": u(0, 1),
+    }
+    # fmt: on
+
+
+def _mix(a, b, t):
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
+
+
+def _ramp(stops, t):
+    """The colour at t in [0, 1] between evenly spaced stops."""
+    i = min(int(t * (len(stops) - 1)), len(stops) - 2)
+    return _mix(stops[i], stops[i + 1], t * (len(stops) - 1) - i)
+
+
+def _hsv(h, s, v):
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(h, s, v))
+
+
+def _oval(x, y, rx, ry):
+    return _CIRCLE * (rx, ry) + (x, y)
+
+
+def _spline(points, closed=True):
+    """The Catmull-Rom curve through points (n, 2), six steps a piece."""
+    p = np.asarray(points, float)
+    if not closed:
+        p = np.concatenate([p[:1], p, p[-1:]])
+    i = np.arange(len(p) if closed else len(p) - 3)[:, None] + (0, 1, 2, 3)
+    curve = (_CATMULL_ROM @ p[i % len(p)]).reshape(-1, 2)
+    return curve if closed else np.concatenate([curve, p[-1:]])
+
+
+def _band(upper, lower):
+    """The area between two curves that run in the same direction."""
+    return np.concatenate([upper, lower[::-1]])
+
+
+def _stroke(points, width, power=6):
+    """A brush stroke along the open curve through points; a smaller power tapers it more."""
+    p = _spline(points, closed=False)
+    d = np.concatenate([p[1:2] - p[:1], p[2:] - p[:-2], p[-1:] - p[-2:-1]])
+    normal = d[:, ::-1] * (-1, 1) / np.hypot(d[:, :1], d[:, 1:])
+    half = 0.5 * width * (1 - np.abs(np.linspace(-1, 1, len(p))) ** power) ** 0.5
+    offset = normal * half[:, None]
+    return _band(p + offset, p - offset)
+
+
+def _mirror(half):
+    """A left-right symmetric outline from its right half, (x, y) from top to bottom."""
+    return np.array([*half, *((-x, y) for x, y in half[::-1])])
+
+
+def _toy_shapes(a, domain):
+    """The face with attributes a: a list of (region, colour, points (n, 2)), back to front.
+
+    Raises ValueError if domain is not an index of TOY_DOMAINS.
+    """
+    if domain not in range(len(TOY_DOMAINS)):
+        raise ValueError(f"domain {domain}: expected 0 to {len(TOY_DOMAINS) - 1}, {TOY_DOMAINS}")
+    human, goblin, robot = domain == 0, domain == 1, domain == 2
+    skin, hair = _ramp(_SKIN[domain], a["skin_tone"]), _ramp(_HAIR[domain], a["hair_tone"])
+    shade, light = _mix(skin, _INK, 0.2), _mix(skin, _WHITE, 0.2)
+    hair_dark, hair_light = _mix(hair, _INK, 0.4), _mix(hair, _WHITE, 0.25)
+    hue, saturation = _CLOTHES[a["clothes_hue"]]
+    cloth = _hsv(hue, saturation, 0.42 + 0.48 * a["clothes_light"])
+    cloth_dark, cloth_light = _mix(cloth, _INK, 0.35), _mix(cloth, _WHITE, 0.6)
+    W, H = 0.28 * a["face_width"], 0.31
+    centre = np.array([0.5 + a["x"], 0.5 + a["y"]])
+    cos, sin = a["scale"] * np.cos(a["tilt"]), a["scale"] * np.sin(a["tilt"])
+    rotate = np.array([[cos, sin], [-sin, cos]])
+    shapes = []
+
+    def body(region, colour, points):
+        shapes.append((region, colour, points, np.nan))
+
+    def head(region, colour, points, depth=0.0):
+        """Points around the head's centre; depth moves them as the head turns and nods."""
+        shapes.append((region, colour, points, depth))
+
+    # ---- behind the head: hair, antennae, neck, clothes ----
+    style, side, volume = TOY_HAIR[a["hair_style"]], a["hair_side"], a["hair_volume"]
+    wide, low = 1.1 + 0.12 * volume, 0.35 + 1.2 * a["hair_length"]
+    if a["hair_length"]:
+        half = [(0.7, -1.05), (wide, -0.5), (wide + 0.06, 0.2), (wide + 0.1 * volume, low - 0.1)]
+        head("hair", hair_dark, _spline(_mirror([*half, (0.8, low)])) * (W, H), -0.5)
+    for s in (-1, 1):
+        if robot:
+            rod = np.array([(0.4, -0.9), (0.5, -1.2), (0.62, -1.36)]) * (s * W, H)
+            head("ears", _STEEL, _stroke(rod, 0.024))
+            head("ears", (255, 96, 72), _oval(*rod[-1], 0.034, 0.034))
+        if style == "bunches":
+            head("hair", hair, _oval(s * 1.12 * W, -0.86 * H, 0.1 + 0.025 * volume, 0.1), -0.5)
+    if style == "bun":
+        head("hair", hair, _oval(0, -1.24 * H, 0.11 + 0.03 * volume, 0.09), -0.5)
+        head("hair", hair_light, _oval(-0.03, -1.3 * H, 0.03, 0.02), -0.5)
+    x, y = 0.5 + 0.5 * a["x"], 0.92 + 0.4 * a["y"]
+    jaw = np.array([(-0.1, 0.1), (0.1, 0.1)]) @ rotate + centre
+    body("neck", shade, [*jaw, (x + 0.12, y + 0.1), (x - 0.12, y + 0.1)])
+    half = [(0.12, -0.05), (0.27, -0.015), (0.38, 0.03), (0.43, 0.2)]
+    body("clothes", cloth, _spline(_mirror(half)) + (x, y))
+    if a["clothes_style"] == 0:  # jumper
+        half = [(x - 0.13, y - 0.06), (x - 0.09, y - 0.01)]
+        collar = [*half, (x, y + 0.015), *((2 * x - u, v) for u, v in half[::-1])]
+        body("neck", shade, collar)
+        body("clothes", cloth_dark, _stroke(collar, 0.034, 20))
+    elif a["clothes_style"] == 1:  # V-neck
+        body("neck", shade, np.array([(-0.1, -0.06), (0, 0.06), (0.1, -0.06)]) + (x, y))
+    elif a["clothes_style"] == 2:  # hood
+        body("clothes", cloth_dark, _oval(x, y, 0.22, 0.06))
+        body("neck", shade, _oval(x, y - 0.03, 0.12, 0.045))
+    for s in (-1, 1):
+        if a["clothes_style"] == 1:
+            lapel = np.array([(0.1, -0.07), (0.155, -0.035), (0, 0.1), (0, 0.045)])
+            body("clothes", cloth_light, lapel * (s, 1) + (x, y))
+        elif a["clothes_style"] == 2:
+            cord = np.array([(0.07, 0.03), (0.075, 0.12)])
+            body("clothes", cloth_light, _stroke(cord * (s, 1) + (x, y), 0.018))
+        elif a["clothes_style"] == 3:  # shirt
+            collar = np.array([(0, 0.0), (0.11, -0.07), (0.16, -0.03), (0.09, 0.06)])
+            body("clothes", cloth_light, collar * (s, 1) + (x, y))
+
+    # ---- the head: locks, ears, face ----
+    locks = a["hair_length"] > 0.3
+    half = [(0.8, -0.6), (wide, -0.35), (wide + 0.07, 0.3), (wide + 0.1 * volume, low),
+            (0.88, low - 0.12), (0.8, 0.4)]  # fmt: skip
+    for s in (-1, 1):
+        if locks:
+            head("hair", hair, _spline(np.array(half) * (s * W, H)), -0.2)
+        if human and not locks:
+            head("ears", skin, _oval(s * W, 0.1 * H, 0.05, 0.068), -0.5)
+            head("ears", shade, _oval(s * (W + 0.01), 0.1 * H, 0.024, 0.038), -0.5)
+        elif goblin:
+            head("ears", skin, _spline(_GOBLIN_EAR * (s * W, H)), -0.5)
+            inner = (_GOBLIN_EAR - (1.2, 0)) * 0.55 + (1.16, -0.02)
+            head("ears", shade, _spline(inner * (s * W, H)), -0.5)
+        elif robot:
+            head("ears", _STEEL, _oval(s * 1.03 * W, 0.1 * H, 0.05, 0.08), -0.5)
+            head("ears", (150, 165, 188), _oval(s * 1.05 * W, 0.1 * H, 0.028, 0.052), -0.5)
+    face = _DISC * (W, H)
+    face[:, 0] *= 1 - a["jaw"] * _DISC[:, 1].clip(0) ** 2
+    head("skin", shade, face)
+    head("skin", skin, face * (0.95, 0.97) - (0.006, 0.006), 0.1)
+    for s in (-1, 1):
+        if robot:
+            head("skin", shade, _oval(s * 0.72 * W, 0.42 * H, 0.014, 0.014), 0.7)
+            seam = np.array([(0.48, 0.6), (0.42, 0.72), (0.38, 0.86)]) * (s * W, H)
+            head("skin", shade, _stroke(seam, 0.014), 0.7)
+        else:
+            blush = _mix(skin, _BLUSH[domain], 0.28)
+            head("skin", blush, _oval(s * 0.62 * W, 0.45 * H, 0.046, 0.03), 0.8)
+    if goblin:
+        for dx, dy, r in ((0.7, 0.4, 0.014), (0.56, 0.52, 0.01), (-0.7, 0.46, 0.013)):
+            head("skin", shade, _oval(dx * W, dy * H, r, r), 0.8)
+
+    # ---- hair in front ----
+    line = {"spiky": "high", "curly": "high", "bun": "high", "bunches": "parted"}.get(style, style)
+    line = np.array(_HAIRLINES[line])[::side] * (side * W, H)
+    crown = _ARC * ((wide - 0.02) * W, (1.09 + 0.12 * volume) * H)
+    if style == "spiky":
+        crown = _ARC * (1.06 * W, 1.1 * H)
+        crown[1:-1:2] = crown[1:-1:2] * (1.14 + 0.12 * volume) + (0.015 * side, 0)
+    elif style == "swept":
+        crown[:, 1] += 0.35 * volume * (crown[:, 1] - side * crown[:, 0]).clip(-0.3, 0)
+    elif style == "curly":
+        for curl in _ARC[::2] * (1.02 * W, 1.06 * H):
+            head("hair", hair, _oval(*curl, 0.08 + 0.025 * volume, 0.08 + 0.025 * volume), 0.2)
+    crown = crown if style == "spiky" else _spline(crown, closed=False)
+    head("hair", hair, np.concatenate([crown, _spline(line, closed=False)]), 0.3)
+    head("hair", hair_light, _stroke(_ARC[5:9] * (0.86 * side * W, 0.92 * H), 0.03), 0.3)
+
+    # ---- eyes, brows, glasses ----
+    gap, y = 0.46 * W * a["eye_gap"], 0.1 * H
+    for s in (-1, 1):
+        ry = 0.067 * a["eye_size"]
+        rx = ry * (0.92 - 0.14 * s * a["yaw"])  # the far eye is narrower
+        head("eyes", _EYE_WHITE[domain], _oval(s * gap, y, rx, ry), 1)
+        gx, gy = s * gap + 0.3 * rx * a["gaze_x"], y + ry * (0.05 + 0.18 * a["gaze_y"])
+        head("eyes", _ramp(_IRIS[domain], a["iris"]), _oval(gx, gy, 0.66 * rx, 0.68 * ry), 1)
+        head("eyes", _INK, _oval(gx, gy, 0.36 * rx, 0.38 * ry), 1)
+        head("eyes", _WHITE, _oval(gx - 0.24 * rx, gy - 0.28 * ry, 0.2 * rx, 0.2 * ry), 1)
+        arc = _LID * np.arccos(1.3 * a["eye_open"] - 0.5)
+        arc = np.stack([s * gap + 1.06 * rx * np.sin(arc), y - 1.06 * ry * np.cos(arc)], 1)
+        head("eyes", shade, arc, 1)
+        lash = [arc[0], (arc[0] + arc[-1]) / 2 + (0, 0.006), arc[-1]]
+        head("eyes", _INK, _stroke(lash, 0.018), 1)
+        brow = np.array([(-0.058, 0.006), (0, -0.012), (0.062, 0.012)])
+        brow[:, 1] -= brow[:, 0] * 0.33 * a["brow_angle"] + 0.022 * a["brow_raise"] + 0.3 * H
+        brow = _stroke(brow * (s, 1) + (s * gap, 0), 0.028 * a["brow_width"], 3)
+        head("brows", hair_dark, brow, 1.1)
+    if a["glasses"]:
+        frame = (36, 36, 58) if a["glasses"] == 1 else (206, 44, 66)
+        for s in (-1, 1):
+            lens = np.concatenate([_CIRCLE, _CIRCLE[:1]]) * (1, 0.96 if a["glasses"] == 1 else 0.84)
+            head("glasses", frame, _band(0.104 * lens, 0.085 * lens) + (s * gap, y), 1.1)
+            arm = np.array([(gap + 0.095, 0.06 * H), (0.97 * W, 0.02 * H)])
+            head("glasses", frame, _stroke(arm * (s, 1), 0.017), 0.9)
+        bridge = np.array([(0.095 - gap, 0.06 * H), (0, 0.02 * H), (gap - 0.095, 0.06 * H)])
+        head("glasses", frame, _stroke(bridge, 0.017), 1.1)
+
+    # ---- nose, mouth ----
+    half = np.array([(0.004, 0.24 * H), (0.036, 0.44 * H), (0.02, 0.51 * H)]) * (a["nose"], 1)
+    head("nose", shade, _spline(_mirror(half)), 1.6)
+    head("nose", light, _oval(-0.006, 0.41 * H, 0.016, 0.02), 1.6)
+    bow = 0.67 * H + 0.045 * a["smile"] * (0.5 - _LIP**2)
+    upper = np.stack([0.1 * a["mouth_width"] * _LIP, bow], 1)
+    drop = (1 - _LIP**2)[:, None] * (0, 0.02 + 0.07 * a["mouth_open"])
+    lips = _band(upper - (0, 0.01), upper + drop + (0, 0.008)) * (1.08, 1)
+    head("mouth", _mix(skin, _LIPS[domain], 0.75), lips, 1)
+    if a["mouth_open"] > 0.1:
+        head("mouth", (100, 30, 46), _band(upper, upper + drop - (0, 0.008)), 1)
+        head("mouth", (250, 250, 246), _band(upper, upper + drop * 0.35), 1)
+    if goblin:
+        for i in (3, 11):
+            fang = np.array([(-0.014, 0.022), (0, -0.022), (0.014, 0.022)])
+            head("mouth", (255, 250, 225), fang + (upper + drop)[i], 1)
+
+    # Place all points at once: many small array operations would cost more than the drawing.
+    regions, colours, outlines, depths = zip(*shapes, strict=True)
+    sizes = [len(points) for points in outlines]
+    points, depths = np.concatenate(outlines), np.repeat(depths, sizes)[:, None]
+    turned = points + depths * (0.045 * a["yaw"], 0.02 * a["pitch"])
+    points = np.where(np.isnan(depths), points, turned @ rotate + centre)
+    return list(zip(regions, colours, np.split(points, np.cumsum(sizes[:-1])), strict=True))
+
+
+def _draw(image, shapes):
+    """Fill shapes [(colour, points (n, 2))] in order."""
+    inks, outlines = zip(*shapes, strict=True)
+    # Pillow counts from the pixels' centres and cuts fractions off.
+    flat = np.rint(np.concatenate(outlines) * image.width - 0.5).ravel().tolist()
+    draw, start = ImageDraw.Draw(image), 0
+    for ink, outline in zip(inks, outlines, strict=True):
+        stop = start + 2 * len(outline)
+        draw.polygon(flat[start:stop], fill=ink)
+        start = stop
+
+
+def _side(size):
+    """Side of the drawing that is reduced to the picture: a multiple of size, at least 256."""
+    return size * max(2, -(-256 // size))
+
+
+def toy_face(seed, domain=0, size=64):
+    """The face of a seed (int >= 0) in a domain (index of TOY_DOMAINS): an RGB picture.
+
+    A pure function; every size from 16 to 1024 shows the same composition. The same seed in another
+    domain is the true counterpart: skin, hair, eyes, ears, lips and the light behind change.
+    """
+    a = toy_attributes(seed)
+    hue = a["background_hue"]
+    hue = 0.46 + 0.27 * hue if hue < 0.75 else 0.15
+    side = _side(size)
+    t = np.linspace(0, 1, side)[:, None, None]
+    top, foot, disc, stripes = (_hsv(hue, *tint) for tint in _SKY[domain])
+    sky = np.array(top) * (1 - t) + np.array(foot) * t
+    image = Image.fromarray(np.rint(sky).astype(np.uint8))  # one column
+    image = image.resize((side, side), Image.Resampling.NEAREST)
+    if a["background_style"] == 1:
+        _draw(image, [(disc, 0.45 * _DISC + (0.5, 0.46))])
+    elif a["background_style"] == 2:
+        stripe = np.array([(0.1, 0), (0.2, 0), (-0.4, 1), (-0.5, 1)])
+        _draw(image, [(stripes, stripe + (0.25 * i, 0)) for i in range(6)])
+    _draw(image, [(colour, points) for _, colour, points in _toy_shapes(a, domain)])
+    return image.reduce(side // size)
+
+
+def toy_labels(seed, domain=0, size=64):
+    """The regions of toy_face(seed, domain, size): indices of TOY_REGIONS, a mode "L" picture."""
+    side = _side(size)
+    image = Image.new("L", (side, side))
+    shapes = _toy_shapes(toy_attributes(seed), domain)
+    _draw(image, [(TOY_REGIONS.index(region), points) for region, _, points in shapes])
+    return image.resize((size, size), Image.Resampling.NEAREST)  # the pixels' centres
+
+
+def counterpart(seed, domain, size=64):
+    """The same face in another domain, the right answer of a translation: an alias of toy_face."""
+    return toy_face(seed, domain, size)
+
+
+TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no face in both
+    "trainA": (0, 0, 1000),
+    "trainB": (1, 1000, 1000),
+    "testA": (0, 2000, 100),
+    "testB": (1, 2100, 100),
+}
+
+
+class Toy(Source):
+    """`toy` as a source: CycleGAN's four folders of size x size pictures, drawn when asked for."""
+
+    is_toy = True
+
+    def __init__(self, size):
+        self.path, self.size = "toy", size
+        self.names = [
+            f"{part}/{i:04}.png" for part, (_, _, n) in TOY_PARTS.items() for i in range(n)
+        ]
+
+    def has(self, name):
+        return name in TOY_PARTS
+
+    def image(self, name, mode="RGB"):
+        domain, seed = self.domain_and_seed(name)
+        return toy_face(seed, domain, self.size).convert(mode)
+
+    def counterpart(self, name, domain, mode="RGB"):
+        return toy_face(self.domain_and_seed(name)[1], domain, self.size).convert(mode)
+
+    def domain_and_seed(self, name):
+        part, number = name.removesuffix(".png").split("/")
+        domain, first, _ = TOY_PARTS[part]
+        return domain, first + int(number)
+
+
+def open_data(data, root="data", size=None, option="--data"):
+    """The source for --data: the name of a public set (fetched once, to ROOT/NAME), a folder or a
+    .zip. A folder of one's own that is called like a public set is given as ./NAME."""
+    if data == "toy":
+        return Toy(size)
+    path = Path(data).expanduser()
+    if data in PUBLIC or data in WITHDRAWN:
+        folder, archive = Path(root, data), Path(root, f"{data}.zip")
+        if not folder.is_dir() and data in WITHDRAWN:
+            raise UserError(WITHDRAWN[data].format(folder=folder))
+        if not folder.is_dir():
+            with locked(folder):
+                if not folder.is_dir():  # unless another process was first
+                    urls, size, sha256 = PUBLIC[data]
+                    download(urls, archive, sha256, size)
+                    unpack(archive, folder)
+                    archive.unlink()
+        return Folder(folder)
+    if data and path.is_dir():
+        return Folder(path)
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return Zip(path)
+    names = sorted([*PUBLIC, *WITHDRAWN])
+    close = difflib.get_close_matches(str(data).lower(), [*names, "toy"], 1)
+    problem = "is a file, but not a .zip" if path.is_file() else "does not exist"
+    raise UserError(
+        f"{option} {data}: {problem}. {f'Did you mean {close[0]}? ' if close else ''}"
+        f"Give a folder, a .zip, toy, or a public data set: {', '.join(names)}."
+    )
+
+
+# =============================================================================
+# The loader
+# =============================================================================
+# Threads, not processes: Pillow decodes and resizes outside Python's lock, and all threads share
+# one cache of decoded pictures, without copies between processes.
+
+
+def available_memory():
+    """Bytes that this process may still take: what the machine has free, or its cgroup, if less."""
+    free, groups = 4 * GB, set()
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no Linux: half of the memory
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with contextlib.suppress(OSError, TypeError):
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            own = Path(line.split(":", 2)[2])
+            groups |= {str(own), *map(str, own.parents)}  # a limit holds for all below it
+    for group in groups:
+        for tree, limit, used in (
+            ("", "memory.max", "memory.current"),  # version 2
+            ("/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+        ):
+            folder = Path(f"/sys/fs/cgroup{tree}{group}")
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max": no limit
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                cache = re.findall(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
+                free = min(free, left + int(cache[-1]))
+    return max(free, 0)
+
+
+class ImageSet:
+    """The pictures of a source as uint8 arrays (H, W, C), decoded, prepared and kept in memory.
+
+    prepare: PIL picture -> PIL picture, the part of the preprocessing that is always the same.
+    mode: "RGB" or "L". cache: "auto" keeps what fits into a quarter of the free memory.
+    A file that cannot be read is named, and its neighbour stands in for it; more than 1% of such
+    files raise UserError.
+    """
+
+    def __init__(self, source, prepare, mode="RGB", cache="auto"):
+        self.source, self.names, self.prepare, self.mode = source, source.names, prepare, mode
+        self.room = available_memory() // 4 if cache == "auto" else 0
+        self.kept, self.bad = {}, set()
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        image = self.kept.get(i)
+        if image is None:
+            image = self.load(i)
+            if image.nbytes <= self.room:
+                self.room -= image.nbytes
+                self.kept[i] = image
+        return image
+
+    def load(self, i):
+        for k in range(len(self)):
+            name = self.names[(i + k) % len(self)]
+            try:
+                return pixels(self.prepare(self.source.image(name, self.mode)))
+            except BadImage as e:
+                self.report(name, e)
+        raise UserError(f"--data {self.source.path}: not one readable picture.")
+
+    def report(self, name, problem):
+        if name in self.bad:
+            return
+        self.bad.add(name)
+        if len(self.bad) > 0.01 * len(self):
+            raise UserError(
+                f"--data {self.source.path}: {len(self.bad)} of {len(self)} pictures are damaged,"
+                f" at most 1% may be; the last one: {problem}. Remove or replace them."
+            ) from None
+        print(f"skipped {problem} ({len(self.bad)} so far)", file=sys.stderr)
+
+    def counterpart(self, i, domain):
+        """Toy data: the true counterpart of picture i in another domain (0, 1, ...)."""
+        return pixels(self.prepare(self.source.counterpart(self.names[i], domain, self.mode)))
+
+    def all(self):
+        """All pictures, uint8 (N, C, H, W)."""
+        return stack([self[i] for i in range(len(self))])
+
+
+def pixels(img):
+    """PIL picture -> uint8 array (H, W, C)."""
+    array = np.asarray(img)
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def stack(images):
+    """uint8 arrays (H, W, C) -> uint8 tensor (N, C, H, W), channels last in memory."""
+    if len({image.shape for image in images}) > 1:
+        sizes = sorted({f"{image.shape[1]}x{image.shape[0]}" for image in images})
+        raise UserError(
+            f"pictures of different sizes ({', '.join(sizes[:3])}) in one batch: use --batch 1, or"
+            " a --preprocess that crops."
+        )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def to_float(images, device):
+    """uint8 (N, C, H, W) -> float32 in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Floats in [-1, 1] -> uint8, each to the nearest of the 256 values."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n, seed, epoch):
+    """The order of n items in an epoch."""
+    return np.random.default_rng([1, seed, epoch]).permutation(n)
+
+
+def item_rng(seed, epoch, i):
+    """The generator of item i's random choices in an epoch, whoever loads it."""
+    return np.random.default_rng([2, seed, epoch, i])
+
+
+def prefetch(make, start, stop, workers):
+    """Yields make(start), ..., make(stop - 1) in order, made by `workers` threads ahead of time."""
+    if workers == 0:
+        yield from map(make, range(start, stop))
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        ahead = collections.deque()
+        for k in range(start, stop):
+            while len(ahead) < 2 * workers and k + len(ahead) < stop:
+                ahead.append(pool.submit(make, k + len(ahead)))
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# =============================================================================
+# A run
+# =============================================================================
+
+LOG_EVERY = 100  # images between lines of log.jsonl
+
+
+class Run:
+    """What a training run needs beside its paper: device, processes, folder, log, checkpoints.
+
+    Run(model, args, script) reads RANK and WORLD_SIZE of torchrun, seeds torch and makes the run
+    folder <out>/<model>-<data>-<nnn> (rank 0; on --resume it is that of the earlier run).
+    """
+
+    def __init__(self, model, args, script):
+        self.model, self.args = model, args
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if args.batch % self.world:
+            raise UserError(f"--batch {args.batch} cannot be split over {self.world} processes.")
+        name = args.device
+        if name is None and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = pick_device(name)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+        self.precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
+        torch.backends.cuda.matmul.allow_tf32 = self.precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        torch.manual_seed(args.seed)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+
+        self.steps_done, self.elapsed, self.stopped = 0, 0.0, None
+        self.sums, self.terms = {}, 0
+        self.folder, self.tensorboard = None, None
+        if self.rank == 0:
+            self.folder = make_run_folder(model, args, script)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(self.folder)
+            self.say(f"run folder {self.folder}, on {self.device} in {self.precision}")
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    # ---- training ------------------------------------------------------------------------------
+
+    def batches(self, item, start, stop):
+        """Yields (step, tensors): this rank's share of batches start .. stop - 1.
+
+        item(n) -> uint8 arrays (H, W, C), a pure function of n; batch k is made of items
+        k * batch ... The tensors are floats (batch / world, C, H, W) in [-1, 1] on the device.
+        """
+        batch, share = self.args.batch, self.args.batch // self.world
+
+        def make(k):
+            first = k * batch + self.rank * share
+            columns = zip(*(item(n) for n in range(first, first + share)), strict=True)
+            tensors = [stack(column) for column in columns]
+            return [t.pin_memory() for t in tensors] if self.device.type == "cuda" else tensors
+
+        self.total, self.began, self.first = stop, time.monotonic(), start
+        with self.stop_signals():
+            for k, images in enumerate(prefetch(make, start, stop, self.args.workers), start):
+                self.steps_done = k + 1
+                yield k, [to_float(x, self.device) for x in images]
+                if self.stopped:
+                    self.save()
+                    raise UserError(
+                        f"stopped at step {self.steps_done}; continue with --resume {self.folder}"
+                    )
+
+    @contextlib.contextmanager
+    def stop_signals(self):
+        """Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint."""
+        signals = (signal.SIGINT, signal.SIGTERM) if self.world == 1 else ()
+        try:
+            before = {s: signal.signal(s, self.stop) for s in signals}
+        except ValueError:  # not the main thread
+            before = {}
+        yield
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    def stop(self, number, frame):
+        self.stopped = True
+
+    def adam(self, nets, lr, betas, eps=1e-8):
+        """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr)."""
+        params = [p for net in nets for p in net.parameters()]
+        lr = torch.tensor(lr, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.Adam(params, lr, betas, eps, fused=True, capturable=on_gpu)
+
+    def set_lr(self, optimizers, lr):
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"].fill_(lr)
+
+    def autocast(self):
+        """The context of the networks' forward passes; does nothing in fp32 and tf32."""
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        return torch.autocast(self.device.type, half, enabled=half is not None)
+
+    def rand(self, n):
+        """(n,) uniform in [0, 1): this rank's part of what one process would draw for all."""
+        draws = torch.rand(n * self.world, generator=self.generator, device=self.device)
+        return draws[self.rank * n : (self.rank + 1) * n]
+
+    def update(self, optimizer, loss):
+        """Backward, mean of the gradients over all ranks, one step of the optimiser."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.world > 1:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            grads = [p.grad for p in params if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(part.view_as(g))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    # ---- the log -------------------------------------------------------------------------------
+
+    def due(self, every):
+        """Whether this step is the first one past a multiple of `every` images."""
+        images = self.steps_done * self.args.batch
+        return images // every > (images - self.args.batch) // every
+
+    def log(self, losses, **where):
+        """Adds {name: 0-d tensor} to the means of the interval; `where` goes into the log as is."""
+        for name, value in losses.items():
+            name = name if "/" in name else f"loss/{name}"
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.terms += 1
+        self.where = where
+        if self.due(LOG_EVERY):
+            self.flush()
+
+    def flush(self):
+        """Writes the means over the interval and all processes; one not finite stops the run."""
+        if self.terms == 0:
+            return
+        means = torch.stack([torch.as_tensor(v).float() for v in self.sums.values()]) / self.terms
+        if self.world > 1:
+            dist.all_reduce(means)
+            means /= self.world
+        means = dict(zip(self.sums, means.tolist(), strict=True))
+        self.sums, self.terms = {}, 0
+        for name, value in means.items():
+            if not math.isfinite(value):
+                last = self.folder and self.folder / "checkpoint.pt"
+                last = last if last and last.exists() else "none yet"
+                raise UserError(
+                    f"{name} became {value} by step {self.steps_done}; last good checkpoint {last}."
+                    " Lower the learning rate, or use --precision fp32."
+                )
+        if self.rank == 0:
+            self.write_log(means)
+
+    def write_log(self, means):
+        done, seconds = self.steps_done, time.monotonic() - self.began
+        speed = (done - self.first) / max(seconds, 1e-9)
+        gb = memory_gb(self.device)
+        line = {
+            "step": done,
+            "images": done * self.args.batch,
+            **self.where,
+            "sec": round(self.elapsed + seconds, 1),
+            "mem_gb": round(gb, 2),
+            **means,
+        }
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        if self.tensorboard:
+            for name, value in means.items():
+                self.tensorboard.add_scalar(name, value, done)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / speed))
+        days = int((self.total - done) / speed // 86400)
+        losses = " ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in means.items())
+        where = " ".join(f"{k} {v}" for k, v in self.where.items() if isinstance(v, int))
+        status = (
+            f"{self.model} {Path(self.args.data).stem} | {where} {done}/{self.total}"
+            f" {done / self.total:.0%} | left {f'{days}d ' * (days > 0)}{left}"
+            f" | {speed * self.args.batch:.1f} img/s {gb:.1f} GB | {losses}"
+        )
+        if sys.stdout.isatty():
+            print(f"\r\033[K{status[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        elif done == self.total or seconds >= getattr(self, "next_line", 0):
+            self.next_line = seconds + 10  # a line each ten seconds where nothing can be refreshed
+            print(status, flush=True)
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def restore(self, nets, opts, pools):
+        """Names what a checkpoint holds; on --resume loads it. Returns the steps already done.
+
+        nets, opts, pools: {name: object with state_dict()}; pools are each rank's own.
+        """
+        self.nets, self.opts, self.pools = nets, opts, pools
+        torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
+        path = Path(self.args.resume or "", "checkpoint.pt")
+        if not self.args.resume or not path.exists():
+            return 0
+        state = load_checkpoint(path, self.model)
+        try:
+            for name, net in nets.items():
+                net.load_state_dict(state["nets"][name])
+            for name, opt in opts.items():
+                opt.load_state_dict(state["opts"][name])
+                for group in opt.param_groups:
+                    group["lr"] = group["lr"].to(self.device)
+        except (KeyError, RuntimeError, ValueError) as e:
+            problem = str(e).splitlines()[0]
+            raise UserError(
+                f"--resume {self.args.resume}: other networks than now ({problem})."
+            ) from None
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps_done, self.elapsed = state["step"], state["sec"]
+        if len(state["ranks"]) == self.world:
+            self.load_rank_state(state["ranks"][self.rank])
+        else:
+            self.say(f"{len(state['ranks'])} processes before, {self.world} now: pools start empty")
+        if self.rank == 0:
+            drop_later_lines(self.folder / "log.jsonl", self.steps_done)
+        self.say(f"resumed at step {self.steps_done}")
+        return self.steps_done
+
+    def rank_state(self):
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        return {
+            "pools": {name: pool.state_dict() for name, pool in self.pools.items()},
+            "rng": [torch.get_rng_state(), self.generator.get_state(), cuda],
+        }
+
+    def load_rank_state(self, state):
+        for name, pool in self.pools.items():
+            held = state["pools"][name]
+            pool.load_state_dict(
+                {k: v if v is None else v.to(self.device) for k, v in held.items()}
+            )
+        cpu, generator, cuda = state["rng"]
+        torch.set_rng_state(cpu)
+        self.generator.set_state(generator)
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda)
+
+    def save(self, keep=False):
+        """Writes checkpoint.pt, with `keep` also checkpoint-<step>.pt. Call on all ranks."""
+        self.flush()
+        mine, ranks = self.rank_state(), [None] * self.world
+        if self.world > 1:
+            dist.gather_object(mine, ranks if self.rank == 0 else None)
+        if self.rank > 0:
+            return
+        state = {
+            "model": self.model,
+            "format": 1,
+            "config": {name: net.config for name, net in self.nets.items()},
+            "args": plain(vars(self.args)),
+            "step": self.steps_done,
+            "sec": self.elapsed + time.monotonic() - self.began,
+            "nets": {name: net.state_dict() for name, net in self.nets.items()},
+            "opts": {name: opt.state_dict() for name, opt in self.opts.items()},
+            "scaler": self.scaler.state_dict(),
+            "ranks": ranks if self.world > 1 else [mine],
+        }
+        path = self.folder / "checkpoint.pt"
+        with write_whole(path) as f:
+            torch.save(state, f)
+        if keep:
+            kept = self.folder / f"checkpoint-{self.steps_done:07d}.pt"
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(path, kept)
+            except OSError:  # a file system without hard links
+                shutil.copy(path, kept)
+
+    def save_picture(self, columns):
+        """samples/<step>.png, a sheet of {caption: images}."""
+        if self.rank == 0:
+            save_sheet(self.folder / "samples" / f"{self.steps_done:07d}.png", columns)
+
+    def save_scores(self, scores):
+        """One line of metrics.jsonl."""
+        if self.rank == 0:
+            with open(self.folder / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.steps_done, **scores}) + "\n")
+
+
+def make_run_folder(model, args, script):
+    """The folder of this run, with args.json and a copy of the script."""
+    if args.resume:
+        return Path(args.resume)
+    stem = f"{model}-{Path(args.data).stem}"
+    for n in range(1000):
+        folder = Path(args.out, f"{stem}-{n:03d}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except NotADirectoryError:
+            raise UserError(f"--out {args.out} is not a folder.") from None
+        write_json(folder / "args.json", plain(vars(args)))
+        shutil.copy(script, folder)
+        return folder
+    raise UserError(
+        f"--out {args.out}: 1000 runs of {stem} are there already; name another folder."
+    )
+
+
+def read_run_args(folder):
+    """The options of the run in a folder, for --resume."""
+    path = Path(folder, "args.json")
+    try:
+        args = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--resume {folder}: no args.json there; name a run folder.") from None
+    except ValueError:
+        raise UserError(f"--resume {folder}: args.json is damaged.") from None
+    return {k: v for k, v in args.items() if k not in ("command", "resume")}
+
+
+def drop_later_lines(path, step):
+    """Takes out of a log what was written after the checkpoint that a run resumes from."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(lines))
+
+
+def plain(options):
+    """Options as what JSON and a checkpoint may hold."""
+    return {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | None)}
+
+
+def memory_gb(device):
+    """Peak memory of this process: on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# =============================================================================
+# Pictures and files out, checkpoints in
+# =============================================================================
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """A binary file that appears under its name only when it is complete and on the disk.
+
+    A crash or a full disk leaves an older file of that name as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
+        room = shutil.disk_usage(path.parent).free / 2**20
+        raise UserError(f"cannot write {path} ({e}); {room:.0f} MB are free there.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, data):
+    with write_whole(path) as f:
+        f.write((json.dumps(data, indent=1) + "\n").encode())
+
+
+def load_checkpoint(path, model):
+    """One of our checkpoints, or the plain state dict of an official .pth; nothing in it is run.
+
+    Raises UserError if it is missing, damaged, of another model, or holds more than plain data.
+    """
+    if Path(path).is_dir() or not Path(path).exists():
+        raise UserError(f"--checkpoint {path}: no such file. Name a .pt or .pth file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"(?:GLOBAL|Unsupported global:?|class) +`?([\w.]+)", str(e))
+        if found is None:
+            raise UserError(f"--checkpoint {path}: not a checkpoint, or a damaged one.") from None
+        raise UserError(
+            f"--checkpoint {path}: refused, since it holds {found[1]}, which could run code; only"
+            " tensors and plain values are read."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise UserError(f"--checkpoint {path}: not a checkpoint, or a damaged one.") from None
+    if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
+        if state["model"] != model:
+            raise UserError(
+                f"--checkpoint {path} holds a {state['model']} model; {model} is needed here."
+            )
+        return state
+    if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
+        return state
+    raise UserError(f"--checkpoint {path}: neither one of ours nor a plain dict of tensors.")
+
+
+def to_picture(image):
+    """A float tensor (C, H, W) in [-1, 1], or a uint8 one, -> PIL picture."""
+    image = image if image.dtype == torch.uint8 else to_uint8(image)
+    array = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
+
+
+def save_sheet(path, columns):
+    """A captioned sheet of samples as PNG.
+
+    columns: {caption: images (N, C, H, W), floats in [-1, 1] or uint8}; row i shows image i of
+    every column. Small images are enlarged, pixel by pixel, so that one can see them.
+    """
+    pictures = {caption: [to_picture(x) for x in images] for caption, images in columns.items()}
+    side = max(max(p.size) for column in pictures.values() for p in column)
+    zoom, gap, top = max(1, 128 // side), 4, 18
+    cell = side * zoom + gap
+    rows = max(len(column) for column in pictures.values())
+    sheet = Image.new("RGB", (len(columns) * cell + gap, rows * cell + top), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for x, (caption, column) in enumerate(pictures.items()):
+        draw.text((x * cell + gap, 3), caption, "black", font)
+        for y, picture in enumerate(column):
+            picture = picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
+            sheet.paste(picture, (x * cell + gap, y * cell + top))
+    with write_whole(path) as f:
+        sheet.save(f, "PNG")
+
+
+def map_pictures(source, out, mode, function):
+    """function(PIL picture) -> PIL picture for one file, or all below a folder, written as PNG.
+
+    A folder's relative paths are kept below `out`; names that would coincide (a.jpg, a.png) keep
+    their old suffix (a.jpg.png). Files that cannot be read are named and skipped.
+    Raises UserError if there is nothing to read, or if results would replace the originals.
+    """
+    source, out = Path(source), Path(out)
+    if source.is_file():
+        folder, names = source.parent, [source.name]
+    else:
+        found = open_data(str(source), option="--input")
+        folder, names = source, found.names
+        if not source.is_dir():
+            raise UserError(f"--input {source}: neither a picture nor a folder.")
+        if out.suffix.lower() == ".png":
+            raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
+    stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
+    failed = 0
+    for n, name in enumerate(names, 1):
+        unique = stems[str(Path(name).with_suffix("")).lower()] == 1
+        target = out / (Path(name).with_suffix(".png") if unique else f"{name}.png")
+        if source.is_file() and out.suffix.lower() == ".png":
+            target = out
+        if target.exists() and any(target.samefile(folder / other) for other in names):
+            raise UserError(f"--out {out}: {target} would replace an original; name another place.")
+        try:
+            with open(folder / name, "rb") as f:
+                picture = decode(f, name, mode)
+        except BadImage as e:
+            failed += 1
+            print(f"skipped {e}", file=sys.stderr)
+            continue
+        result = function(picture)
+        with write_whole(target) as f:
+            result.save(f, "PNG")
+        print(f"{n}/{len(names)} {target}")
+    if failed == len(names):
+        raise UserError(f"--input {source}: not one readable picture.")
+    if failed:
+        print(f"{len(names) - failed} written, {failed} skipped")
+
+
+# =============================================================================
+# Scores: FID, KID, fd8
+# =============================================================================
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_BYTES = 95_628_359
+INCEPTION_URLS = (  # one file under two names: the TensorFlow graph of 2015-12-05, Apache-2.0
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+)
+RESIZE_MODES = ("tf1", "pytorch_fid", "clean")
+KID_ROWS = 10_000  # features kept for KID, 80 MB; of more images, evenly spaced ones
+STATISTICS_FORMAT = 1  # part of the cache key: raise it when the numbers below change meaning
+
+
+def average(x):
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def maximum(x):
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def shrink(x):
+    return F.max_pool2d(x, 3, stride=2)
+
+
+class ConvUnit(nn.Module):
+    """Convolution without bias, batch normalisation (eps 0.001), ReLU."""
+
+    def __init__(self, I, O, kernel, stride=1, pad=0):
+        super().__init__()
+        self.conv = nn.Conv2d(I, O, kernel, stride, pad, bias=False)
+        self.bn = nn.BatchNorm2d(O, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Several branches on one input, concatenated in the given order.
+
+    A branch is a list of steps, one after the other. A step is a pooling function; or a tuple
+    (name, output channels, kernel (height, width), stride), padded to keep the size unless it has
+    a stride; or a list of such tuples, all applied to the same tensor and concatenated.
+    """
+
+    def __init__(self, I, branches):
+        super().__init__()
+        self.branches = branches
+        for branch in branches:
+            width = I
+            for step in (step for step in branch if not callable(step)):
+                units = step if isinstance(step, list) else [step]
+                for name, O, kernel, *stride in units:
+                    pad = 0 if stride else (kernel[0] // 2, kernel[1] // 2)
+                    self.add_module(name, ConvUnit(width, O, kernel, *stride, pad=pad))
+                width = sum(unit[1] for unit in units)
+
+    def forward(self, x):
+        outputs = []
+        for branch in self.branches:
+            y = x
+            for step in branch:
+                if callable(step):
+                    y = step(y)
+                elif isinstance(step, list):
+                    y = torch.cat([self.get_submodule(name)(y) for name, *_ in step], 1)
+                else:
+                    y = self.get_submodule(step[0])(y)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+
+K1, K3, K5, K17, K71, K13, K31 = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1), (1, 3), (3, 1)
+
+
+def mixed_a(I, pool_features):
+    five = [("branch5x5_1", 48, K1), ("branch5x5_2", 64, K5)]
+    three = [("branch3x3dbl_1", 64, K1), ("branch3x3dbl_2", 96, K3), ("branch3x3dbl_3", 96, K3)]
+    pool = [average, ("branch_pool", pool_features, K1)]
+    return Mixed(I, [[("branch1x1", 64, K1)], five, three, pool])
+
+
+def mixed_b(I):
+    three = [("branch3x3dbl_1", 64, K1), ("branch3x3dbl_2", 96, K3), ("branch3x3dbl_3", 96, K3, 2)]
+    return Mixed(I, [[("branch3x3", 384, K3, 2)], three, [shrink]])
+
+
+def mixed_c(I, C):
+    once = [("branch7x7_1", C, K1), ("branch7x7_2", C, K17), ("branch7x7_3", 192, K71)]
+    twice = [("branch7x7dbl_1", C, K1), ("branch7x7dbl_2", C, K71), ("branch7x7dbl_3", C, K17)]
+    twice += [("branch7x7dbl_4", C, K71), ("branch7x7dbl_5", 192, K17)]
+    return Mixed(I, [[("branch1x1", 192, K1)], once, twice, [average, ("branch_pool", 192, K1)]])
+
+
+def mixed_d(I):
+    three = [("branch3x3_1", 192, K1), ("branch3x3_2", 320, K3, 2)]
+    seven = [("branch7x7x3_1", 192, K1), ("branch7x7x3_2", 192, K17)]
+    seven += [("branch7x7x3_3", 192, K71), ("branch7x7x3_4", 192, K3, 2)]
+    return Mixed(I, [three, seven, [shrink]])
+
+
+def mixed_e(I, pool):
+    once = [("branch3x3_1", 384, K1), [("branch3x3_2a", 384, K13), ("branch3x3_2b", 384, K31)]]
+    twice = [("branch3x3dbl_1", 448, K1), ("branch3x3dbl_2", 384, K3)]
+    twice += [[("branch3x3dbl_3a", 384, K13), ("branch3x3dbl_3b", 384, K31)]]
+    return Mixed(I, [[("branch1x1", 320, K1)], once, twice, [pool, ("branch_pool", 192, K1)]])
+
+
+class InceptionV3(nn.Module):
+    """The Inception-v3 of FID, as in the TensorFlow graph of 2015-12-05 (Szegedy et al. 2015).
+
+    It is not the ImageNet network of torchvision: average pools leave the padding out, the last
+    block pools with the maximum, and there are 1008 classes. State dict names are those of the
+    published file (566 entries). `label` says which weights it holds.
+
+    forward(x) -> features (N, 2048); x: (N, 3, 299, 299) from resize_for_inception.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.label = "inception with unnamed weights"
+        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, pad=1)
+        self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
+        self.Mixed_5b = mixed_a(192, 32)
+        self.Mixed_5c = mixed_a(256, 64)
+        self.Mixed_5d = mixed_a(288, 64)
+        self.Mixed_6a = mixed_b(288)
+        self.Mixed_6b = mixed_c(768, 128)
+        self.Mixed_6c = mixed_c(768, 160)
+        self.Mixed_6d = mixed_c(768, 160)
+        self.Mixed_6e = mixed_c(768, 192)
+        self.Mixed_7a = mixed_d(768)
+        self.Mixed_7b = mixed_e(1280, average)
+        self.Mixed_7c = mixed_e(2048, maximum)
+        self.fc = nn.Linear(2048, 1008)  # only in the file: no score here needs it
+
+    def stages(self, x):
+        """Yields the maps of four depths: (N, 64, 73, 73), (N, 192, 35, 35), (N, 768, 17, 17),
+        (N, 2048, 8, 8). Whoever stops early does not pay for the rest."""
+        x = shrink(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+        yield x
+        x = shrink(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        yield x
+        x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
+        yield x
+        yield self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+
+    def forward(self, x):
+        for maps in self.stages(x):
+            features = maps.mean([2, 3])  # of the last stage in the end
+        return features
+
+
+def cache_folder():
+    """Where fetched weights and statistics are kept, for all projects on this machine."""
+    return Path(os.environ.get("GANS_CACHE") or "~/.cache/gans").expanduser()
+
+
+def load_inception(path=None, device="cpu"):
+    """InceptionV3 in eval mode, from a file, or from the cache folder (fetched there if missing).
+
+    Only the published file is labelled "inception-2015-12-05"; any other file with its tensor
+    names and shapes is taken when given by path, and labelled by its hash. Moves no random state.
+    Raises UserError for a file that is missing, damaged, or of another network.
+    """
+    file = Path(path) if path else cache_folder() / INCEPTION_URLS[0].rsplit("/", 1)[1]
+    if not path and not file.exists():
+        download(INCEPTION_URLS, file, sha256=INCEPTION_SHA256, size=INCEPTION_BYTES)
+    try:
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"Inception weights {file}: {error.strerror}.") from error
+    if not path and sha256 != INCEPTION_SHA256:
+        raise UserError(f"{file} is damaged (sha256 {sha256[:8]}, not 6726825d). Delete it.")
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        net = InceptionV3()
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        net.load_state_dict(weights, strict=True, assign=True)
+    except Exception as error:  # torch.load meets a strange file with a dozen kinds of exception
+        raise UserError(
+            f"{file} does not hold the FID Inception weights ({type(error).__name__}). Expected "
+            f"{INCEPTION_URLS[0].rsplit('/', 1)[1]}, 566 tensors, sha256 {INCEPTION_SHA256[:8]}."
+        ) from error
+    published = sha256 == INCEPTION_SHA256
+    net.label = "inception-2015-12-05" if published else f"inception-{sha256[:8]}"
+    return net.float().requires_grad_(False).eval().to(device)
+
+
+def uint8_batches(images, batch=32):
+    """Yields uint8 tensors (n, C, H, W), n <= batch.
+
+    images: a tensor or array (N, C, H, W), uint8 or float in [-1, 1], or an iterable of such.
+    Floats become floor(127.5 x + 128) within 0..255, NVIDIA's rule. Raises ValueError for others.
+    """
+    for chunk in [images] if hasattr(images, "shape") else images:
+        chunk = torch.as_tensor(chunk)
+        if chunk.ndim != 4 or not (chunk.dtype == torch.uint8 or chunk.is_floating_point()):
+            raise ValueError(f"images (N, C, H, W), uint8 or float: {chunk.dtype} {chunk.shape}")
+        for x in chunk.split(batch):
+            if x.is_floating_point():
+                if not x.isfinite().all():
+                    raise ValueError("an image holds NaN or infinity")
+                x = to_uint8(x.float())
+            yield x
+
+
+def bilinear_tf1(x, size):
+    """(N, C, H, W) -> (N, C, size, size); source coordinate = destination * in / size, as TF1."""
+    for dim in (3, 2):
+        position = torch.arange(size, device=x.device) * x.shape[dim]  # in 1 / size pixel: exact
+        lo = position // size
+        hi = (lo + 1).clamp(max=x.shape[dim] - 1)
+        weight = (position % size).to(x.dtype) / size
+        near = x.index_select(dim, lo)
+        far = x.index_select(dim, hi)
+        x = near + (far - near) * (weight if dim == 3 else weight[:, None])
+    return x
+
+
+def resize_for_inception(images, mode="tf1", dtype=torch.float32):
+    """uint8 (N, 1 or 3, H, W) -> (N, 3, 299, 299), what InceptionV3 takes, about [-1, 1].
+
+    "tf1": bilinear, source = destination * in / 299, no half-pixel shift, no antialiasing even
+        when shrinking, then (x - 128) / 128. FID as TTUR, StyleGAN and torch-fidelity compute it.
+    "pytorch_fid": bilinear about pixel centres, then 2 x / 255 - 1 (mseitzer/pytorch-fid).
+    "clean": Pillow's antialiased bicubic in float, clipped to 0..255, then as tf1 (clean-fid).
+    A score of one mode does not compare with a score of another.
+    """
+    N, C, H, W = images.shape
+    if mode not in RESIZE_MODES or C not in (1, 3) or images.dtype != torch.uint8:
+        raise ValueError(f"mode {mode!r}, {images.dtype} {tuple(images.shape)}: see the docstring")
+    x = images.expand(N, 3, H, W)
+    if mode == "pytorch_fid":
+        return 2 * F.interpolate(x.to(dtype) / 255, (299, 299), mode="bilinear") - 1
+    if mode == "clean":
+        planes = x.reshape(-1, H, W).cpu().numpy().astype(np.float32)
+        planes = [Image.fromarray(p).resize((299, 299), Image.Resampling.BICUBIC) for p in planes]
+        x = torch.from_numpy(np.stack([np.asarray(p) for p in planes])).reshape(N, 3, 299, 299)
+        return (x.to(images.device, dtype).clamp(0, 255) - 128) / 128
+    return (bilinear_tf1(x.to(dtype), 299) - 128) / 128
+
+
+@contextlib.contextmanager
+def exact_float32(device):
+    """No autocast and no TF32 within, so that a score is the same whatever the training uses."""
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+@torch.no_grad()
+def inception_features(images, net, mode="tf1", device=None):
+    """Pooled features (n, 2048) on the CPU, float32 (the type of the network).
+
+    images: see uint8_batches; device: where to compute, default where the network is.
+    Raises ValueError without images and for features that are not finite.
+    """
+    weight = net.fc.weight
+    device = torch.device(device or weight.device)
+    net.to(device).eval()
+    rows = []
+    for x in uint8_batches(images):  # a generator network that makes x lazily keeps its precision
+        with exact_float32(device):
+            x = resize_for_inception(x.to(device), mode, weight.dtype)
+            rows.append(net(x).cpu())
+    features = torch.cat(rows) if rows else torch.zeros(0, 2048)
+    if not len(features) or not features.isfinite().all():
+        raise ValueError(f"Inception features of {len(features)} images: none, or not all finite")
+    return features
+
+
+def gather(value):
+    """The value of every process, in the order of ranks; [value] without torch.distributed."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class FeatureStats:
+    """Mean and covariance of rows that come in pieces: n, sum f and sum f f^T in float64."""
+
+    def __init__(self, dim):
+        self.n = 0
+        self.total = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def add(self, features):
+        """features: (n, dim). Returns self."""
+        for rows in torch.as_tensor(features).split(4096):
+            rows = rows.to("cpu", torch.float64)
+            self.n += len(rows)
+            self.total += rows.sum(0)
+            self.outer += rows.T @ rows
+        return self
+
+    def merge(self, other):
+        self.n, self.total = self.n + other.n, self.total + other.total
+        self.outer = self.outer + other.outer
+        return self
+
+    def all_reduce(self):
+        """Sums over all processes; each adds only images that no other adds. Returns self."""
+        if dist.is_initialized():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            count = torch.tensor([self.n], dtype=torch.float64)
+            sums = [t.to(device) for t in (count, self.total, self.outer)]
+            for t in sums:
+                dist.all_reduce(t)
+            self.n, self.total, self.outer = int(sums[0]), sums[1].cpu(), sums[2].cpu()
+        return self
+
+    def mean_cov(self, ddof=1):
+        """mu (dim,), sigma (dim, dim). ddof 1 as in TTUR and pytorch-fid, 0 as NVIDIA's PyTorch."""
+        if self.n <= ddof:
+            raise ValueError(f"a covariance needs more than {ddof} images, got {self.n}")
+        mu = self.total / self.n
+        sigma = (self.outer - self.n * mu[:, None] * mu) / (self.n - ddof)
+        return mu, sigma
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. 6).
+
+    The trace of the root is the sum of the roots of the eigenvalues of R sigma2 R with R the
+    symmetric root of sigma1: two symmetric eigenproblems in float64, stable where the root of the
+    product is not. Raises ValueError for shapes, NaN, and distances that are clearly negative.
+    """
+    mu1, sigma1, mu2, sigma2 = (
+        torch.as_tensor(t).to("cpu", torch.float64) for t in (mu1, sigma1, mu2, sigma2)
+    )
+    shapes = [tuple(t.shape) for t in (mu1, sigma1, mu2, sigma2)]
+    if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
+        raise ValueError(f"mean and covariance do not fit together: {shapes}")
+    if not all(t.isfinite().all() for t in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("a mean or covariance holds NaN or infinity")
+    e, V = torch.linalg.eigh(sigma1)
+    root = (V * e.clamp(min=0).sqrt()) @ V.T
+    product = root @ sigma2 @ root
+    overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    return clamped((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap)
+
+
+def frechet_distance_of_features(features1, features2, ddof=1):
+    """The same from the features (n1, d), (n2, d) themselves: exact, and fast, where n < d.
+
+    With A and B the centred features over sqrt(n - ddof), sigma1 = A^T A, sigma2 = B^T B, and the
+    trace of the root is the sum of the singular values of A B^T (n1, n2).
+    """
+    f1, f2 = (torch.as_tensor(f).to("cpu", torch.float64) for f in (features1, features2))
+    A = (f1 - f1.mean(0)) / (len(f1) - ddof) ** 0.5
+    B = (f2 - f2.mean(0)) / (len(f2) - ddof) ** 0.5
+    overlap = torch.linalg.svdvals(A @ B.T).sum()
+    traces = A.square().sum() + B.square().sum()
+    return clamped((f1.mean(0) - f2.mean(0)).square().sum() + traces - 2 * overlap)
+
+
+def clamped(distance):
+    if not distance >= -1e-3:  # NaN too
+        raise ValueError(f"Frechet distance {distance:g}: the covariances are not sound")
+    return max(float(distance), 0.0)
+
+
+def kid(real, fake, subsets=100, subset_size=1000, generator=None, indices=None):
+    """Kernel inception distance (Binkowski et al. 2018): mean and deviation over the subsets.
+
+    The unbiased squared MMD of features real (n1, d), fake (n2, d) with kernel (x.y / d + 1)^3,
+    float64; may be slightly negative. Subsets of min(subset_size, n1, n2) rows, drawn without
+    replacement by a numpy Generator (default: seed 0), or given as pairs (real rows, fake rows).
+    """
+    real, fake = (torch.as_tensor(f).to("cpu", torch.float64) for f in (real, fake))
+    m = min(subset_size, len(real), len(fake))
+    if indices is None:
+        generator = generator or np.random.default_rng(0)
+        subsets = 1 if m == len(real) == len(fake) else subsets  # every subset would be the same
+        pick = generator.choice
+        indices = (
+            (pick(len(real), m, replace=False), pick(len(fake), m, replace=False))
+            for _ in range(subsets)
+        )
+    values = []
+    for i, j in indices:
+        x, y = real[torch.as_tensor(i)], fake[torch.as_tensor(j)]
+        if min(len(x), len(y)) < 2:
+            raise ValueError(f"KID needs 2 images on each side, got {len(x)} and {len(y)}")
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy))
+        values.append(float(within - 2 * xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+@torch.no_grad()
+def fd8(real, fake):
+    """Frechet distance between images in [-1, 1] area-averaged to 8 x 8: needs no network.
+
+    real, fake: see uint8_batches, but floats are taken as they are; grey counts as three equal
+    channels. 192 numbers per image, float64, covariance with n - 1. DESIGN.md section 6.
+    """
+    moments = []
+    for images in (real, fake):
+        stats = FeatureStats(192)
+        for chunk in [images] if hasattr(images, "shape") else images:
+            for x in torch.as_tensor(chunk).split(256):
+                x = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
+                x = F.adaptive_avg_pool2d(x, 8).expand(-1, 3, 8, 8)
+                stats.add(x.flatten(1))
+        moments += stats.all_reduce().mean_cov()
+    return frechet_distance(*moments)
+
+
+def feature_statistics(features):
+    """{mu, sigma, n, features}: moments over all processes, and at most KID_ROWS rows for KID."""
+    stats = FeatureStats(features.shape[1]).add(features).all_reduce()
+    mu, sigma = stats.mean_cov()
+    rows = min(len(features), KID_ROWS // len(gather(None)))
+    kept = features[torch.linspace(0, len(features) - 1, rows, dtype=torch.float64).round().long()]
+    return {"mu": mu, "sigma": sigma, "n": stats.n, "features": torch.cat(gather(kept))}
+
+
+def real_statistics(images, net, mode="tf1", folder=None):
+    """feature_statistics of the real images, cached in a folder (default: the cache) by content.
+
+    images: see uint8_batches, an array or something that can be iterated over twice: the name of
+    the cache file is a hash over every pixel, the resize mode, the weights and the format, so that
+    changed data never meets old statistics. A damaged cache file is computed again.
+    """
+    if iter(images) is images:
+        raise ValueError("real images are read twice: pass an array, a list or a loader")
+    digest = hashlib.sha256(f"{STATISTICS_FORMAT} {mode} ddof 1 {KID_ROWS}".encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for x in uint8_batches(images):
+        for image in x.cpu():
+            digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
+    key = hashlib.sha256("".join(gather(digest.hexdigest())).encode()).hexdigest()
+    path = Path(folder or cache_folder()) / f"inception-statistics-{key[:32]}.npz"
+    cached = read_statistics(path)
+    if all(gather(cached is not None)):
+        return cached
+    statistics = feature_statistics(inception_features(images, net, mode))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_statistics(path, statistics)
+    return statistics
+
+
+def read_statistics(path):
+    """What write_statistics wrote; None if there is nothing there, or nothing sound."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            mu, sigma, features = (torch.from_numpy(data[k]) for k in ("mu", "sigma", "features"))
+            n = int(data["n"])
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        print(f"{path} is damaged: computing these statistics again.", file=sys.stderr)
+        return None
+    return {"mu": mu, "sigma": sigma, "n": n, "features": features}
+
+
+def write_statistics(path, statistics):
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            np.savez(file, **{name: np.asarray(value) for name, value in statistics.items()})
+        os.replace(part, path)
+    except OSError as error:
+        if part.exists():
+            part.unlink()
+        print(f"{path} not written ({error.strerror}), computed anew next time.", file=sys.stderr)
+
+
+def fid_kid(real, fake, net, mode="tf1", folder=None):
+    """FID and KID x 1000 of images (see uint8_batches) with counts, resize rule and network.
+
+    Only the real images' statistics are cached. FID shrinks as n grows: compare scores of
+    equal n_real and n_fake only. Moves no random state of torch, even where `fake` is a
+    generator that samples as it goes. Several processes pass each its own share of the images.
+    """
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        a = real_statistics(real, net, mode, folder)
+        b = feature_statistics(inception_features(fake, net, mode))
+    if max(a["n"], b["n"]) <= 2048:  # rank-deficient: the features give more digits, sooner
+        fid = frechet_distance_of_features(a["features"], b["features"])
+    else:
+        fid = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    mean, std = kid(a["features"], b["features"])
+    scores = {"fid": fid, "kid_x1000": 1000 * mean, "kid_x1000_std": 1000 * std}
+    scores.update(n_real=a["n"], n_fake=b["n"], resize=mode, features=net.label)
+    if min(a["n"], b["n"]) < 2048:
+        scores["warning"] = "fewer than 2048 images: FID is biased upward; read KID, or equal n"
+    return scores
+
+
+def mean_abs(a, b):
+    """Mean absolute difference of uint8 images, on the scale on which they range over [-1, 1]."""
+    return (a.double() - b.double()).abs().mean().item() / 127.5
+
+
+def load_inception_or_explain(path, device):
+    """The FID network, or None after one line that says how to get it."""
+    try:
+        return load_inception(path, device)
+    except UserError as e:
+        if path is not None:
+            raise
+        print(f"FID and KID are left out: {e}")
+        return None
+
+
+def describe_scores(row):
+    """One line for a dict of scores, with counts, resize rule and feature network."""
+    parts = [f"fd8 {row['fd8']:.3f}", f"{row['n_real']} real, {row['n_fake']} fake"]
+    if "fid" in row:
+        parts += [f"FID {row['fid']:.2f}, KID x 1000 {row['kid_x1000']:.2f}"]
+        parts += [f"resize {row['resize']}, features {row['features']}"]
+        parts += [row["warning"]] if "warning" in row else []
+    if "cycle_error" in row:
+        parts += [f"cycle error {row['cycle_error']:.4f}"]
+    if "error" in row:
+        share = row["error"] / row["error_of_doing_nothing"]
+        parts += [f"error to the true counterpart {row['error']:.4f}"]
+        parts += [f"{share:.0%} of doing nothing ({row['error_of_doing_nothing']:.4f})"]
+    return " | ".join(parts)

@@ -1,0 +1,813 @@
+"""CycleGAN, "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks"
+(Zhu, Park, Isola, Efros 2017, arXiv:1703.10593).
+
+In this file, in the order in which a picture meets it      paper
+    ResnetGenerator, UnetGenerator                          sec. 4, appendix 7.2
+    PatchDiscriminator, PixelDiscriminator                  sec. 4, appendix 7.2 (70x70 PatchGAN)
+    adversarial_loss, gradient_penalty                      Eq. (1); sec. 4 (least squares)
+    cycle and identity loss, in train_step                  Eqs. (2), (3); sec. 5.2
+    ImagePool                                               sec. 4 (a history of 50 images)
+    train                                                   sec. 4, appendix 7.1
+
+    python cyclegan.py                                      # toy data, 2 CPU cores, minutes
+    python cyclegan.py --data horse2zebra
+    python cyclegan.py translate --checkpoint RUN/checkpoint.pt --input PHOTOS --direction AtoB
+    python cyclegan.py evaluate --checkpoint RUN/checkpoint.pt
+
+Names. G_AB and G_BA are the paper's G and F (X = A, Y = B). D_A judges pictures of domain A, the
+paper's D_X; the official code (junyanz/pytorch-CycleGAN-and-pix2pix) calls that one D_B.
+
+Results: README. Differs from the paper, with the official PyTorch code: the identity loss is on for
+every data set (paper: paintings only), convolutions before an instance norm keep their biases.
+Differs from both: a seed fixes everything, and a run resumes exactly.
+"""
+
+import argparse
+import functools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from common import UserError
+
+# =============================================================================
+# The paper's numbers
+# =============================================================================
+
+LR, BETAS = 2e-4, (0.5, 0.999)  # Adam, appendix 7.1; 0.5 is the official code's
+EPOCHS = 200  # appendix 7.1: 100 at a constant rate, 100 with the rate going linearly to zero
+LAMBDA_CYC, LAMBDA_ID = 10.0, 0.5  # Eq. (3), appendix 7.1; sec. 5.2 (relative to LAMBDA_CYC)
+LAMBDA_GP = 10.0  # Gulrajani et al. 2017, only with --gan-mode wgangp
+POOL_SIZE = 50  # sec. 4
+LOAD_SIZE, CROP_SIZE = 286, 256  # official defaults: resize, then a random crop
+INIT_STD = 0.02  # appendix 7.1: weights from N(0, 0.02)
+
+# What a plain `python cyclegan.py` trains: small enough for two CPU cores and a few minutes.
+TOY = dict(load_size=64, crop_size=64, ngf=16, ndf=16, blocks=1)
+TOY |= dict(batch=2, epochs=4, lr=1e-3, every=1000)
+
+# =============================================================================
+# Networks
+# =============================================================================
+# Layers stand in nn.Sequential in the order of appendix 7.2, so that the names of parameters
+# ("model.10.conv_block.1.weight") are those of the official checkpoints.
+
+
+def norm2d(norm, C):
+    """The normalisation of C channels: 'instance' (the paper), 'batch' or 'none'.
+
+    Instance norm has neither affine parameters nor running statistics, eps 1e-5.
+    """
+    layers = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+    return layers[norm](C) if norm != "none" else nn.Identity()
+
+
+def init_weights(net, std=INIT_STD):
+    """Convolution weights ~ N(0, std), biases 0; batch norm weights ~ N(1, std) (appendix 7.1)."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, std)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    return net
+
+
+class ResnetBlock(nn.Module):
+    """Rk of appendix 7.2: two 3x3 convolutions and a skip, no ReLU after the sum."""
+
+    def __init__(self, C, norm, dropout):
+        super().__init__()
+        bias = norm == "instance"
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(C, C, 3, bias=bias),
+            norm2d(norm, C),
+            nn.ReLU(),
+            *([nn.Dropout(0.5)] if dropout else []),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(C, C, 3, bias=bias),
+            norm2d(norm, C),
+        )
+
+    def forward(self, x):
+        return x + self.conv_block(x)
+
+
+class ResnetGenerator(nn.Module):
+    """The paper's generator (Johnson et al. 2016): c7s1-64, d128, d256, R256 x blocks, u128, u64,
+    c7s1-3 (appendix 7.2). 9 blocks from 256 pixels, 6 below.
+
+    forward(x) -> (N, out_channels, H, W) in [-1, 1]
+        x: (N, in_channels, H, W) in [-1, 1]; H, W multiples of 4, at least 8
+    Only convolutions that an instance norm follows have a bias (and the last one, always), as in
+    the official code. Under autocast the result has the type of x, so that losses stay float32.
+    """
+
+    multiple = 4  # of which H and W must be
+
+    def __init__(
+        self, in_channels=3, out_channels=3, ngf=64, blocks=9, norm="instance", dropout=False
+    ):
+        super().__init__()
+        self.config = dict(kind="resnet", in_channels=in_channels, out_channels=out_channels)
+        self.config |= dict(ngf=ngf, blocks=blocks, norm=norm, dropout=dropout)
+        bias = norm == "instance"
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, ngf, 7, bias=bias)]  # c7s1-64
+        layers += [norm2d(norm, ngf), nn.ReLU()]
+        for C in (2 * ngf, 4 * ngf):  # d128, d256: zero padding here, unlike elsewhere
+            layers += [nn.Conv2d(C // 2, C, 3, stride=2, padding=1, bias=bias)]
+            layers += [norm2d(norm, C), nn.ReLU()]
+        layers += [ResnetBlock(4 * ngf, norm, dropout) for _ in range(blocks)]  # R256
+        for C in (2 * ngf, ngf):  # u128, u64
+            layers += [nn.ConvTranspose2d(2 * C, C, 3, 2, padding=1, output_padding=1, bias=bias)]
+            layers += [norm2d(norm, C), nn.ReLU()]
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, out_channels, 7), nn.Tanh()]  # c7s1-3
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.model(x).to(x.dtype)
+
+
+class UnetLevel(nn.Module):
+    """One level of the U-Net: a convolution down, the levels `within`, a convolution up.
+
+    forward(x): (N, outer, H, W) -> (N, 2 * outer, H, W), the input beside the output; the outermost
+    level returns its output alone.
+    """
+
+    def __init__(self, outer, inner, within, norm, out_channels=None, dropout=False):
+        super().__init__()
+        self.outermost = out_channels is not None
+        bias = norm == "instance"
+        down = nn.Conv2d(outer, inner, 4, stride=2, padding=1, bias=bias)
+        up_in = 2 * inner if within else inner
+        if self.outermost:
+            up = nn.ConvTranspose2d(up_in, out_channels, 4, stride=2, padding=1)
+            layers = [down, within, nn.ReLU(), up, nn.Tanh()]
+        else:
+            up = nn.ConvTranspose2d(up_in, outer, 4, stride=2, padding=1, bias=bias)
+            layers = [nn.LeakyReLU(0.2), down]
+            layers += [norm2d(norm, inner), within] if within else []  # innermost: no norm
+            layers += [nn.ReLU(), up, norm2d(norm, outer)]
+            layers += [nn.Dropout(0.5)] if dropout else []
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.model(x) if self.outermost else torch.cat([x, self.model(x)], 1)
+
+
+class UnetGenerator(nn.Module):
+    """The U-Net generator of pix2pix (Isola et al. 2017), an option of the official code.
+
+    forward(x) -> (N, out_channels, H, W) in [-1, 1]
+        x: (N, in_channels, H, W) in [-1, 1]; H, W multiples of 2^downs: 8 for unet_256, 7 for
+        unet_128
+    """
+
+    def __init__(
+        self, in_channels=3, out_channels=3, ngf=64, downs=8, norm="instance", dropout=False
+    ):
+        super().__init__()
+        self.config = dict(kind="unet", in_channels=in_channels, out_channels=out_channels)
+        self.config |= dict(ngf=ngf, downs=downs, norm=norm, dropout=dropout)
+        self.multiple = 2**downs
+        C = [ngf * min(2**j, 8) for j in range(downs)]  # 64, 128, 256, 512, 512, ...
+        level = None
+        for j in range(downs - 1, 0, -1):  # from the innermost level outwards
+            middle = 4 <= j < downs - 1  # the levels of 512 channels but the innermost
+            level = UnetLevel(C[j - 1], C[j], level, norm, dropout=dropout and middle)
+        self.model = UnetLevel(in_channels, C[0], level, norm, out_channels)
+
+    def forward(self, x):
+        return self.model(x).to(x.dtype)
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (sec. 4, appendix 7.2): C64, C128, C256, C512 and a last convolution to one channel,
+    4x4 kernels; every logit judges one patch, of 70x70 pixels with 3 layers of stride 2 (n_layers
+    1, 2, 4, 5: 16, 34, 142, 286).
+
+    forward(x) -> logits (N, 1, H / 2^n - 2, W / 2^n - 2); x: (N, in_channels, H, W) in [-1, 1]
+    """
+
+    def __init__(self, in_channels=3, ndf=64, n_layers=3, norm="instance"):
+        super().__init__()
+        self.config = dict(kind="patch", in_channels=in_channels, ndf=ndf)
+        self.config |= dict(n_layers=n_layers, norm=norm)
+        C = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
+        layers = [nn.Conv2d(in_channels, C[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, n_layers + 1):
+            stride = 2 if i < n_layers else 1
+            layers += [nn.Conv2d(C[i - 1], C[i], 4, stride, padding=1, bias=norm == "instance")]
+            layers += [norm2d(norm, C[i]), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(C[-1], 1, 4, padding=1)]
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.model(x).to(x.dtype)
+
+
+class PixelDiscriminator(nn.Module):
+    """A 1x1 "PatchGAN" (Isola et al. 2017), which judges colours only.
+
+    forward(x) -> logits (N, 1, H, W); x: (N, in_channels, H, W) in [-1, 1]
+    """
+
+    def __init__(self, in_channels=3, ndf=64, norm="instance"):
+        super().__init__()
+        self.config = dict(kind="pixel", in_channels=in_channels, ndf=ndf, norm=norm)
+        bias = norm == "instance"
+        self.net = nn.Sequential(
+            nn.Conv2d(in_channels, ndf, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(ndf, 2 * ndf, 1, bias=bias),
+            norm2d(norm, 2 * ndf),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * ndf, 1, 1, bias=bias),
+        )
+
+    def forward(self, x):
+        return self.net(x).to(x.dtype)
+
+
+def build(config):
+    """The network that a `config` describes: what its attribute of that name held."""
+    kinds = {
+        "resnet": ResnetGenerator,
+        "unet": UnetGenerator,
+        "patch": PatchDiscriminator,
+        "pixel": PixelDiscriminator,
+    }
+    config = dict(config)
+    return kinds[config.pop("kind")](**config)
+
+
+def from_official(arrays):
+    """A ready generator or discriminator from an official state dict, {name: tensor or array}.
+
+    Kind, sizes, norm and dropout are read off names and shapes. Files of PyTorch before 0.4 also
+    hold running statistics of instance norms, which were never used: they are dropped. A U-Net's
+    dropout leaves no trace in its names, so it is off. Raises ValueError for anything else.
+    """
+    arrays = {name.removeprefix("module."): torch.as_tensor(a) for name, a in arrays.items()}
+    convs = {name: tuple(a.shape) for name, a in arrays.items() if a.ndim == 4}
+    try:
+        if "model.model.0.weight" in arrays:
+            inner, after = "model.model.1.model.1", "model.model.1.model.2"
+            ngf, in_channels = convs["model.model.0.weight"][:2]
+            out_channels = convs["model.model.3.weight"][1]
+            config = {"kind": "unet", "downs": len(convs) // 2}
+        elif any(".conv_block." in name for name in convs):
+            inner, after = "model.1", "model.2"
+            ngf, in_channels = convs["model.1.weight"][:2]
+            out_channels = list(convs.values())[-1][0]
+            blocks = sum(name.endswith("conv_block.1.weight") for name in convs)
+            dropout = any(name.endswith("conv_block.6.weight") for name in convs)
+            config = {"kind": "resnet", "blocks": blocks, "dropout": dropout}
+        elif "net.0.weight" in arrays:
+            inner, after = "net.2", "net.3"
+            ndf, in_channels = convs["net.0.weight"][:2]
+            config = {"kind": "pixel", "in_channels": in_channels, "ndf": ndf}
+        else:
+            inner, after = "model.2", "model.3"
+            ndf, in_channels = convs["model.0.weight"][:2]
+            config = {"kind": "patch", "ndf": ndf, "n_layers": len(convs) - 2}
+    except KeyError as e:
+        raise ValueError(f"not a CycleGAN network: no convolution {e.args[0]!r}") from None
+    if config["kind"] in ("resnet", "unet"):
+        config |= {"ngf": ngf, "out_channels": out_channels}
+    config["in_channels"] = in_channels
+
+    affine = f"{after}.weight" in arrays and arrays[f"{after}.weight"].ndim == 1
+    if f"{inner}.bias" in arrays:  # the bias rule: only before an instance norm
+        if affine:
+            raise ValueError(
+                f"{after}.weight: instance norm with affine parameters (mid-2017 files)"
+            )
+        config["norm"] = "instance"
+        stale = ("running_mean", "running_var", "num_batches_tracked")
+        arrays = {name: a for name, a in arrays.items() if not name.endswith(stale)}
+    else:
+        config["norm"] = "batch" if affine else "none"
+
+    net = build(config)
+    for name, a in net.state_dict().items():  # batch norms of old files do not count batches
+        if name.endswith("num_batches_tracked"):
+            arrays.setdefault(name, a)
+    try:
+        net.load_state_dict(arrays)
+    except RuntimeError as e:
+        what = str(e).splitlines()[1].strip()
+        raise ValueError(f"does not fit a {config['kind']} network: {what}") from None
+    return net
+
+
+# =============================================================================
+# Losses
+# =============================================================================
+
+
+def adversarial_loss(logits, real, mode="lsgan"):
+    """How far D's logits are from calling the pictures `real` (True or False); mean over patches.
+
+    lsgan: squared distance to 1 or 0 (sec. 4); vanilla: Eq. (1) in the non-saturating form, cross
+    entropy; wgangp: minus or plus the mean (Gulrajani et al. 2017).
+    """
+    if mode == "wgangp":
+        return -logits.mean() if real else logits.mean()
+    target = torch.full_like(logits, float(real))
+    if mode == "lsgan":
+        return F.mse_loss(logits, target)
+    return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def gradient_penalty(D, real, fake, alpha):
+    """(|grad_x D(x)| - 1)^2 at x = alpha * real + (1 - alpha) * fake, mean over the batch
+    (Gulrajani et al. 2017, Eq. 3). Weight it by LAMBDA_GP.
+
+    alpha: (N, 1) in [0, 1]. The official CycleGAN defines this term but never adds it.
+    """
+    alpha = alpha[:, :, None, None]
+    x = (alpha * real + (1 - alpha) * fake).requires_grad_(True)
+    (grads,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    return ((grads.flatten(1) + 1e-16).norm(2, dim=1) - 1).square().mean()
+
+
+def discriminator_loss(D, real, fake, mode="lsgan"):
+    """Half the sum for real and fake pictures: "we divide the objective by 2" (appendix 7.1)."""
+    logits_real, logits_fake = forward_both(D, real, fake)
+    return 0.5 * (
+        adversarial_loss(logits_real, True, mode) + adversarial_loss(logits_fake, False, mode)
+    )
+
+
+def forward_both(net, x, y):
+    """net(x), net(y) in one pass, or in two where a batch norm would mix them or sizes differ."""
+    if net.config["norm"] == "batch" or x.shape[1:] != y.shape[1:]:
+        return net(x), net(y)
+    return net(torch.cat([x, y])).split([len(x), len(y)])
+
+
+class ImagePool:
+    """The history of generated images from which D learns (sec. 4; Shrivastava et al. 2017).
+
+    Until `size` images are stored every image is stored and returned. From then on each is, with
+    probability 1/2, exchanged for a random stored one, else returned and not stored.
+    Everything is a tensor operation, so that nothing waits for the GPU.
+    """
+
+    def __init__(self, size=POOL_SIZE):
+        self.size = size
+        self.images = None  # (size, C, H, W), made by the first query
+        self.count = None  # () how many are stored
+
+    def query(self, images, u, slot):
+        """images: (N, C, H, W); u, slot: (N,) uniform in [0, 1). Returns (N, C, H, W)."""
+        if self.size == 0:
+            return images
+        if self.images is None:
+            self.images = images.new_zeros(self.size, *images.shape[1:])
+            self.count = torch.zeros((), dtype=torch.long, device=images.device)
+        if images.shape[1:] != self.images.shape[1:]:
+            sizes = f"{tuple(self.images.shape[1:])} and {tuple(images.shape[1:])}"
+            raise ValueError(f"the image pool holds one size only, not {sizes}: use --pool-size 0")
+        out = []
+        for image, u_i, slot_i in zip(images, u, (slot * self.size).long(), strict=True):
+            filling = self.count < self.size
+            swap = ~filling & (u_i > 0.5)
+            k = torch.where(filling, self.count, slot_i).reshape(1)
+            stored = self.images.index_select(0, k)[0]
+            self.images.index_copy_(0, k, torch.where(filling | swap, image, stored)[None])
+            self.count += filling
+            out.append(torch.where(swap, stored, image))
+        return torch.stack(out)
+
+    def state_dict(self):
+        return {"images": self.images, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.images, self.count = state["images"], state["count"]
+
+
+# =============================================================================
+# Training
+# =============================================================================
+
+
+def lr_factor(epoch, policy="linear", epochs=EPOCHS, epochs_decay=EPOCHS // 2, every=50):
+    """What the learning rate is multiplied by in `epoch` = 1 .. epochs.
+
+    linear: 1, then straight down over the last `epochs_decay` epochs, to 1 / (epochs_decay + 1) in
+    the last (appendix 7.1; the official code as of 2018-2020 and 2025). step: a tenth of it after
+    each `every` epochs. cosine: half a cosine over the epochs before the decay, then up again.
+    """
+    flat = epochs - epochs_decay
+    if policy == "linear":
+        return 1 - max(0, epoch - flat) / (epochs_decay + 1)
+    if policy == "step":
+        return 0.1 ** ((epoch - 1) // every)
+    return (1 + math.cos(math.pi * (epoch - 1) / flat)) / 2
+
+
+def train_step(nets, opts, pools, real_A, real_B, args, run):
+    """One iteration: one update of both generators, then one of both discriminators.
+
+    nets: G_AB, G_BA, D_A, D_B; opts: Adam of the generators, Adam of the discriminators; pools:
+    past fake_A, past fake_B; real_A, real_B: (N, C, H, W) in [-1, 1]. Returns {name: loss}, before
+    weighting. `run` gives autocast(), rand(n) uniform in [0, 1), and update(opt, loss).
+    """
+    (G_AB, G_BA, D_A, D_B), (opt_G, opt_D), (pool_A, pool_B) = nets, opts, pools
+    losses = {}
+
+    # ---- G_AB and G_BA; the discriminators only pass gradients on -----------------------------
+    D_A.requires_grad_(False)
+    D_B.requires_grad_(False)
+    with run.autocast():
+        if args.lambda_id > 0:  # each generator sees both domains in one pass
+            fake_B, idt_B = forward_both(G_AB, real_A, real_B)
+            fake_A, idt_A = forward_both(G_BA, real_B, real_A)
+            # sec. 5.2: a picture that is already in the target domain should stay as it is.
+            # The official code names these after the generator (its idt_A is our idt_B) and so
+            # weights each with "the other" lambda; here every term on domain A has lambda_A.
+            losses["idt_A"] = F.l1_loss(idt_A, real_A)
+            losses["idt_B"] = F.l1_loss(idt_B, real_B)
+        else:
+            fake_B, fake_A = G_AB(real_A), G_BA(real_B)
+        rec_A, rec_B = G_BA(fake_B), G_AB(fake_A)
+        losses["cycle_A"] = F.l1_loss(rec_A, real_A)  # Eq. (2)
+        losses["cycle_B"] = F.l1_loss(rec_B, real_B)
+        losses["G_AB"] = adversarial_loss(D_B(fake_B), True, args.gan_mode)  # Eq. (1)
+        losses["G_BA"] = adversarial_loss(D_A(fake_A), True, args.gan_mode)
+    loss_A = args.lambda_A * (losses["cycle_A"] + args.lambda_id * losses.get("idt_A", 0))
+    loss_B = args.lambda_B * (losses["cycle_B"] + args.lambda_id * losses.get("idt_B", 0))
+    run.update(opt_G, losses["G_AB"] + losses["G_BA"] + loss_A + loss_B)  # Eq. (3)
+
+    # ---- D_A and D_B, on the fakes made before that update, some exchanged for older ones -----
+    D_A.requires_grad_(True)
+    D_B.requires_grad_(True)
+    N = len(real_A)
+    fake_B = pool_B.query(fake_B.detach(), run.rand(N), run.rand(N))
+    fake_A = pool_A.query(fake_A.detach(), run.rand(N), run.rand(N))
+    with run.autocast():
+        losses["D_A"] = discriminator_loss(D_A, real_A, fake_A, args.gan_mode)
+        losses["D_B"] = discriminator_loss(D_B, real_B, fake_B, args.gan_mode)
+        loss_D = losses["D_A"] + losses["D_B"]
+        if args.gan_mode == "wgangp":
+            losses["gp_A"] = gradient_penalty(D_A, real_A, fake_A, run.rand(N)[:, None])
+            losses["gp_B"] = gradient_penalty(D_B, real_B, fake_B, run.rand(N)[:, None])
+            loss_D = loss_D + LAMBDA_GP * (losses["gp_A"] + losses["gp_B"])
+    run.update(opt_D, loss_D)
+    return losses
+
+
+def resize(img, args, multiple=4):
+    """The part of the preprocessing that is the same every time; img: PIL picture."""
+    W, H = size = img.size
+    if args.preprocess == "resize_and_crop":
+        size = (args.load_size, args.load_size)
+    elif args.preprocess == "none":
+        size = tuple(max(1, round(side / multiple)) * multiple for side in size)
+    elif args.preprocess != "crop" and (W != args.load_size or H < args.crop_size):  # scale_width
+        size = (args.load_size, max(args.load_size * H // W, args.crop_size))
+    return img if size == (W, H) else img.resize(size, common.BICUBIC)
+
+
+def crop_and_flip(pixels, args, rng):
+    """A random crop, in the modes with "crop" in their name, and mirroring of pixels (H, W, C)."""
+    if args.preprocess.endswith("crop"):
+        H, W, size = *pixels.shape[:2], args.crop_size
+        if min(H, W) < size:
+            raise UserError(f"a {W}x{H} picture is smaller than --crop-size {size}. Lower it.")
+        y, x = rng.integers(H - size + 1), rng.integers(W - size + 1)
+        pixels = pixels[y : y + size, x : x + size]
+    return pixels[:, ::-1] if args.flip and rng.random() < 0.5 else pixels
+
+
+def new_networks(args):
+    """{"G_AB", "G_BA", "D_A", "D_B"} with fresh weights."""
+    G = dict(kind="resnet", blocks=args.blocks or (9 if args.crop_size >= 256 else 6))
+    if args.G != "resnet":
+        G = dict(kind="unet", downs={"unet_256": 8, "unet_128": 7}[args.G])
+    D = dict(kind="patch", n_layers=args.n_layers if args.D == "n_layers" else 3)
+    if args.D == "pixel":
+        D = dict(kind="pixel")
+    G |= dict(ngf=args.ngf, norm=args.norm, dropout=args.dropout)
+    D |= dict(ndf=args.ndf, norm=args.norm)
+    A, B = args.channels_A, args.channels_B
+    nets = {
+        "G_AB": build(G | dict(in_channels=A, out_channels=B)),
+        "G_BA": build(G | dict(in_channels=B, out_channels=A)),
+        "D_A": build(D | dict(in_channels=A)),
+        "D_B": build(D | dict(in_channels=B)),
+    }
+    return {name: init_weights(net, args.init_gain) for name, net in nets.items()}
+
+
+def load_networks(path, direction="AtoB"):
+    """({name: network}, options of its training) from our checkpoint; from an official .pth, whose
+    one generator is taken for `direction`; or from a folder of official latest_net_*.pth."""
+    official = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}  # theirs: ours
+    files = {ours: Path(path, f"latest_net_{name}.pth") for name, ours in official.items()}
+    files = {name: f for name, f in files.items() if f.is_file()}
+    files = files or {"G_AB" if direction == "AtoB" else "G_BA": path}
+    states = {name: common.load_checkpoint(f, "cyclegan") for name, f in files.items()}
+    (first, *_) = states.values()
+    if "config" not in first:
+        try:
+            return {name: from_official(state) for name, state in states.items()}, {}
+        except ValueError as e:
+            raise UserError(f"--checkpoint {path}: {e}.") from None
+    nets = {name: build(config) for name, config in first["config"].items()}
+    for name, net in nets.items():
+        net.load_state_dict(first["nets"][name])
+    return nets, first["args"]
+
+
+def check_sizes(nets, args):
+    """Refuses, in one line, a --crop-size that these networks cannot work on, by a dry run."""
+    for name, net in nets.items() if args.preprocess.endswith("crop") else ():
+        x = torch.empty(2, net.config["in_channels"], args.crop_size, args.crop_size, device="meta")
+        try:
+            fits = (
+                name.startswith("D") or build(net.config).to("meta")(x).shape[-2:] == x.shape[-2:]
+            )
+            build(net.config).to("meta")(x)
+        except (RuntimeError, ValueError):
+            fits = False
+        if not fits:
+            need = f"a multiple of {net.multiple}, or another --G" if name[0] == "G" else "more"
+            raise UserError(f"--crop-size {args.crop_size} does not suit {name}: it needs {need}.")
+
+
+def open_domain(args, source, part, test=False):
+    """The pictures of `part` (trainA, ...) as arrays, prepared for training or by the official test
+    rule: the whole picture at crop size. Test pictures may be missing: training ones stand in."""
+    if test:
+        changes = dict(preprocess="resize_and_crop", load_size=args.crop_size)
+        args = argparse.Namespace(**vars(args) | changes)
+    multiple = 4 if args.G == "resnet" else int(args.G.removeprefix("unet_"))
+    prepare = functools.partial(resize, args=args, multiple=multiple)
+    mode = "L" if vars(args)[f"channels_{part[-1]}"] == 1 else "RGB"
+    return common.ImageSet(common.subset(source, part), prepare, mode, args.cache)
+
+
+def train(args):
+    run = common.Run("cyclegan", args, script=__file__)
+    source = common.open_data(args.data, size=args.load_size)
+
+    # ---- networks, optimisers, pools ----------------------------------------------------------
+    nets = new_networks(args)
+    if args.checkpoint and not args.resume:
+        nets |= load_networks(args.checkpoint, args.direction)[0]
+        run.say(f"starting from the weights of {args.checkpoint}")
+    check_sizes(nets, args)
+    nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
+    G_AB, G_BA, D_A, D_B = nets.values()
+    betas = (args.beta1, BETAS[1])
+    opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]
+    pools = [ImagePool(args.pool_size), ImagePool(args.pool_size)]
+    start = run.restore(nets, dict(G=opts[0], D=opts[1]), dict(fake_A=pools[0], fake_B=pools[1]))
+
+    # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
+    data_A, data_B = (open_domain(args, source, part) for part in ("trainA", "trainB"))
+    most = max(len(data_A), len(data_B))
+    steps_per_epoch = most // args.batch
+    if steps_per_epoch == 0:
+        raise UserError(f"--data {args.data}: {most} images, --batch is {args.batch}. Lower it.")
+
+    def pair(n):
+        epoch, i = divmod(n, steps_per_epoch * args.batch)
+        rng = common.item_rng(args.seed, epoch, i)
+        a = common.shuffled(most, args.seed, epoch)[i] % len(data_A)
+        b = rng.integers(len(data_B))  # B anew at random for every A: the data are unpaired
+        return crop_and_flip(data_A[a], args, rng), crop_and_flip(data_B[b], args, rng)
+
+    run.say(f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps")
+    examples = fixed_examples(args, source)
+
+    for step, (real_A, real_B) in run.batches(pair, start, steps_per_epoch * args.epochs):
+        epoch = step // steps_per_epoch + 1
+        lr = args.lr * lr_factor(
+            epoch, args.lr_policy, args.epochs, args.epochs_decay, args.lr_decay_every
+        )
+        run.set_lr(opts, lr)
+        losses = train_step(nets.values(), opts, pools, real_A, real_B, args, run)
+        run.log(losses, epoch=epoch, lr=lr)
+        keep = run.steps_done % (steps_per_epoch * args.keep_every) == 0
+        if keep or run.due(args.every) or run.steps_done == run.total:
+            run.save_picture(sample_sheet(G_AB, G_BA, examples, run.device))
+            run.save(keep=keep or run.steps_done == run.total)
+
+    if run.rank == 0 and common.has_subset(source, "testA") and common.has_subset(source, "testB"):
+        run.save_scores(scores(G_AB, G_BA, args, source, run.device))
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+# =============================================================================
+# Pictures and scores
+# =============================================================================
+
+
+@torch.no_grad()
+def apply(G, images, device, batch=16):
+    """uint8 images (N, C, H, W) through G in eval mode, uint8 again: what one would look at."""
+    G.eval()
+    parts = [common.to_uint8(G(common.to_float(x, device))).cpu() for x in images.split(batch)]
+    G.train()
+    return torch.cat(parts)
+
+
+def truth(data, other):
+    """Toy data: the true counterparts of all pictures of `data` in domain 0 (A) or 1 (B)."""
+    return common.stack([data.counterpart(i, "AB".index(other)) for i in range(len(data))])
+
+
+def fixed_examples(args, source, n=6):
+    """{"A": (real, true), "B": ...}: the first n test pictures of a domain (training pictures where
+    there are none) and, of toy faces, their counterparts in the other domain (else None)."""
+    examples = {}
+    for d, other in ("AB", "BA"):
+        part = f"test{d}" if common.has_subset(source, f"test{d}") else f"train{d}"
+        data = open_domain(args, source, part, test=True)
+        data.names = data.names[:n]
+        examples[d] = data.all(), truth(data, other) if source.is_toy else None
+    return examples
+
+
+def sample_sheet(G_AB, G_BA, examples, device):
+    """{caption: images}: what the generators make of the examples, one in a row."""
+    columns = {}
+    for A, B, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
+        real, true = examples[A]
+        fake = apply(there, real, device)
+        columns |= {f"real {A}": real, f"fake {B}": fake, f"rec {A}": apply(back, fake, device)}
+        columns |= {f"true {B}": true} if true is not None else {}
+    return columns
+
+
+def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test"):
+    """Prints and returns the scores of both directions on the test pictures.
+
+    fd8 (and FID, KID with `inception`, the feature network) between the fakes and the real pictures
+    of the target domain; the cycle error |G_BA(G_AB(A)) - A|; on toy faces the error to the true
+    counterpart and that of doing nothing. Errors are mean absolute differences of values in
+    [-1, 1]. A generator that is None leaves out what needs it.
+    """
+    data = {d: open_domain(args, source, f"test{d}", test=True) for d in "AB"}
+    result = {}
+    for A, B, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
+        if there is None:
+            continue
+        real, target = data[A].all(), data[B].all()
+        fake = apply(there, real, device)
+        row = {"fd8": common.fd8(target, fake), "n_real": len(target), "n_fake": len(fake)}
+        if back is not None:
+            row["cycle_error"] = common.mean_abs(apply(back, fake, device), real)
+        if source.is_toy:
+            row["error"] = common.mean_abs(fake, truth(data[A], B))
+            row["error_of_doing_nothing"] = common.mean_abs(real, truth(data[A], B))
+        if inception is not None:
+            if fid_real == "train+test":
+                more = open_domain(args, source, f"train{B}", test=True)
+                target = torch.cat([target, more.all()])
+            row |= common.fid_kid(target, fake, inception)
+        result[f"{A}to{B}"] = row
+        print(f"{A}to{B}: {common.describe_scores(row)}")
+    return result
+
+
+def evaluate(args):
+    nets, saved = load_networks(args.checkpoint, args.direction)
+    device = common.pick_device(args.device)
+    G_AB, G_BA = (nets[k].to(device) if k in nets else None for k in ("G_AB", "G_BA"))
+    A, B = (G_AB or G_BA).config["in_channels"], (G_AB or G_BA).config["out_channels"]
+    args.channels_A, args.channels_B = (A, B) if G_AB else (B, A)
+    args.G, args.crop_size = "resnet", args.size or saved.get("crop_size", CROP_SIZE)
+    data = args.data or saved.get("data")
+    if data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    source = common.open_data(data, size=args.crop_size)
+    inception = common.load_inception_or_explain(args.inception, device)
+    print(
+        f"protocol: G(test pictures) against the {args.fid_real} pictures of the other domain, all"
+        f" of them, each resized to {args.crop_size}x{args.crop_size} (Pillow, bicubic)"
+    )
+    result = scores(G_AB, G_BA, args, source, device, inception, args.fid_real)
+    if args.out:
+        common.write_json(args.out, result)
+
+
+# =============================================================================
+# Translating pictures
+# =============================================================================
+
+
+@torch.no_grad()
+def translate_picture(G, img, device, args):
+    """img: PIL picture of any size -> PIL picture, as large unless a size is asked for.
+
+    Sides that are no multiple of what G needs are padded by repeating the border, and cut back.
+    """
+    W, H = img.size
+    scale = (args.width or W) / W if not args.size else args.size / min(W, H)
+    size = (max(1, round(W * scale)), max(1, round(H * scale)))
+    W, H = size = (args.square, args.square) if args.square else size
+    img = img if size == img.size else img.resize(size, common.BICUBIC)
+    x = common.to_float(common.stack([common.pixels(img)]), device)
+    least = max(8, G.multiple)  # with less an instance norm would see a single pixel
+    right, below = (max(least, -(-side // G.multiple) * G.multiple) - side for side in (W, H))
+    return common.to_picture(G(F.pad(x, (0, right, 0, below), mode="replicate"))[0, :, :H, :W])
+
+
+def translate(args):
+    nets, saved = load_networks(args.checkpoint, args.direction)
+    name = "G_AB" if args.direction == "AtoB" else "G_BA"
+    if name not in nets:
+        raise UserError(f"--checkpoint {args.checkpoint} holds no generator for {args.direction}.")
+    device = common.pick_device(args.device)
+    G = nets[name].to(device).eval()
+    function = functools.partial(translate_picture, G, device=device, args=args)
+    print(f"{args.direction} with {name} of {args.checkpoint}, trained on {saved.get('data', '?')}")
+    mode = "L" if G.config["in_channels"] == 1 else "RGB"
+    common.map_pictures(args.input, args.out, mode, function)
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+
+
+def main(argv=None):
+    cli = common.CommandLine("cyclegan.py", __doc__, presets={"toy": TOY})
+    count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+    directions = dict(choices=("AtoB", "BtoA"), default="AtoB")
+    modes = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
+
+    p = cli.command("train", train, "train on unpaired pictures of two domains (default command)")
+    common.add_train_options(p, data="toy", batch=1, every="images")
+    p.add("--checkpoint", help="start from these weights: ours, official .pth, a folder of them")
+    p.add("--direction", **directions, help="what an official .pth translates")
+    p.add("--epochs", type=count, default=EPOCHS, help="length of the training")
+    p.add("--epochs-decay", type=common.not_negative_int, help="of them at a falling rate: half")
+    p.add("--lr", type=above_0, default=LR, help="Adam's learning rate")
+    p.add("--beta1", type=from_0, default=BETAS[0], help="Adam's first beta")
+    p.add("--lr-policy", choices=("linear", "step", "cosine"), default="linear")
+    p.add("--lr-decay-every", type=count, default=50, help="epochs, for --lr-policy step")
+    p.add("--gan-mode", choices=("lsgan", "vanilla", "wgangp"), default="lsgan")
+    p.add("--lambda-A", type=from_0, default=LAMBDA_CYC, help="weight of the cycle A -> B -> A")
+    p.add("--lambda-B", type=from_0, default=LAMBDA_CYC, help="weight of the cycle B -> A -> B")
+    p.add("--lambda-id", type=from_0, default=LAMBDA_ID, help="identity, relative to these; 0: off")
+    p.add("--pool-size", type=common.not_negative_int, default=POOL_SIZE, help="past fakes for D")
+    p.add("--G", choices=("resnet", "unet_256", "unet_128"), default="resnet")
+    p.add("--blocks", type=count, help="residual blocks: 9 from 256 pixels, else 6")
+    p.add("--D", choices=("basic", "n_layers", "pixel"), default="basic", help="basic: 70x70")
+    p.add("--n-layers", type=count, default=3, help="of --D n_layers; 1 to 5 see 16 to 286 pixels")
+    p.add("--ngf", type=count, default=64, help="channels after G's first convolution")
+    p.add("--ndf", type=count, default=64, help="channels after D's first convolution")
+    p.add("--norm", choices=("instance", "batch", "none"), default="instance")
+    p.add("--dropout", action="store_true", help="dropout 0.5 in G")
+    p.add("--init-gain", type=above_0, default=INIT_STD, help="deviation of the initial weights")
+    p.add("--channels-A", type=int, choices=(1, 3), default=3, help="1: greyscale")
+    p.add("--channels-B", type=int, choices=(1, 3), default=3, help="1: greyscale")
+    p.add("--preprocess", choices=modes, default="resize_and_crop")
+    p.add("--load-size", type=count, default=LOAD_SIZE, help="pixels, before the crop")
+    p.add("--crop-size", type=count, default=CROP_SIZE, help="pixels, what the networks see")
+    p.add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror at random")
+    p.add("--keep-every", type=count, default=5, help="epochs between checkpoints that are kept")
+
+    p = cli.command("translate", translate, "translate a picture, or all pictures below a folder")
+    p.add("--checkpoint", required=True, help="ours, official .pth, or a folder of them")
+    p.add("--input", required=True, help="a picture or a folder")
+    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
+    p.add("--direction", **directions)
+    p.add("--size", type=count, help="scale the short side to this many pixels first")
+    p.add("--width", type=count, help="scale the width to this many pixels first")
+    p.add("--square", type=count, help="resize to a square first (official: 256)")
+    common.add_device_option(p)
+
+    p = cli.command("evaluate", evaluate, "FID, KID, fd8 and cycle error on the test pictures")
+    p.add("--checkpoint", required=True, help="ours, official .pth, or a folder of them")
+    p.add("--data", help="default: what the checkpoint was trained on")
+    p.add("--direction", **directions, help="what an official .pth translates")
+    p.add("--size", type=count, help="pixels: the training's crop size, else 256")
+    p.add("--fid-real", choices=("test", "train+test"), default="test", help="reals for FID")
+    p.add("--inception", help="weights of FID's network, where they cannot be fetched")
+    p.add("--out", help="JSON file to write the scores to")
+    p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
+    common.add_device_option(p)
+
+    args = cli.parse(argv)
+    if args.command == "train":
+        args.epochs_decay = args.epochs // 2 if args.epochs_decay is None else args.epochs_decay
+        if args.lambda_id and args.channels_A != args.channels_B:
+            raise UserError("the identity loss needs equal channels: pass --lambda-id 0.")
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(common.exit_status(main))

@@ -1,0 +1,625 @@
+"""cyclegan.py: networks, losses, preprocessing, and its commands run as a user runs them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import cyclegan
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--load-size 36 --crop-size 32 --ngf 4 --ndf 4 --blocks 1 --batch 2 --D n_layers --n-layers 2"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_stray_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def script(*args, launcher=()):
+    """The command line of a real process."""
+    return [sys.executable, *launcher, str(ROOT / "cyclegan.py"), *map(str, args)]
+
+
+def run(*args, launcher=()):
+    done = subprocess.run(
+        script(*args, launcher=launcher), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fails(capsys, *args):
+    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
+    capsys.readouterr()
+    assert common.exit_status(lambda: cyclegan.main([str(a) for a in args])) == 2
+    err = capsys.readouterr().err.strip()
+    lines = [line for line in err.splitlines() if not line.startswith("skipped ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def faces(folder, n=4, size=40, domain=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        common.toy_face(i, domain, size).save(folder / f"{i}.jpg")
+    return folder
+
+
+# ---- networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("net", "parameters"),
+    [
+        ({"kind": "resnet", "blocks": 9}, 11_378_179),
+        ({"kind": "resnet", "blocks": 6}, 7_837_699),
+        ({"kind": "unet", "downs": 8}, 54_409_603),
+        ({"kind": "unet", "downs": 7}, 41_825_667),
+        ({"kind": "patch", "n_layers": 3}, 2_764_737),
+        ({"kind": "patch", "n_layers": 1}, 136_385),
+        ({"kind": "patch", "n_layers": 2}, 662_977),
+        ({"kind": "patch", "n_layers": 4}, 6_959_553),
+        ({"kind": "patch", "n_layers": 5}, 11_154_369),
+        ({"kind": "pixel"}, 8_705),
+    ],
+    ids=str,
+)
+def test_networks_have_the_published_numbers_of_parameters(net, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in cyclegan.build(net).parameters()) == parameters
+
+
+@pytest.mark.parametrize("n_layers, field", [(1, 16), (2, 34), (3, 70), (4, 142)])
+def test_a_logit_of_the_patch_discriminator_sees_its_receptive_field(n_layers, field):
+    D = cyclegan.PatchDiscriminator(ndf=2, n_layers=n_layers, norm="none").double()
+    side = 2 ** (n_layers + 5)
+    x = torch.randn(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+    logits = D(x)
+    assert logits.shape == (1, 1, side // 2**n_layers - 2, side // 2**n_layers - 2)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    rows = x.grad.abs().sum([0, 1, 3]).nonzero()
+    assert rows.max() - rows.min() + 1 == field
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "resnet", "blocks": 2, "ngf": 4, "in_channels": 1},
+        {"kind": "resnet", "blocks": 1, "ngf": 4, "dropout": True},
+        {"kind": "unet", "downs": 5, "ngf": 2, "out_channels": 1},
+        {"kind": "unet", "downs": 8, "ngf": 1},
+        {"kind": "patch", "n_layers": 1, "ndf": 4},
+        {"kind": "patch", "n_layers": 5, "ndf": 2, "in_channels": 1},
+        {"kind": "pixel", "ndf": 4},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_from_official_reads_every_variant_off_names_and_shapes(config, norm):
+    net = cyclegan.build({**config, "norm": norm})
+    arrays = {f"module.{name}": a.numpy() for name, a in net.state_dict().items()}
+    again = cyclegan.from_official(arrays)
+    assert again.config == net.config
+    for name, a in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], a), name
+
+
+def test_running_statistics_of_old_instance_norms_are_dropped():
+    net = cyclegan.ResnetGenerator(ngf=4, blocks=1)
+    arrays = dict(net.state_dict())
+    for name in ("model.2", "model.5", "model.10.conv_block.2"):
+        arrays |= {f"{name}.running_mean": torch.ones(4), f"{name}.running_var": torch.ones(4)}
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(cyclegan.from_official(arrays)(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda a: a.pop("model.1.weight"), "model.1.weight"),
+        (lambda a: a.update({"model.2.weight": torch.ones(4)}), "affine"),
+        (lambda a: a.update({"model.99.weight": torch.ones(4)}), "model.99.weight"),
+        (lambda a: a.clear(), "not a CycleGAN network"),
+    ],
+)
+def test_from_official_refuses_what_is_not_such_a_network(change, problem):
+    arrays = dict(cyclegan.ResnetGenerator(ngf=4, blocks=1).state_dict())
+    change(arrays)
+    with pytest.raises(ValueError, match=problem):
+        cyclegan.from_official(arrays)
+
+
+def test_initial_weights_have_the_papers_deviation():
+    G = cyclegan.init_weights(cyclegan.ResnetGenerator(blocks=1))
+    weights = torch.cat([p.flatten() for n, p in G.named_parameters() if n.endswith("weight")])
+    assert abs(weights.std() - 0.02) < 1e-4 and abs(weights.mean()) < 1e-4
+    assert all(p.abs().max() == 0 for n, p in G.named_parameters() if n.endswith("bias"))
+
+
+# ---- losses and one step --------------------------------------------------------------------------
+
+
+def test_gradient_penalty_of_a_linear_discriminator_is_that_of_its_weights():
+    a = torch.randn(3, 8, 8, dtype=torch.float64)
+    x, y = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    gp = cyclegan.gradient_penalty(lambda x: x * a, x, y, torch.rand(4, 1, dtype=torch.float64))
+    torch.testing.assert_close(gp, (a.norm() - 1).square())
+
+
+def tiny_step(lr_G=0.0, lr_D=0.0, norm="instance", **options):
+    """train_step on tiny networks; returns (losses, {network: has it moved})."""
+    torch.manual_seed(0)
+    G = {"ngf": 4, "blocks": 1, "norm": norm}
+    D = {"ndf": 4, "n_layers": 1, "norm": norm}
+    nets = [cyclegan.ResnetGenerator(**G) for _ in "AB"]
+    nets += [cyclegan.PatchDiscriminator(**D) for _ in "AB"]
+    before = [[p.clone() for p in net.parameters()] for net in nets]
+    opts = [
+        torch.optim.SGD([p for net in pair for p in net.parameters()], lr)
+        for pair, lr in ((nets[:2], lr_G), (nets[2:], lr_D))
+    ]
+
+    def update(opt, loss):
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    runner = types.SimpleNamespace(
+        rand=torch.rand, update=update, autocast=lambda: torch.autocast("cpu", enabled=False)
+    )
+    defaults = {"gan_mode": "lsgan", "lambda_A": 10.0, "lambda_B": 10.0, "lambda_id": 0.5}
+    args = types.SimpleNamespace(**defaults | options)
+    pools = [cyclegan.ImagePool(4), cyclegan.ImagePool(4)]
+    real_A, real_B = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    losses = cyclegan.train_step(nets, opts, pools, real_A, real_B, args, runner)
+    pairs = zip(nets, before, strict=True)
+    moved = [
+        any(not torch.equal(p, q) for p, q in zip(n.parameters(), b, strict=True)) for n, b in pairs
+    ]
+    return losses, dict(zip(("G_AB", "G_BA", "D_A", "D_B"), moved, strict=True))
+
+
+def test_a_generator_step_leaves_the_discriminators_untouched_and_the_reverse():
+    assert tiny_step(lr_G=0.1)[1] == {"G_AB": True, "G_BA": True, "D_A": False, "D_B": False}
+    assert tiny_step(lr_D=0.1)[1] == {"G_AB": False, "G_BA": False, "D_A": True, "D_B": True}
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("gan_mode", ["lsgan", "vanilla", "wgangp"])
+def test_every_loss_and_norm_gives_finite_losses(gan_mode, norm):
+    losses, _ = tiny_step(gan_mode=gan_mode, norm=norm)
+    assert all(v.isfinite() for v in losses.values())
+    assert ("gp_A" in losses) == (gan_mode == "wgangp")
+
+
+def test_without_identity_loss_everything_else_stays_the_same():
+    with_id, without = tiny_step()[0], tiny_step(lambda_id=0.0)[0]
+    assert set(with_id) - set(without) == {"idt_A", "idt_B"}
+    for name, value in without.items():
+        torch.testing.assert_close(value, with_id[name])
+
+
+def test_the_pool_returns_old_images_half_of_the_time_and_keeps_its_size():
+    pool, old = cyclegan.ImagePool(50), 0
+    generator = torch.Generator().manual_seed(0)
+    for i in range(2000):
+        u, slot = torch.rand(2, 1, generator=generator)
+        returned = pool.query(torch.full((1, 1, 1, 1), float(i)), u, slot)
+        assert i >= 50 or returned.item() == i
+        old += returned.item() != i
+    assert len(pool.images) == pool.count == 50
+    assert abs(old / 1950 - 0.5) < 0.04
+
+
+# ---- preprocessing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "resized", "final"),
+    [
+        ("resize_and_crop", (100, 50), (36, 36), (32, 32)),
+        ("crop", (100, 50), (100, 50), (32, 32)),
+        ("scale_width", (72, 80), (36, 40), (36, 40)),
+        ("scale_width", (100, 20), (36, 32), (36, 32)),  # never lower than the crop
+        ("scale_width", (36, 50), (36, 50), (36, 50)),  # already as wide
+        ("scale_width_and_crop", (72, 80), (36, 40), (32, 32)),
+        ("none", (101, 49), (100, 48), (100, 48)),  # the nearest multiple of 4
+        ("none", (64, 48), (64, 48), (64, 48)),
+    ],
+)
+def test_preprocess_modes(mode, size, resized, final):
+    args = types.SimpleNamespace(preprocess=mode, load_size=36, crop_size=32, flip=True)
+    img = cyclegan.resize(Image.new("RGB", size), args)
+    assert img.size == resized
+    pixels = cyclegan.crop_and_flip(common.pixels(img), args, np.random.default_rng(0))
+    assert pixels.shape == (final[1], final[0], 3)
+
+
+def test_crops_reach_every_offset_and_half_are_mirrored():
+    args = types.SimpleNamespace(preprocess="crop", crop_size=2, flip=True)
+    x = np.arange(4, dtype=np.uint8).reshape(1, 4, 1).repeat(4, 0)
+    seen = [
+        cyclegan.crop_and_flip(x, args, np.random.default_rng(i))[0, :, 0].tolist()
+        for i in range(400)
+    ]
+    assert {tuple(s) for s in seen} == {(0, 1), (1, 2), (2, 3), (1, 0), (2, 1), (3, 2)}
+    assert abs(np.mean([s[0] > s[1] for s in seen]) - 0.5) < 0.1
+
+
+# ---- train ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a short toy run by the command line."""
+    out = tmp_path_factory.mktemp("trained")
+    text = run("--data", "toy", "--out", out, *TINY.split(), "--epochs", 1, "--every", 400)
+    return out / "cyclegan-toy-000", text
+
+
+def test_train_leaves_a_run_folder(trained):
+    folder, text = trained
+    names = {p.name for p in folder.iterdir()}
+    assert {"args.json", "cyclegan.py", "log.jsonl", "metrics.jsonl", "samples"} <= names
+    assert {"checkpoint.pt", "checkpoint-0000500.pt"} <= names
+    assert json.loads((folder / "args.json").read_text())["ngf"] == 4
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log][-1] == 500
+    assert {"loss/G_AB", "loss/cycle_A", "loss/idt_A", "loss/D_A", "sec", "mem_gb"} <= set(log[0])
+    assert log[-1]["loss/cycle_A"] < log[0]["loss/cycle_A"]
+    assert [p.name for p in sorted((folder / "samples").iterdir())] == [
+        "0000200.png", "0000400.png", "0000500.png",
+    ]  # fmt: skip
+    assert "error to the true counterpart" in text and "AtoB" in text and "BtoA" in text
+
+
+def test_a_checkpoint_needs_no_unpickling_of_code(trained):
+    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    assert state["model"] == "cyclegan" and state["step"] == 500
+    assert state["config"]["G_AB"]["blocks"] == 1
+
+
+def weights_of(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {(n, k): t for n, net in state["nets"].items() for k, t in net.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path, workers):
+    options = ["--data", "toy", *TINY.split(), "--epochs", 1, "--every", 40, "--workers", workers]
+    options += ["--pool-size", 20, "--dropout", "--gan-mode", "wgangp"]
+    faces(tmp_path / "d/trainA", 160), faces(tmp_path / "d/trainB", 90, domain=1)
+    faces(tmp_path / "d/testA"), faces(tmp_path / "d/testB")
+    options[1] = tmp_path / "d"
+    run(*options, "--out", tmp_path / "whole")
+    whole = tmp_path / "whole/cyclegan-d-000"
+
+    folder = tmp_path / "killed/cyclegan-d-000"
+    again, draw = ["--resume", folder], random.Random(workers)
+    command = script(*options, "--out", tmp_path / "killed")
+    for kill_at in sorted(draw.sample(range(2, 70), 3)):  # of 80 steps
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and logged_steps(folder) < kill_at:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        command = script(*again)
+    run(*again)
+
+    expected, actual = weights_of(whole), weights_of(folder)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[k], actual[k]) for k in expected)
+    logs = [[json.loads(x) for x in (f / "log.jsonl").open()] for f in (whole, folder)]
+    for line in logs[0] + logs[1]:
+        del line["sec"], line["mem_gb"]
+    assert logs[0] == logs[1]
+
+
+def logged_steps(folder):
+    """Steps of a run so far, as far as its log says."""
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    try:
+        return json.loads(lines[-1])["step"] if lines else 0
+    except ValueError:  # half a line
+        return 0
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
+    options = ["--data", "toy", *TINY.split(), "--epochs", 50, "--out", tmp_path]
+    process = subprocess.Popen(
+        script(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "cyclegan-toy-000"
+    while logged_steps(folder) == 0:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 2 and f"--resume {folder}" in err and "Traceback" not in err
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] >= 50
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    faces(tmp_path / "d/trainA", 20), faces(tmp_path / "d/trainB", 20, domain=1)
+    faces(tmp_path / "d/testA"), faces(tmp_path / "d/testB")
+    options = ["--data", tmp_path / "d", *TINY.split(), "--batch", 4, "--epochs", 1]
+    options += ["--gan-mode", "wgangp", "--lr", 1e-4, "--device", "cpu"]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run(*options, "--out", tmp_path / "one")
+    run(*options, "--out", tmp_path / "two", launcher=two)
+    one, two = (weights_of(tmp_path / n / "cyclegan-d-000") for n in ("one", "two"))
+    assert torch.load(tmp_path / "two/cyclegan-d-000/checkpoint.pt", weights_only=True)["step"] == 5
+    for key in one:
+        # Biases before an instance norm have no gradient but rounding noise, which Adam enlarges.
+        if key[1].endswith("bias") and key[1] not in ("model.0.bias",):
+            continue
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=2e-5, msg=str(key))
+
+
+def test_transfer_starts_from_given_weights(trained, tmp_path):
+    faces(tmp_path / "d/trainA"), faces(tmp_path / "d/trainB", domain=1)
+    options = ["--data", tmp_path / "d", "--load-size", 32, "--crop-size", 32, "--batch", 2]
+    options += ["--checkpoint", trained[0] / "checkpoint.pt", "--lr", 1e-12, "--epochs", 1]
+    cyclegan.main([str(o) for o in [*options, "--out", tmp_path]])
+    start, end = weights_of(trained[0]), weights_of(tmp_path / "cyclegan-d-000")
+    assert all(torch.allclose(start[k], end[k], atol=1e-8) for k in start)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_on_the_cpu_too(tmp_path, precision):
+    faces(tmp_path / "d/trainA"), faces(tmp_path / "d/trainB", domain=1)
+    options = ["--data", tmp_path / "d", *TINY.split(), "--epochs", 1, "--out", tmp_path]
+    cyclegan.main([str(o) for o in [*options, "--precision", precision]])
+    log = (tmp_path / "cyclegan-d-000/log.jsonl").read_text()
+    assert all(np.isfinite(v) for v in json.loads(log.splitlines()[0]).values())
+
+
+# ---- translate and evaluate -----------------------------------------------------------------------
+
+
+def test_translate_keeps_sizes_and_relative_paths_of_all_files(trained, tmp_path):
+    for name, size in (
+        ("a.jpg", (45, 31)),
+        ("sub/a.jpg", (32, 33)),
+        ("sub/b.png", (7, 5)),
+        ("b.bmp", (9, 90)),
+    ):
+        (tmp_path / "in/sub").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "tan").save(tmp_path / "in" / name)
+    Image.new("L", (50, 40)).save(tmp_path / "in/a.png")  # beside a.jpg
+    run("translate", "--checkpoint", trained[0] / "checkpoint.pt", "--input", tmp_path / "in")
+    out = {str(p.relative_to("out")): Image.open(p).size for p in Path("out").rglob("*.png")}
+    assert out == {
+        "a.jpg.png": (45, 31),
+        "a.png.png": (50, 40),
+        "b.png": (9, 90),
+        "sub/a.png": (32, 33),
+        "sub/b.png": (7, 5),
+    }
+
+
+def test_each_direction_uses_its_own_generator(trained, tmp_path):
+    picture = faces(tmp_path / "in", 1) / "0.jpg"
+    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    for direction, name in (("AtoB", "G_AB"), ("BtoA", "G_BA")):
+        out = tmp_path / f"{direction}.png"
+        options = ["--checkpoint", trained[0] / "checkpoint.pt", "--input", picture, "--out", out]
+        cyclegan.main([str(o) for o in ["translate", *options, "--direction", direction]])
+        G = cyclegan.build(state["config"][name])
+        G.load_state_dict(state["nets"][name])
+        x = common.to_float(common.stack([common.pixels(Image.open(picture))]), "cpu")
+        expected = common.to_uint8(G.eval()(x))[0].permute(1, 2, 0)
+        assert np.array_equal(np.asarray(Image.open(out)), expected.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("option", "size"),
+    [("--size 20", (40, 20)), ("--width 20", (20, 10)), ("--square 24", (24, 24))],
+)
+def test_translate_resizes_on_request(trained, tmp_path, option, size):
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
+    options = ["--checkpoint", trained[0] / "checkpoint.pt", "--input", "a.png", "--out", "b.png"]
+    cyclegan.main([str(o) for o in ["translate", *options, *option.split()]])
+    assert Image.open("b.png").size == size
+
+
+def test_an_official_file_is_taken_wherever_a_checkpoint_is(trained, tmp_path):
+    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    official = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}
+    for theirs, ours in official.items():
+        (tmp_path / "pth").mkdir(exist_ok=True)
+        torch.save(state["nets"][ours], tmp_path / f"pth/latest_net_{theirs}.pth")
+    picture = faces(tmp_path / "in", 1) / "0.jpg"
+    for checkpoint in (trained[0] / "checkpoint.pt", "pth/latest_net_G_B.pth", "pth"):
+        options = [
+            "--checkpoint",
+            checkpoint,
+            "--input",
+            picture,
+            "--out",
+            f"{checkpoint}".replace("/", "-") + ".png",
+        ]
+        cyclegan.main([str(o) for o in ["translate", *options, "--direction", "BtoA"]])
+    pictures = [Image.open(p).tobytes() for p in tmp_path.glob("*.png")]
+    assert len(pictures) == 3 and len(set(pictures)) == 1
+
+    for checkpoint in ("pth", "pth/latest_net_G_A.pth"):
+        options = ["evaluate", "--checkpoint", checkpoint, "--data", "toy", "--size", "32"]
+        cyclegan.main([*options, "--out", f"{checkpoint}.json"])
+    both, one = (
+        json.loads(Path(f).read_text()) for f in ("pth.json", "pth/latest_net_G_A.pth.json")
+    )
+    assert set(both) == {"AtoB", "BtoA"} and set(one) == {"AtoB"}
+    assert "cycle_error" in both["AtoB"] and "cycle_error" not in one["AtoB"]
+    assert both["AtoB"]["error"] == one["AtoB"]["error"]
+
+    faces(tmp_path / "d/trainA"), faces(tmp_path / "d/trainB", domain=1)
+    options = f"--data d {TINY} --checkpoint pth --epochs 1 --lr 1e-12 --out r".split()
+    cyclegan.main(options)
+    start, end = weights_of(trained[0]), weights_of(tmp_path / "r/cyclegan-d-000")
+    assert all(torch.allclose(start[k], end[k], atol=1e-8) for k in start)
+
+
+def test_evaluate_says_its_protocol_and_agrees_with_the_end_of_training(trained):
+    text = run("evaluate", "--checkpoint", trained[0] / "checkpoint.pt", "--out", "scores.json")
+    assert "protocol: " in text and "32x32" in text and "FID" in text
+    last = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    scores = json.loads(Path("scores.json").read_text())
+    for direction in ("AtoB", "BtoA"):
+        assert scores[direction]["n_real"] == scores[direction]["n_fake"] == 100
+        assert scores[direction]["error"] == pytest.approx(last[direction]["error"])
+
+
+# ---- mistakes -------------------------------------------------------------------------------------
+
+
+def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
+    faces(tmp_path / "d/trainA", 3), faces(tmp_path / "d/trainB", 3)
+    (tmp_path / "no_B/trainB").mkdir(parents=True), faces(tmp_path / "no_B/trainA", 3)
+    faces(tmp_path / "only_A/trainA", 3)
+    small = [*TINY.split(), "--epochs", "1"]
+    cases = [
+        (["--lr", "-1"], "-1 is negative"),
+        (["--lr", "nan"], "not finite"),
+        (["--batch", "0"], "not above 0"),
+        (["--epochs", "x"], "--epochs"),
+        (["--nonsense"], "--nonsense"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "d", *small, "--batch", "4"], "batch is 4"),
+        (["--data", "no_B", *small], "empty"),
+        (["--data", "only_A", *small], "trainB"),
+        (["--data", "d", *small, "--crop-size", "30"], "multiple of 4"),
+        (["--data", "d", *small, "--preprocess", "crop", "--crop-size", "64"], "smaller than"),
+        (["--data", "d", *small, "--G", "unet_256"], "multiple of 256"),
+        (["--data", "d", *small, "--channels-A", "1"], "--lambda-id 0"),
+        (["--device", "warp"], "--device warp"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+        (["--data", "d", *small, "--checkpoint", "none.pt"], "none.pt"),
+        (["translate", "--checkpoint", "none.pt", "--input", "d"], "none.pt"),
+        (["translate", "--input", "d"], "--checkpoint"),
+        (["evaluate", "--checkpoint", "d"], "latest_net"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["--device", "cuda"], "--device cpu"))
+    for args, message in cases:
+        assert message in fails(capsys, *args), args
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(capsys, tmp_path):
+    faces(tmp_path / "d/trainA", 4), faces(tmp_path / "d/trainB", 4)
+    options = ["--data", "d", *TINY.split(), "--epochs", "40", "--every", "4", "--lr", "1e30"]
+    line = fails(capsys, *options)
+    assert "became" in line and "last good checkpoint" in line
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
+    good = (trained[0] / "checkpoint.pt").read_bytes()
+    Path("cut.pt").write_bytes(good[: len(good) // 2])
+    Path("text.pt").write_text("not a checkpoint")
+    Path("empty.pt").write_bytes(b"")
+    torch.save({"model": "stylegan2", "nets": {}}, "other.pt")
+    torch.save({"some.weight": torch.zeros(3)}, "foreign.pth")
+    torch.save([1, 2], "list.pt")
+    picture = faces(tmp_path / "in", 1)
+    for name, message in (
+        ("cut.pt", "damaged"),
+        ("text.pt", "not a checkpoint"),
+        ("empty.pt", "not a checkpoint"),
+        ("other.pt", "stylegan2"),
+        ("foreign.pth", "not a CycleGAN network"),
+        ("list.pt", "neither"),
+    ):
+        line = fails(capsys, "translate", "--checkpoint", name, "--input", picture)
+        assert message in line and name in line
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/cyclegan-test-was-here",)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_checkpoint_that_would_run_code_is_refused_by_name(capsys, tmp_path, old_format):
+    mark = Path("/tmp/cyclegan-test-was-here")
+    mark.unlink(missing_ok=True)
+    torch.save(
+        {"model.1.weight": Malicious()}, "evil.pth", _use_new_zipfile_serialization=not old_format
+    )
+    line = fails(
+        capsys, "translate", "--checkpoint", "evil.pth", "--input", faces(tmp_path / "in", 1)
+    )
+    assert "system" in line and not mark.exists()
+
+
+def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("args.json", "log.jsonl"):
+        (folder / name).write_bytes((trained[0] / name).read_bytes())
+    (folder / "checkpoint.pt").write_bytes(b"PK damaged")
+    log = (folder / "log.jsonl").read_bytes()
+    assert "damaged" in fails(capsys, "--resume", folder)
+    assert (folder / "log.jsonl").read_bytes() == log
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
+    faces(tmp_path / "d/trainA", 40), faces(tmp_path / "d/trainB", 40)
+    options = ["--data", "d", *TINY.split(), "--epochs", 1, "--every", 1000, "--out", tmp_path]
+    run(*options)
+    folder = tmp_path / "cyclegan-d-000"
+    before = (folder / "checkpoint.pt").read_bytes()
+    limit = f"ulimit -f {len(before) // 2048}; exec {' '.join(script('--resume', folder, '--epochs', 2))}"
+    done = subprocess.run(["bash", "-c", limit], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob("*.part"))
+
+
+def test_unreadable_pictures_are_named_and_skipped_by_translate(trained, capsys, tmp_path):
+    folder = faces(tmp_path / "in", 2)
+    (folder / "text.png").write_text("hello")
+    (folder / "cut.jpg").write_bytes((folder / "0.jpg").read_bytes()[:300])
+    options = ["--checkpoint", trained[0] / "checkpoint.pt", "--input", folder]
+    cyclegan.main([str(o) for o in ["translate", *options]])
+    captured = capsys.readouterr()
+    assert "text.png" in captured.err and "cut.jpg" in captured.err
+    assert "2 written, 2 skipped" in captured.out
+    for name in ("0.jpg", "1.jpg"):
+        (folder / name).unlink()
+    assert "not one readable" in fails(capsys, "translate", *options)
+
+
+def test_translate_never_replaces_its_input(trained, capsys, tmp_path):
+    Image.new("RGB", (16, 16), "red").save("a.png")
+    before = Path("a.png").read_bytes()
+    options = ["translate", "--checkpoint", trained[0] / "checkpoint.pt", "--input"]
+    for where in (["a.png", "--out", "a.png"], ["a.png", "--out", "."], [".", "--out", "."]):
+        assert "original" in fails(capsys, *options, *where)
+    assert Path("a.png").read_bytes() == before
+
+
+def test_training_skips_one_bad_file_in_a_hundred_and_refuses_more(capsys, tmp_path):
+    faces(tmp_path / "d/trainA", 120), faces(tmp_path / "d/trainB", 3)
+    (tmp_path / "d/trainA/007.jpg").write_text("not a picture")
+    options = ["--data", "d", *TINY.split(), "--batch", "20", "--epochs", "1", "--out", "r"]
+    cyclegan.main(options)
+    assert "skipped" in capsys.readouterr().err
+    (tmp_path / "d/trainA/008.jpg").write_text("not a picture")
+    line = fails(capsys, *options)
+    assert "2 of 122" in line and ".jpg" in line

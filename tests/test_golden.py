@@ -1,0 +1,389 @@
+"""The vectors of the official implementations: every SYSTEM/*.npz below $GOLDEN_DIR is one test.
+
+Each file names its case, its networks by their official arguments, and formulas for weights and
+inputs; outputs are compared in float64. A file, a case or an output that is not understood fails.
+GOLDEN_DIR defaults to tests/golden, a part of the set.
+"""
+
+import json
+import os
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cyclegan
+
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+READY = ("cyclegan",)
+FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_golden(path):
+    case = Case(path)
+    SYSTEMS[path.parent.name](case)
+    case.all_compared()
+
+
+def test_there_are_vectors_of_every_system():
+    assert {f.parent.name for f in FILES} == set(READY), f"in {GOLDEN_DIR}"
+
+
+# ---- the format -----------------------------------------------------------------------------------
+
+
+def formula(entry, tag):
+    """The array that an entry of `meta` describes: standard draws from a seed made of its name."""
+    dtype, shape = entry.get("dtype", "float32"), tuple(entry["shape"])
+    if "values" in entry:
+        return np.array(entry["values"], dtype).reshape(shape)
+    if entry["dist"] == "const":
+        return np.full(shape, entry["add"], dtype)
+    rng = np.random.RandomState(zlib.crc32((tag + entry["name"]).encode()))
+    draw = rng.standard_normal(shape) if entry["dist"] == "normal" else rng.random_sample(shape)
+    draw = np.abs(draw) if entry.get("abs") else draw
+    return np.asarray(draw * entry["mul"] + entry["add"]).astype(dtype)
+
+
+def group(spec):
+    """{official name: array} of a network or of a group of inputs."""
+    return {e["name"]: formula(e, spec["tag"]) for e in spec["entries"]}
+
+
+def weights(spec):
+    """A network's arrays, checked against the sum that the file states."""
+    arrays = group(spec)
+    total = sum(np.abs(a.astype(np.float64)).sum() for a in arrays.values())
+    assert abs(total - spec["abs_sum"]) < 1e-9 * spec["abs_sum"]
+    return arrays
+
+
+def inputs(spec):
+    return {name: torch.as_tensor(a).double() for name, a in group(spec).items()}
+
+
+def stats(t):
+    """The four-number summary of a tensor; the last number feels the order of the elements."""
+    t = t.detach().flatten()
+    k = torch.arange(1, t.numel() + 1, dtype=t.dtype)
+    return torch.stack(
+        [t.mean(), t.square().mean().sqrt(), t.abs().max(), (t * (0.1 * k).cos()).mean()]
+    )
+
+
+class Case:
+    """One file: its meta, its arrays, and which of them have been compared."""
+
+    def __init__(self, path):
+        self.arrays = np.load(path)
+        self.meta = json.loads(str(self.arrays["meta"]))
+        self.name = self.meta["case"]
+        self.compared = set()
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def __contains__(self, key):
+        return key in self.arrays.files
+
+    def equal(self, key, mine, tol=None):
+        """|mine - stored| <= tol * max|stored|; tol: float64 rounding, or float32 if stored so."""
+        stored = self.arrays[key]
+        mine = np.asarray(mine.detach() if torch.is_tensor(mine) else mine)
+        assert mine.shape == stored.shape, f"{key}: {mine.shape}, stored {stored.shape}"
+        assert np.isfinite(mine).all(), key
+        tol = tol or (2e-7 if stored.dtype == np.float32 else 1e-9)
+        worst = np.abs(mine.astype(np.float64) - stored).max(initial=0)
+        allowed = tol * np.abs(stored.astype(np.float64)).max(initial=0) + 1e-12
+        assert worst <= allowed, f"{key}: off by {worst:.3g}, allowed {allowed:.3g}"
+        self.compared.add(key)
+
+    def all_compared(self):
+        outputs = {
+            k for k in self.arrays.files if k != "meta" and not k.startswith(("in/", "f32/"))
+        }
+        outputs -= {"loss_names"}
+        assert self.compared == outputs, f"not compared: {sorted(outputs - self.compared)}"
+
+
+# ---- CycleGAN -------------------------------------------------------------------------------------
+
+# The official code names D_A what judges domain B; ours are named by what they judge.
+OURS = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}
+LOSSES = {
+    **OURS,
+    "cycle_A": "cycle_A",
+    "cycle_B": "cycle_B",
+    "idt_A": "idt_B",  # what G_A makes of a B
+    "idt_B": "idt_A",
+}
+
+
+def official_network(spec):
+    """from_official on the formula weights; its config must be what the official arguments say."""
+    net, kwargs = cyclegan.from_official(weights(spec)), spec["kwargs"]
+    assert spec["class"] in ("define_G", "define_D"), spec["class"]
+    assert net.config["norm"] == kwargs["norm"]
+    assert net.config["in_channels"] == kwargs["input_nc"]
+    kinds = {
+        "resnet_9blocks": {"kind": "resnet", "blocks": 9},
+        "resnet_6blocks": {"kind": "resnet", "blocks": 6},
+        "unet_128": {"kind": "unet", "downs": 7},
+        "unet_256": {"kind": "unet", "downs": 8},
+        "basic": {"kind": "patch", "n_layers": 3},
+        "n_layers": {"kind": "patch", "n_layers": kwargs.get("n_layers_D")},
+        "pixel": {"kind": "pixel"},
+    }
+    wanted = kinds[kwargs.get("netG") or kwargs["netD"]]
+    wanted["ngf" if "netG" in kwargs else "ndf"] = kwargs["ngf" if "netG" in kwargs else "ndf"]
+    assert wanted.items() <= net.config.items(), (wanted, net.config)
+    assert [n for n, _ in net.named_parameters()] == spec["param_names"]
+    return net.double().train(spec.get("train", True))
+
+
+def grad_norms(net):
+    return [-1.0 if p.grad is None else p.grad.norm().item() for p in net.parameters()]
+
+
+def check_network(case, label):
+    """One network: output, activations, gradients, running statistics."""
+    net = official_network(case.meta["nets"][label])
+    layers = net.net if net.config["kind"] == "pixel" else net.model
+    if net.config["kind"] == "unet":  # here activations are those of the convolutions
+        convs = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+        layers = [m for m in net.modules() if isinstance(m, convs)]
+    for i, layer in enumerate(layers):
+        key = f"{label}/act/{i:02d}"
+        layer.register_forward_hook(lambda m, x, y, key=key: case.equal(key, stats(y)))
+    given = inputs(case.meta[f"{label}_inputs"])
+    x = given["x"].requires_grad_(True)
+    y = net(x)
+    case.equal(f"{label}/y", y)
+    (y * given["cot"]).sum().backward()
+    case.equal(f"{label}/grad_x", x.grad)
+    case.equal(f"{label}/grad_norm", grad_norms(net))
+    for name in case.meta["nets"][label]["full_grads"]:
+        case.equal(f"{label}/grad/{name}", net.get_parameter(name).grad)
+    for name, buffer in net.named_buffers():
+        if f"{label}/buf/{name}" in case:
+            case.equal(f"{label}/buf/{name}", buffer)
+
+
+class Recorder:
+    """Stands in for common.Run in train_step: recorded draws in, losses and gradients out."""
+
+    def __init__(self, draws=()):
+        self.draws = list(draws)
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def rand(self, n):
+        return torch.as_tensor(self.draws.pop(0)) if self.draws else torch.zeros(n)
+
+    def update(self, opt, loss):
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.__dict__.setdefault("losses", []).append(loss.detach())
+        opt.step()
+
+
+def options(opt):
+    return types.SimpleNamespace(
+        gan_mode=opt["gan_mode"],
+        lambda_A=opt["lambda_A"],
+        lambda_B=opt["lambda_B"],
+        lambda_id=opt["lambda_identity"],
+    )
+
+
+def weighted(name, losses, opt):
+    """A loss of the official list, which are weighted, from ours, which are not."""
+    weight = {"cycle_A": opt["lambda_A"], "cycle_B": opt["lambda_B"]}
+    weight["idt_A"] = opt["lambda_B"] * opt["lambda_identity"]
+    weight["idt_B"] = opt["lambda_A"] * opt["lambda_identity"]
+    return losses[LOSSES[name]] * weight.get(name, 1.0)
+
+
+def check_losses(case):
+    """Losses of one iteration, from given images and pooled fakes, and their gradients."""
+    meta, opt = case.meta, case.meta["opt"]
+    official = {k: official_network(spec) for k, spec in meta["nets"].items()}
+    nets = [official[k] for k in ("G_A", "G_B", "D_B", "D_A")]
+    given = inputs(meta["inputs"])
+    real_A, real_B = given["real_A"], given["real_B"]
+
+    still = torch.optim.SGD(nets[0].parameters(), lr=0.0)  # updates nothing: gradients stay
+    run = Recorder()
+    run.update = lambda _, loss: (run.losses.append(loss.detach()), loss.backward())
+    run.losses = []
+    pools = [
+        types.SimpleNamespace(query=lambda *_, k=k: given[k])
+        for k in ("pool_fake_A", "pool_fake_B")
+    ]
+    losses = cyclegan.train_step(nets, [still, still], pools, real_A, real_B, options(opt), run)
+    for name in ("G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B"):
+        case.equal(f"loss/{name}", weighted(name, losses, opt))
+    case.equal("loss/G", run.losses[0])
+    for name in ("D_A", "D_B"):
+        case.equal(f"loss/{name}", losses[OURS[name]])
+
+    if opt["gan_mode"] == "wgangp":  # the official D loss has no penalty: do D's part again
+        for k in ("D_A", "D_B"):
+            official[k].zero_grad(set_to_none=True)
+            real, fake = (real_B, "pool_fake_B") if k == "D_A" else (real_A, "pool_fake_A")
+            cyclegan.discriminator_loss(official[k], real, given[fake], "wgangp").backward()
+    for k, net in official.items():
+        case.equal(f"grad_norm/{k}", grad_norms(net))
+        for name in meta["full_grads"][k]:
+            case.equal(f"grad/{k}/{name}", net.get_parameter(name).grad)
+
+    with torch.no_grad():
+        G_A, G_B = official["G_A"], official["G_B"]
+        made = {
+            "fake_B": G_A(real_A),
+            "fake_A": G_B(real_B),
+            "idt_A": G_A(real_B),
+            "idt_B": G_B(real_A),
+        }
+        made |= {"rec_A": G_B(made["fake_B"]), "rec_B": G_A(made["fake_A"])}
+    for name, img in made.items():
+        case.equal(f"img_stats/{name}", stats(img))
+    case.equal("img/fake_B", made["fake_B"])
+
+    for name in ("real", "fake"):
+        logits = given["pred"].clone().requires_grad_(True)
+        loss = cyclegan.adversarial_loss(logits, name == "real", opt["gan_mode"])
+        loss.backward()
+        case.equal(f"ganloss/{name}", loss)
+        case.equal(f"ganloss/{name}_grad", logits.grad)
+
+    if opt["gan_mode"] == "wgangp":
+        check_gradient_penalty(case, official["D_A"], real_B, given["pool_fake_B"], given["alpha"])
+
+
+def check_gradient_penalty(case, D, real, fake, alpha):
+    mixes = {"mixed": alpha, "real": torch.ones_like(alpha), "fake": torch.zeros_like(alpha)}
+    for name, alpha in mixes.items():
+        D.zero_grad(set_to_none=True)
+        gp = cyclegan.LAMBDA_GP * cyclegan.gradient_penalty(D, real, fake, alpha)
+        gp.backward()
+        case.equal(f"gp/{name}", gp)
+        norms = [-1.0 if p.grad is None else p.grad.norm().item() for p in D.parameters()]
+        case.equal(f"gp/{name}_grad_norm/D_A", norms)
+        for key in case.arrays.files:
+            if key.startswith(f"gp/{name}_grad/D_A/"):
+                case.equal(key, D.get_parameter(key.split("/")[-1]).grad)
+        a = alpha[:, :, None, None]
+        x = (a * real + (1 - a) * fake).requires_grad_(True)
+        (rows,) = torch.autograd.grad(D(x).sum(), x)
+        case.equal(f"gp/{name}_grad_rows_norm", (rows.flatten(1) + 1e-16).norm(2, dim=1))
+
+
+def pool_draws(p, slot, size):
+    """Recorded draws as ImagePool takes them: u, and a number in [0, 1) that falls on the slot."""
+    return torch.as_tensor(p), (torch.as_tensor(slot).clamp(min=0) + 0.5) / max(size, 1)
+
+
+def check_image_pool(case):
+    for i, pool_spec in enumerate(case.meta["pools"]):
+        size = pool_spec["pool_size"]
+        pool, returned, first = cyclegan.ImagePool(size), [], 0
+        u, slot = pool_draws(case[f"in/{i}/p"], case[f"in/{i}/id"], size)
+        for n in pool_spec["batches"]:
+            k = slice(first, first + n)
+            images = torch.arange(first, first + n).double().reshape(n, 1, 1, 1)
+            returned += pool.query(images, u[k], slot[k]).flatten().tolist()
+            first += n
+        case.equal(f"{i}/returned", returned)
+        held = [] if size == 0 else pool.images.flatten()[: int(pool.count)].tolist()
+        case.equal(f"{i}/final_pool", held)
+
+
+def check_lr_schedule(case):
+    for i, s in enumerate(case.meta["schedules"]):
+        flat, decay, first = s["n_epochs"], s["n_epochs_decay"], s["epoch_count"]
+        epochs = range(first, flat + decay + 1)
+        # The official step and cosine schedules start anew wherever a run does; linear does not.
+        shift = 0 if s["lr_policy"] == "linear" else first - 1
+
+        def rate(e, s=s, flat=flat, decay=decay, shift=shift):
+            factor = cyclegan.lr_factor(
+                e - shift, s["lr_policy"], flat + decay, decay, s["lr_decay_iters"]
+            )
+            return s["lr"] * factor
+
+        case.equal(f"{i}/step_after_epoch", [rate(e) for e in epochs])
+        case.equal(f"{i}/step_before_epoch", [rate(e + 1) for e in epochs])
+
+
+def check_trajectory(case):
+    """Iterations of train_step with the recorded pool draws."""
+    meta, opt = case.meta, case.meta["opt"]
+    official = {k: official_network(spec) for k, spec in meta["nets"].items()}
+    nets = [official[k] for k in ("G_A", "G_B", "D_B", "D_A")]
+    before = {k: [p.detach().clone() for p in net.parameters()] for k, net in official.items()}
+    adam = {"lr": opt["lr"], "betas": (opt["beta1"], cyclegan.BETAS[1])}
+    opts = [
+        torch.optim.Adam([*nets[0].parameters(), *nets[1].parameters()], **adam),
+        torch.optim.Adam([*nets[2].parameters(), *nets[3].parameters()], **adam),
+    ]
+    pools = [cyclegan.ImagePool(opt["pool_size"]), cyclegan.ImagePool(opt["pool_size"])]
+    given, size = inputs(meta["inputs"]), opt["pool_size"]
+    N = len(given["real_A/0"])
+    draws = {
+        k: pool_draws(case[f"in/{k}_pool_p"], case[f"in/{k}_pool_id"], size)
+        for k in ("fake_A", "fake_B")
+    }
+    rows = []
+    for step in range(meta["steps"]):
+        k = slice(step * N, step * N + N)
+        run = Recorder([draws[f][j][k] for f in ("fake_B", "fake_A") for j in (0, 1)])
+        with torch.no_grad():
+            fake_B = official["G_A"](given[f"real_A/{step}"])
+        real_A, real_B = given[f"real_A/{step}"], given[f"real_B/{step}"]
+        losses = cyclegan.train_step(nets, opts, pools, real_A, real_B, options(opt), run)
+        rows.append([weighted(n, losses, opt).item() for n in case["loss_names"]])
+        if step == 0:
+            for key in [k for k in case.arrays.files if k.startswith("step0/param_norm/")]:
+                case.equal(key, [p.norm().item() for p in official[key[-3:]].parameters()], 1e-7)
+    case.equal("losses", rows)
+    case.equal("final/fake_B", fake_B, 1e-7)
+    for k, net in official.items():
+        case.equal(f"final/param_norm/{k}", [p.norm().item() for p in net.parameters()], 1e-7)
+        moved = [(p - q).norm().item() for p, q in zip(net.parameters(), before[k], strict=True)]
+        still = case[f"final/update_norm/{k}"] < 1e-8  # biases before an instance norm
+        moved = np.where(still, case[f"final/update_norm/{k}"], moved)
+        case.equal(f"final/update_norm/{k}", moved, 1e-7)
+        for name in meta["final_tensors"][k]:
+            case.equal(f"final/param/{k}/{name}", net.get_parameter(name), 1e-7)
+
+
+def check_cyclegan(case):
+    checks = {
+        "image_pool": check_image_pool,
+        "lr_schedule": check_lr_schedule,
+        "trajectory": check_trajectory,
+    }
+    if case.name in checks:
+        checks[case.name](case)
+    elif case.name.startswith("losses"):
+        check_losses(case)
+    else:
+        assert all(f"{label}_inputs" in case.meta for label in case.meta["nets"]), case.name
+        for label in case.meta["nets"]:
+            check_network(case, label)
+
+
+SYSTEMS = {"cyclegan": check_cyclegan}
