@@ -17,6 +17,7 @@ import collections
 import colorsys
 import concurrent.futures
 import contextlib
+import copy
 import difflib
 import errno
 import functools
@@ -168,6 +169,7 @@ def add_train_options(p, data, batch, every):
     p.add("--data", default=data, help="toy, a public name, a folder or a .zip")
     p.add("--out", default="runs", help="where run folders go")
     p.add("--resume", metavar="RUN", help="continue the run in this folder")
+    p.add("--checkpoint", help="start from these weights, ours or official ones")
     p.add("--batch", type=positive_int, default=batch, help="global, over all processes")
     p.add("--seed", type=not_negative_int, default=0, help="of weights, order and draws")
     p.add("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="default: tf32, CPU: fp32")
@@ -176,6 +178,27 @@ def add_train_options(p, data, batch, every):
         "--cache", choices=("auto", "off"), default="auto", help="keep decoded pictures in memory"
     )
     p.add("--every", type=positive_int, default=5000, help=f"{every} between snapshots")
+    add_device_option(p)
+
+
+def add_translate_options(p):
+    """The options of commands that turn pictures into pictures."""
+    p.add("--checkpoint", required=True, help="ours or an official one")
+    p.add("--input", required=True, help="a picture or a folder")
+    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
+    p.add("--size", type=positive_int, help="scale the short side to this many pixels first")
+    p.add("--width", type=positive_int, help="scale the width to this many pixels first")
+    p.add("--square", type=positive_int, help="resize to a square first")
+    add_device_option(p)
+
+
+def add_evaluate_options(p):
+    """The options of every `evaluate`."""
+    p.add("--checkpoint", required=True, help="ours or an official one")
+    p.add("--data", help="default: what the checkpoint was trained on")
+    p.add("--inception", help="weights of FID's network, where they cannot be fetched")
+    p.add("--out", help="JSON file to write the scores to")
+    p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
     add_device_option(p)
 
 
@@ -718,8 +741,8 @@ def subset(source, folder, layout=None):
 # Toy faces
 # =============================================================================
 # A face is a list of flat polygons in units of the picture's side, so every size shows the same
-# picture. The domains share geometry and clothes, and the sky's hue. Skin, hair, iris lie at the same
-# t on a ramp of colours per domain: recolouring is one-to-one and keeps the order of lightness, so
+# picture. The domains share geometry, clothes and the sky's hue. Skin, hair, iris lie at the same t
+# on a ramp of colours per domain: recolouring is one-to-one and keeps the order of lightness, so
 # that unpaired translation has one natural answer and loses nothing in either direction.
 
 TOY_DOMAINS = ("human", "goblin", "robot")
@@ -1075,10 +1098,10 @@ def counterpart(seed, domain, size=64):
 
 
 TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no face in both
-    "trainA": (0, 0, 1000),
-    "trainB": (1, 1000, 1000),
-    "testA": (0, 2000, 100),
-    "testB": (1, 2100, 100),
+    "trainA": (0, 0, 800),
+    "trainB": (1, 800, 800),
+    "testA": (0, 1600, 100),
+    "testB": (1, 1700, 100),
 }
 
 
@@ -1216,13 +1239,15 @@ class ImageSet:
             ) from None
         print(f"skipped {problem} ({len(self.bad)} so far)", file=sys.stderr)
 
-    def counterpart(self, i, domain):
-        """Toy data: the true counterpart of picture i in another domain (0, 1, ...)."""
-        return pixels(self.prepare(self.source.counterpart(self.names[i], domain, self.mode)))
+    def counterparts(self, domain, n=None):
+        """Toy data: the true counterparts, in domain "A", "B", ..., of what all(n) returns."""
+        number = "ABC".index(domain)
+        faces = (self.source.counterpart(name, number, self.mode) for name in self.names[:n])
+        return stack([pixels(self.prepare(face)) for face in faces])
 
-    def all(self):
-        """All pictures, uint8 (N, C, H, W)."""
-        return stack([self[i] for i in range(len(self))])
+    def all(self, n=None):
+        """All pictures, or the first n, uint8 (N, C, H, W)."""
+        return stack([self[i] for i in range(len(self.names[:n]))])
 
 
 def pixels(img):
@@ -1487,14 +1512,22 @@ class Run:
         """
         self.nets, self.opts, self.pools = nets, opts, pools
         torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
-        path = Path(self.args.resume or "", "checkpoint.pt")
-        if not self.args.resume or not path.exists():
+        if not self.args.resume:
             return 0
-        state = load_checkpoint(path, self.model)
+        path = Path(self.args.resume, "checkpoint.pt")
+        if path.exists():
+            self.load_state(load_checkpoint(path, self.model))
+        if self.rank == 0:
+            drop_later_lines(self.folder / "log.jsonl", self.steps_done)
+        self.say(f"resumed at step {self.steps_done}")
+        return self.steps_done
+
+    def load_state(self, state):
+        """The reverse of save()."""
         try:
-            for name, net in nets.items():
+            for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])
-            for name, opt in opts.items():
+            for name, opt in self.opts.items():
                 opt.load_state_dict(state["opts"][name])
                 for group in opt.param_groups:
                     group["lr"] = group["lr"].to(self.device)
@@ -1509,10 +1542,6 @@ class Run:
             self.load_rank_state(state["ranks"][self.rank])
         else:
             self.say(f"{len(state['ranks'])} processes before, {self.world} now: pools start empty")
-        if self.rank == 0:
-            drop_later_lines(self.folder / "log.jsonl", self.steps_done)
-        self.say(f"resumed at step {self.steps_done}")
-        return self.steps_done
 
     def rank_state(self):
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
@@ -1642,19 +1671,21 @@ def write_whole(path):
     A crash or a full disk leaves an older file of that name as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
-        room = shutil.disk_usage(path.parent).free / 2**20
-        raise UserError(f"cannot write {path} ({e}); {room:.0f} MB are free there.") from None
+        folder = next(p for p in path.absolute().parents if p.is_dir())
+        free = shutil.disk_usage(folder).free / 2**20
+        raise UserError(f"cannot write {path} ({e}); {free:.0f} MB are free there.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_json(path, data):
@@ -1667,8 +1698,9 @@ def load_checkpoint(path, model):
 
     Raises UserError if it is missing, damaged, of another model, or holds more than plain data.
     """
-    if Path(path).is_dir() or not Path(path).exists():
-        raise UserError(f"--checkpoint {path}: no such file. Name a .pt or .pth file.")
+    if not Path(path).is_file():
+        problem = "a folder without checkpoints" if Path(path).is_dir() else "no such file"
+        raise UserError(f"--checkpoint {path}: {problem}. Name a .pt or .pth file.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -1690,6 +1722,40 @@ def load_checkpoint(path, model):
     if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
         return state
     raise UserError(f"--checkpoint {path}: neither one of ours nor a plain dict of tensors.")
+
+
+@torch.no_grad()
+def apply(net, images, device, batch=16):
+    """uint8 images (N, C, H, W) through an image-to-image net in eval mode -> uint8 images."""
+    training = net.training
+    net.eval()
+    parts = [to_uint8(net(to_float(x, device))).cpu() for x in images.split(batch)]
+    net.train(training)
+    return torch.cat(parts)
+
+
+def check_size(nets, side):
+    """UserError if a network of {name: net} cannot work on side x side pictures: a dry run.
+
+    Networks named G... must also give pictures of the size they get, of which `multiple` is a hint.
+    """
+    for name, net in nets.items():
+        x = torch.empty(2, net.config["in_channels"], side, side, device="meta")
+        try:
+            shape = copy.deepcopy(net).to("meta")(x).shape[-2:]
+        except (RuntimeError, ValueError):
+            shape = None
+        if shape is None or (name.startswith("G") and shape != x.shape[-2:]):
+            need = f"a multiple of {net.multiple}" if hasattr(net, "multiple") else "more"
+            raise UserError(f"--crop-size {side} does not suit {name}: it needs {need}.")
+
+
+def resized(img, short=None, width=None, square=None):
+    """A PIL picture scaled to a short side or a width, or made a square; else as it is."""
+    W, H = img.size
+    scale = short / min(W, H) if short else (width or W) / W
+    size = (square, square) if square else tuple(max(1, round(side * scale)) for side in (W, H))
+    return img if size == (W, H) else img.resize(size, BICUBIC)
 
 
 def to_picture(image):
@@ -2051,15 +2117,6 @@ def inception_features(images, net, mode="tf1", device=None):
     return features
 
 
-def gather(value):
-    """The value of every process, in the order of ranks; [value] without torch.distributed."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 class FeatureStats:
     """Mean and covariance of rows that come in pieces: n, sum f and sum f f^T in float64."""
 
@@ -2075,22 +2132,6 @@ class FeatureStats:
             self.n += len(rows)
             self.total += rows.sum(0)
             self.outer += rows.T @ rows
-        return self
-
-    def merge(self, other):
-        self.n, self.total = self.n + other.n, self.total + other.total
-        self.outer = self.outer + other.outer
-        return self
-
-    def all_reduce(self):
-        """Sums over all processes; each adds only images that no other adds. Returns self."""
-        if dist.is_initialized():
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            count = torch.tensor([self.n], dtype=torch.float64)
-            sums = [t.to(device) for t in (count, self.total, self.outer)]
-            for t in sums:
-                dist.all_reduce(t)
-            self.n, self.total, self.outer = int(sums[0]), sums[1].cpu(), sums[2].cpu()
         return self
 
     def mean_cov(self, ddof=1):
@@ -2187,17 +2228,15 @@ def fd8(real, fake):
                 x = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
                 x = F.adaptive_avg_pool2d(x, 8).expand(-1, 3, 8, 8)
                 stats.add(x.flatten(1))
-        moments += stats.all_reduce().mean_cov()
+        moments += stats.mean_cov()
     return frechet_distance(*moments)
 
 
 def feature_statistics(features):
-    """{mu, sigma, n, features}: moments over all processes, and at most KID_ROWS rows for KID."""
-    stats = FeatureStats(features.shape[1]).add(features).all_reduce()
-    mu, sigma = stats.mean_cov()
-    rows = min(len(features), KID_ROWS // len(gather(None)))
-    kept = features[torch.linspace(0, len(features) - 1, rows, dtype=torch.float64).round().long()]
-    return {"mu": mu, "sigma": sigma, "n": stats.n, "features": torch.cat(gather(kept))}
+    """{mu, sigma, n, features}: the moments, and at most KID_ROWS evenly spaced rows for KID."""
+    mu, sigma = FeatureStats(features.shape[1]).add(features).mean_cov()
+    rows = np.linspace(0, len(features) - 1, min(len(features), KID_ROWS)).round()
+    return {"mu": mu, "sigma": sigma, "n": len(features), "features": features[rows.astype(int)]}
 
 
 def real_statistics(images, net, mode="tf1", folder=None):
@@ -2215,42 +2254,22 @@ def real_statistics(images, net, mode="tf1", folder=None):
     for x in uint8_batches(images):
         for image in x.cpu():
             digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
-    key = hashlib.sha256("".join(gather(digest.hexdigest())).encode()).hexdigest()
-    path = Path(folder or cache_folder()) / f"inception-statistics-{key[:32]}.npz"
-    cached = read_statistics(path)
-    if all(gather(cached is not None)):
-        return cached
-    statistics = feature_statistics(inception_features(images, net, mode))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        write_statistics(path, statistics)
-    return statistics
-
-
-def read_statistics(path):
-    """What write_statistics wrote; None if there is nothing there, or nothing sound."""
+    path = Path(folder or cache_folder(), f"inception-statistics-{digest.hexdigest()[:32]}.npz")
     try:
         with np.load(path, allow_pickle=False) as data:
-            mu, sigma, features = (torch.from_numpy(data[k]) for k in ("mu", "sigma", "features"))
-            n = int(data["n"])
+            held = {k: torch.from_numpy(data[k]) for k in ("mu", "sigma", "features")}
+            return held | {"n": int(data["n"])}
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
         print(f"{path} is damaged: computing these statistics again.", file=sys.stderr)
-        return None
-    return {"mu": mu, "sigma": sigma, "n": n, "features": features}
-
-
-def write_statistics(path, statistics):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    statistics = feature_statistics(inception_features(images, net, mode))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with write_whole(path) as file:
             np.savez(file, **{name: np.asarray(value) for name, value in statistics.items()})
-        os.replace(part, path)
-    except OSError as error:
-        if part.exists():
-            part.unlink()
-        print(f"{path} not written ({error.strerror}), computed anew next time.", file=sys.stderr)
+    except UserError as e:
+        print(f"{e} These statistics will be computed anew next time.", file=sys.stderr)
+    return statistics
 
 
 def fid_kid(real, fake, net, mode="tf1", folder=None):
@@ -2258,7 +2277,7 @@ def fid_kid(real, fake, net, mode="tf1", folder=None):
 
     Only the real images' statistics are cached. FID shrinks as n grows: compare scores of
     equal n_real and n_fake only. Moves no random state of torch, even where `fake` is a
-    generator that samples as it goes. Several processes pass each its own share of the images.
+    generator that samples as it goes.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         a = real_statistics(real, net, mode, folder)

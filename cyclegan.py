@@ -49,7 +49,7 @@ INIT_STD = 0.02  # appendix 7.1: weights from N(0, 0.02)
 
 # What a plain `python cyclegan.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(load_size=64, crop_size=64, ngf=16, ndf=16, blocks=1)
-TOY |= dict(batch=2, epochs=4, lr=1e-3, every=1000)
+TOY |= dict(batch=2, epochs=3, lr=1e-3, every=1000)
 
 # =============================================================================
 # Networks
@@ -83,16 +83,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, C, norm, dropout):
         super().__init__()
         bias = norm == "instance"
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(C, C, 3, bias=bias),
-            norm2d(norm, C),
-            nn.ReLU(),
-            *([nn.Dropout(0.5)] if dropout else []),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(C, C, 3, bias=bias),
-            norm2d(norm, C),
-        )
+        layers = [nn.ReflectionPad2d(1), nn.Conv2d(C, C, 3, bias=bias), norm2d(norm, C), nn.ReLU()]
+        layers += [nn.Dropout(0.5)] if dropout else []
+        layers += [nn.ReflectionPad2d(1), nn.Conv2d(C, C, 3, bias=bias), norm2d(norm, C)]
+        self.conv_block = nn.Sequential(*layers)
 
     def forward(self, x):
         return x + self.conv_block(x)
@@ -222,14 +216,9 @@ class PixelDiscriminator(nn.Module):
         super().__init__()
         self.config = dict(kind="pixel", in_channels=in_channels, ndf=ndf, norm=norm)
         bias = norm == "instance"
-        self.net = nn.Sequential(
-            nn.Conv2d(in_channels, ndf, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(ndf, 2 * ndf, 1, bias=bias),
-            norm2d(norm, 2 * ndf),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * ndf, 1, 1, bias=bias),
-        )
+        layers = [nn.Conv2d(in_channels, ndf, 1), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(ndf, 2 * ndf, 1, bias=bias), norm2d(norm, 2 * ndf), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*layers, nn.Conv2d(2 * ndf, 1, 1, bias=bias))
 
     def forward(self, x):
         return self.net(x).to(x.dtype)
@@ -237,14 +226,9 @@ class PixelDiscriminator(nn.Module):
 
 def build(config):
     """The network that a `config` describes: what its attribute of that name held."""
-    kinds = {
-        "resnet": ResnetGenerator,
-        "unet": UnetGenerator,
-        "patch": PatchDiscriminator,
-        "pixel": PixelDiscriminator,
-    }
-    config = dict(config)
-    return kinds[config.pop("kind")](**config)
+    kinds = dict(resnet=ResnetGenerator, unet=UnetGenerator)
+    kinds |= dict(patch=PatchDiscriminator, pixel=PixelDiscriminator)
+    return kinds[config["kind"]](**{k: v for k, v in config.items() if k != "kind"})
 
 
 def from_official(arrays):
@@ -257,53 +241,43 @@ def from_official(arrays):
     arrays = {name.removeprefix("module."): torch.as_tensor(a) for name, a in arrays.items()}
     convs = {name: tuple(a.shape) for name, a in arrays.items() if a.ndim == 4}
     try:
-        if "model.model.0.weight" in arrays:
-            inner, after = "model.model.1.model.1", "model.model.1.model.2"
-            ngf, in_channels = convs["model.model.0.weight"][:2]
-            out_channels = convs["model.model.3.weight"][1]
-            config = {"kind": "unet", "downs": len(convs) // 2}
-        elif any(".conv_block." in name for name in convs):
-            inner, after = "model.1", "model.2"
-            ngf, in_channels = convs["model.1.weight"][:2]
-            out_channels = list(convs.values())[-1][0]
-            blocks = sum(name.endswith("conv_block.1.weight") for name in convs)
-            dropout = any(name.endswith("conv_block.6.weight") for name in convs)
-            config = {"kind": "resnet", "blocks": blocks, "dropout": dropout}
-        elif "net.0.weight" in arrays:
-            inner, after = "net.2", "net.3"
-            ndf, in_channels = convs["net.0.weight"][:2]
-            config = {"kind": "pixel", "in_channels": in_channels, "ndf": ndf}
+        if "model.model.0.weight" in convs:
+            first, conv, norm = "model.model.0", "model.model.1.model.1", "model.model.1.model.2"
+            config = dict(kind="unet", out_channels=convs["model.model.3.weight"][1])
+            config |= dict(downs=len(convs) // 2)
+        elif blocks := sum(name.endswith("conv_block.1.weight") for name in convs):
+            first, conv, norm = "model.1", "model.1", "model.2"
+            config = dict(kind="resnet", out_channels=convs[f"model.{17 + blocks}.weight"][0])
+            config |= dict(blocks=blocks, dropout="model.10.conv_block.6.weight" in convs)
+        elif "net.0.weight" in convs:
+            first, conv, norm = "net.0", "net.2", "net.3"
+            config = dict(kind="pixel")
         else:
-            inner, after = "model.2", "model.3"
-            ndf, in_channels = convs["model.0.weight"][:2]
-            config = {"kind": "patch", "ndf": ndf, "n_layers": len(convs) - 2}
+            first, conv, norm = "model.0", "model.2", "model.3"
+            config = dict(kind="patch", n_layers=len(convs) - 2)
+        width = "ngf" if "out_channels" in config else "ndf"
+        config[width], config["in_channels"] = convs[f"{first}.weight"][:2]
     except KeyError as e:
         raise ValueError(f"not a CycleGAN network: no convolution {e.args[0]!r}") from None
-    if config["kind"] in ("resnet", "unet"):
-        config |= {"ngf": ngf, "out_channels": out_channels}
-    config["in_channels"] = in_channels
 
-    affine = f"{after}.weight" in arrays and arrays[f"{after}.weight"].ndim == 1
-    if f"{inner}.bias" in arrays:  # the bias rule: only before an instance norm
+    affine = f"{norm}.weight" in arrays and f"{norm}.weight" not in convs
+    if f"{conv}.bias" in arrays:  # the bias rule: only before an instance norm
         if affine:
             raise ValueError(
-                f"{after}.weight: instance norm with affine parameters (mid-2017 files)"
+                f"{norm} is an affine instance norm (mid-2017), which is not supported"
             )
         config["norm"] = "instance"
         stale = ("running_mean", "running_var", "num_batches_tracked")
         arrays = {name: a for name, a in arrays.items() if not name.endswith(stale)}
     else:
         config["norm"] = "batch" if affine else "none"
-
     net = build(config)
-    for name, a in net.state_dict().items():  # batch norms of old files do not count batches
-        if name.endswith("num_batches_tracked"):
-            arrays.setdefault(name, a)
+    counts = {k: a for k, a in net.state_dict().items() if k.endswith("num_batches_tracked")}
     try:
-        net.load_state_dict(arrays)
+        net.load_state_dict(counts | arrays)  # batch norms of old files do not count batches
     except RuntimeError as e:
-        what = str(e).splitlines()[1].strip()
-        raise ValueError(f"does not fit a {config['kind']} network: {what}") from None
+        problem = str(e).splitlines()[1].strip()
+        raise ValueError(f"does not fit a {config['kind']} network: {problem}") from None
     return net
 
 
@@ -528,22 +502,6 @@ def load_networks(path, direction="AtoB"):
     return nets, first["args"]
 
 
-def check_sizes(nets, args):
-    """Refuses, in one line, a --crop-size that these networks cannot work on, by a dry run."""
-    for name, net in nets.items() if args.preprocess.endswith("crop") else ():
-        x = torch.empty(2, net.config["in_channels"], args.crop_size, args.crop_size, device="meta")
-        try:
-            fits = (
-                name.startswith("D") or build(net.config).to("meta")(x).shape[-2:] == x.shape[-2:]
-            )
-            build(net.config).to("meta")(x)
-        except (RuntimeError, ValueError):
-            fits = False
-        if not fits:
-            need = f"a multiple of {net.multiple}, or another --G" if name[0] == "G" else "more"
-            raise UserError(f"--crop-size {args.crop_size} does not suit {name}: it needs {need}.")
-
-
 def open_domain(args, source, part, test=False):
     """The pictures of `part` (trainA, ...) as arrays, prepared for training or by the official test
     rule: the whole picture at crop size. Test pictures may be missing: training ones stand in."""
@@ -565,7 +523,8 @@ def train(args):
     if args.checkpoint and not args.resume:
         nets |= load_networks(args.checkpoint, args.direction)[0]
         run.say(f"starting from the weights of {args.checkpoint}")
-    check_sizes(nets, args)
+    if args.preprocess.endswith("crop"):
+        common.check_size(nets, args.crop_size)
     nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
     G_AB, G_BA, D_A, D_B = nets.values()
     betas = (args.beta1, BETAS[1])
@@ -613,20 +572,6 @@ def train(args):
 # =============================================================================
 
 
-@torch.no_grad()
-def apply(G, images, device, batch=16):
-    """uint8 images (N, C, H, W) through G in eval mode, uint8 again: what one would look at."""
-    G.eval()
-    parts = [common.to_uint8(G(common.to_float(x, device))).cpu() for x in images.split(batch)]
-    G.train()
-    return torch.cat(parts)
-
-
-def truth(data, other):
-    """Toy data: the true counterparts of all pictures of `data` in domain 0 (A) or 1 (B)."""
-    return common.stack([data.counterpart(i, "AB".index(other)) for i in range(len(data))])
-
-
 def fixed_examples(args, source, n=6):
     """{"A": (real, true), "B": ...}: the first n test pictures of a domain (training pictures where
     there are none) and, of toy faces, their counterparts in the other domain (else None)."""
@@ -634,8 +579,7 @@ def fixed_examples(args, source, n=6):
     for d, other in ("AB", "BA"):
         part = f"test{d}" if common.has_subset(source, f"test{d}") else f"train{d}"
         data = open_domain(args, source, part, test=True)
-        data.names = data.names[:n]
-        examples[d] = data.all(), truth(data, other) if source.is_toy else None
+        examples[d] = data.all(n), data.counterparts(other, n) if source.is_toy else None
     return examples
 
 
@@ -644,8 +588,12 @@ def sample_sheet(G_AB, G_BA, examples, device):
     columns = {}
     for A, B, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
         real, true = examples[A]
-        fake = apply(there, real, device)
-        columns |= {f"real {A}": real, f"fake {B}": fake, f"rec {A}": apply(back, fake, device)}
+        fake = common.apply(there, real, device)
+        columns |= {
+            f"real {A}": real,
+            f"fake {B}": fake,
+            f"rec {A}": common.apply(back, fake, device),
+        }
         columns |= {f"true {B}": true} if true is not None else {}
     return columns
 
@@ -664,13 +612,14 @@ def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test"):
         if there is None:
             continue
         real, target = data[A].all(), data[B].all()
-        fake = apply(there, real, device)
+        fake = common.apply(there, real, device)
         row = {"fd8": common.fd8(target, fake), "n_real": len(target), "n_fake": len(fake)}
         if back is not None:
-            row["cycle_error"] = common.mean_abs(apply(back, fake, device), real)
+            row["cycle_error"] = common.mean_abs(common.apply(back, fake, device), real)
         if source.is_toy:
-            row["error"] = common.mean_abs(fake, truth(data[A], B))
-            row["error_of_doing_nothing"] = common.mean_abs(real, truth(data[A], B))
+            true = data[A].counterparts(B)
+            row["error"] = common.mean_abs(fake, true)
+            row["error_of_doing_nothing"] = common.mean_abs(real, true)
         if inception is not None:
             if fid_real == "train+test":
                 more = open_domain(args, source, f"train{B}", test=True)
@@ -691,7 +640,7 @@ def evaluate(args):
     data = args.data or saved.get("data")
     if data is None:
         raise UserError("--data is missing: an official file does not say what it was trained on.")
-    source = common.open_data(data, size=args.crop_size)
+    source = common.open_data(data, size=args.size or saved.get("load_size", CROP_SIZE))
     inception = common.load_inception_or_explain(args.inception, device)
     print(
         f"protocol: G(test pictures) against the {args.fid_real} pictures of the other domain, all"
@@ -709,15 +658,12 @@ def evaluate(args):
 
 @torch.no_grad()
 def translate_picture(G, img, device, args):
-    """img: PIL picture of any size -> PIL picture, as large unless a size is asked for.
+    """img: PIL picture of any size -> PIL picture, as large unless --size ... asks for another.
 
     Sides that are no multiple of what G needs are padded by repeating the border, and cut back.
     """
+    img = common.resized(img, args.size, args.width, args.square)
     W, H = img.size
-    scale = (args.width or W) / W if not args.size else args.size / min(W, H)
-    size = (max(1, round(W * scale)), max(1, round(H * scale)))
-    W, H = size = (args.square, args.square) if args.square else size
-    img = img if size == img.size else img.resize(size, common.BICUBIC)
     x = common.to_float(common.stack([common.pixels(img)]), device)
     least = max(8, G.multiple)  # with less an instance norm would see a single pixel
     right, below = (max(least, -(-side // G.multiple) * G.multiple) - side for side in (W, H))
@@ -750,7 +696,6 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on unpaired pictures of two domains (default command)")
     common.add_train_options(p, data="toy", batch=1, every="images")
-    p.add("--checkpoint", help="start from these weights: ours, official .pth, a folder of them")
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--epochs", type=count, default=EPOCHS, help="length of the training")
     p.add("--epochs-decay", type=common.not_negative_int, help="of them at a falling rate: half")
@@ -781,25 +726,14 @@ def main(argv=None):
     p.add("--keep-every", type=count, default=5, help="epochs between checkpoints that are kept")
 
     p = cli.command("translate", translate, "translate a picture, or all pictures below a folder")
-    p.add("--checkpoint", required=True, help="ours, official .pth, or a folder of them")
-    p.add("--input", required=True, help="a picture or a folder")
-    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
+    common.add_translate_options(p)
     p.add("--direction", **directions)
-    p.add("--size", type=count, help="scale the short side to this many pixels first")
-    p.add("--width", type=count, help="scale the width to this many pixels first")
-    p.add("--square", type=count, help="resize to a square first (official: 256)")
-    common.add_device_option(p)
 
     p = cli.command("evaluate", evaluate, "FID, KID, fd8 and cycle error on the test pictures")
-    p.add("--checkpoint", required=True, help="ours, official .pth, or a folder of them")
-    p.add("--data", help="default: what the checkpoint was trained on")
+    common.add_evaluate_options(p)
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--size", type=count, help="pixels: the training's crop size, else 256")
     p.add("--fid-real", choices=("test", "train+test"), default="test", help="reals for FID")
-    p.add("--inception", help="weights of FID's network, where they cannot be fetched")
-    p.add("--out", help="JSON file to write the scores to")
-    p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
-    common.add_device_option(p)
 
     args = cli.parse(argv)
     if args.command == "train":

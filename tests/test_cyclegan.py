@@ -59,7 +59,7 @@ def faces(folder, n=4, size=40, domain=0):
     return folder
 
 
-# ---- networks -------------------------------------------------------------------------------------
+# ---- networks ----
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_initial_weights_have_the_papers_deviation():
     assert all(p.abs().max() == 0 for n, p in G.named_parameters() if n.endswith("bias"))
 
 
-# ---- losses and one step --------------------------------------------------------------------------
+# ---- losses and one step ----
 
 
 def test_gradient_penalty_of_a_linear_discriminator_is_that_of_its_weights():
@@ -225,7 +225,7 @@ def test_the_pool_returns_old_images_half_of_the_time_and_keeps_its_size():
     assert abs(old / 1950 - 0.5) < 0.04
 
 
-# ---- preprocessing --------------------------------------------------------------------------------
+# ---- preprocessing ----
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_crops_reach_every_offset_and_half_are_mirrored():
     assert abs(np.mean([s[0] > s[1] for s in seen]) - 0.5) < 0.1
 
 
-# ---- train ----------------------------------------------------------------------------------------
+# ---- train ----
 
 
 @pytest.fixture(scope="module")
@@ -275,21 +275,21 @@ def test_train_leaves_a_run_folder(trained):
     folder, text = trained
     names = {p.name for p in folder.iterdir()}
     assert {"args.json", "cyclegan.py", "log.jsonl", "metrics.jsonl", "samples"} <= names
-    assert {"checkpoint.pt", "checkpoint-0000500.pt"} <= names
+    assert {"checkpoint.pt", "checkpoint-0000400.pt"} <= names
     assert json.loads((folder / "args.json").read_text())["ngf"] == 4
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log][-1] == 500
+    assert log[-1]["step"] == 400
     assert {"loss/G_AB", "loss/cycle_A", "loss/idt_A", "loss/D_A", "sec", "mem_gb"} <= set(log[0])
     assert log[-1]["loss/cycle_A"] < log[0]["loss/cycle_A"]
     assert [p.name for p in sorted((folder / "samples").iterdir())] == [
-        "0000200.png", "0000400.png", "0000500.png",
+        "0000200.png", "0000400.png",
     ]  # fmt: skip
     assert "error to the true counterpart" in text and "AtoB" in text and "BtoA" in text
 
 
 def test_a_checkpoint_needs_no_unpickling_of_code(trained):
     state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
-    assert state["model"] == "cyclegan" and state["step"] == 500
+    assert state["model"] == "cyclegan" and state["step"] == 400
     assert state["config"]["G_AB"]["blocks"] == 1
 
 
@@ -389,7 +389,7 @@ def test_half_precision_trains_on_the_cpu_too(tmp_path, precision):
     assert all(np.isfinite(v) for v in json.loads(log.splitlines()[0]).values())
 
 
-# ---- translate and evaluate -----------------------------------------------------------------------
+# ---- translate and evaluate ----
 
 
 def test_translate_keeps_sizes_and_relative_paths_of_all_files(trained, tmp_path):
@@ -452,7 +452,7 @@ def test_an_official_file_is_taken_wherever_a_checkpoint_is(trained, tmp_path):
             "--input",
             picture,
             "--out",
-            f"{checkpoint}".replace("/", "-") + ".png",
+            f"{Path(checkpoint).name}-{len(str(checkpoint))}" + ".png",
         ]
         cyclegan.main([str(o) for o in ["translate", *options, "--direction", "BtoA"]])
     pictures = [Image.open(p).tobytes() for p in tmp_path.glob("*.png")]
@@ -485,7 +485,7 @@ def test_evaluate_says_its_protocol_and_agrees_with_the_end_of_training(trained)
         assert scores[direction]["error"] == pytest.approx(last[direction]["error"])
 
 
-# ---- mistakes -------------------------------------------------------------------------------------
+# ---- mistakes ----
 
 
 def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
@@ -512,7 +512,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "d", *small, "--checkpoint", "none.pt"], "none.pt"),
         (["translate", "--checkpoint", "none.pt", "--input", "d"], "none.pt"),
         (["translate", "--input", "d"], "--checkpoint"),
-        (["evaluate", "--checkpoint", "d"], "latest_net"),
+        (["evaluate", "--checkpoint", "d"], "a folder"),
     ]
     if not torch.cuda.is_available():
         cases.append((["--device", "cuda"], "--device cpu"))
@@ -583,7 +583,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
     run(*options)
     folder = tmp_path / "cyclegan-d-000"
     before = (folder / "checkpoint.pt").read_bytes()
-    limit = f"ulimit -f {len(before) // 2048}; exec {' '.join(script('--resume', folder, '--epochs', 2))}"
+    command = " ".join(script("--resume", folder, "--epochs", 2))
+    limit = f"ulimit -f {len(before) // 2048}; exec {command}"
     done = subprocess.run(["bash", "-c", limit], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "cannot write" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1

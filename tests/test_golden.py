@@ -5,8 +5,10 @@ inputs; outputs are compared in float64. A file, a case or an output that is not
 GOLDEN_DIR defaults to tests/golden, a part of the set.
 """
 
+import functools
 import json
 import os
+import re
 import types
 import zlib
 from pathlib import Path
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import cyclegan
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-READY = ("cyclegan",)
+READY = ("cyclegan", "fid")
 FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
 
 
@@ -40,7 +43,7 @@ def test_there_are_vectors_of_every_system():
     assert {f.parent.name for f in FILES} == set(READY), f"in {GOLDEN_DIR}"
 
 
-# ---- the format -----------------------------------------------------------------------------------
+# ---- the format ----
 
 
 def formula(entry, tag):
@@ -82,6 +85,10 @@ def stats(t):
     )
 
 
+def numpy_stats(array):
+    return stats(torch.as_tensor(np.asarray(array, np.float64))).numpy()
+
+
 class Case:
     """One file: its meta, its arrays, and which of them have been compared."""
 
@@ -97,15 +104,18 @@ class Case:
     def __contains__(self, key):
         return key in self.arrays.files
 
-    def equal(self, key, mine, tol=None):
-        """|mine - stored| <= tol * max|stored|; tol: float64 rounding, or float32 if stored so."""
+    def __iter__(self):
+        return iter(self.arrays.files)
+
+    def equal(self, key, mine, rel=None, least=1e-12):
+        """|mine - stored| <= rel * max|stored| + least; rel: what storing in its type leaves."""
         stored = self.arrays[key]
         mine = np.asarray(mine.detach() if torch.is_tensor(mine) else mine)
         assert mine.shape == stored.shape, f"{key}: {mine.shape}, stored {stored.shape}"
         assert np.isfinite(mine).all(), key
-        tol = tol or (2e-7 if stored.dtype == np.float32 else 1e-9)
+        rel = (2e-7 if stored.dtype == np.float32 else 1e-9) if rel is None else rel
         worst = np.abs(mine.astype(np.float64) - stored).max(initial=0)
-        allowed = tol * np.abs(stored.astype(np.float64)).max(initial=0) + 1e-12
+        allowed = rel * np.abs(stored.astype(np.float64)).max(initial=0) + least
         assert worst <= allowed, f"{key}: off by {worst:.3g}, allowed {allowed:.3g}"
         self.compared.add(key)
 
@@ -117,7 +127,7 @@ class Case:
         assert self.compared == outputs, f"not compared: {sorted(outputs - self.compared)}"
 
 
-# ---- CycleGAN -------------------------------------------------------------------------------------
+# ---- CycleGAN ----
 
 # The official code names D_A what judges domain B; ours are named by what they judge.
 OURS = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}
@@ -386,4 +396,151 @@ def check_cyclegan(case):
             check_network(case, label)
 
 
-SYSTEMS = {"cyclegan": check_cyclegan}
+# ---- FID and KID ----
+
+STAGE_WIDTHS = (64, 192, 768, 2048)
+
+
+def formula_images(n, size, seed):
+    rng = np.random.RandomState(seed)
+    base = rng.randint(0, 256, (n, 3, 8, 8))
+    times = -(-size // 8)
+    base = base.repeat(times, 2).repeat(times, 3)[:, :, :size, :size]
+    return (base + rng.randint(-40, 41, (n, 3, size, size))).clip(0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=1)
+def inception(spec):
+    """InceptionV3 in float64 with the weights of a net spec, as JSON: one serves all cases."""
+    arrays = weights(json.loads(spec))
+    with torch.device("meta"):
+        net = common.InceptionV3()
+    arrays = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
+    net.load_state_dict(arrays, strict=True, assign=True)
+    return net.double().eval()
+
+
+def net_of(meta):
+    return inception(json.dumps(meta["nets"]["inception"], sort_keys=True))
+
+
+def stored(ref):
+    """The tolerance of a float64 run: what storing it in float32 or float64 leaves."""
+    return 1e-9 if ref.dtype == np.float64 else 2e-7
+
+
+@torch.no_grad()
+def inception_case(case, meta):
+    net = net_of(meta)
+    images = torch.from_numpy(formula_images(meta["N"], meta["size"], meta["image_seed"]))
+    if "in/images" in case:
+        assert np.array_equal(images, case["in/images"]), "formula images differ from in/images"
+    modes = sorted({key.split("/")[0] for key in case if not key.startswith(("in/", "meta"))})
+    known = []  # (input, its stages): at 299 pixels "tf1" and "clean" see the same input
+    for mode in modes:
+        x = common.resize_for_inception(images, mode, torch.float64)
+        stages = next((s for y, s in known if torch.equal(x, y)), None)
+        if stages is None:
+            stages = [s.numpy() for s in net.stages(x)]
+            known.append((x, stages))
+        pool3 = stages[3].mean((2, 3))
+        resized = (x.numpy() + 1) / 2 if mode == "pytorch_fid" else x.numpy() * 128 + 128
+        yield f"{mode}/resized_sub", resized[:, :, ::13, ::13]
+        yield f"{mode}/resized_stats", np.stack([numpy_stats(image) for image in resized])
+        yield f"{mode}/pool3", pool3
+        yield f"{mode}/logits_unbiased", pool3 @ net.fc.weight.numpy().T
+        for k, (width, maps) in enumerate(zip(STAGE_WIDTHS, stages, strict=True)):
+            rng = np.random.RandomState(zlib.crc32(f"idx:block{k}".encode()))
+            yield f"{mode}/{width}", maps.mean((2, 3))
+            yield f"{mode}/block{k}_channel_mean", maps.mean((2, 3))
+            yield f"{mode}/block{k}_stats", np.stack([numpy_stats(image) for image in maps])
+            yield f"{mode}/block{k}_samples", maps[0].ravel()[rng.randint(0, maps[0].size, 200)]
+
+
+def inception_tolerance(key, ref, meta):
+    if key.startswith(("tf1/", "clean/")):  # their resizing is in float32
+        return 1e-5, 1e-12
+    return stored(ref), 1e-12
+
+
+def frechet_case(case, meta):
+    for i in range(len(meta["cases"])):
+        moments = [case[f"in/{i}/{name}"] for name in ("mu1", "sigma1", "mu2", "sigma2")]
+        distance = common.frechet_distance(*moments)
+        for key in ("exact", "pytorch_fid", "nvidia"):
+            yield f"{i}/{key}", distance
+
+
+def frechet_tolerance(key, ref, meta):
+    return 0, 1e-6 * max(1, abs(float(ref)))
+
+
+def features_case(case, meta):
+    sets = group(meta["inputs"])
+    for name in meta["cases"]:
+        real, fake = (torch.from_numpy(sets[f"{name}/{k}"]) for k in (1, 2))
+        stats = [common.FeatureStats(f.shape[1]).add(f[:7]).add(f[7:]) for f in (real, fake)]
+        yield f"{name}/mu_stats", np.stack([numpy_stats(s.mean_cov()[0]) for s in stats])
+        for ddof, official in ((1, "pytorch_fid"), (0, "nvidia")):
+            moments = [s.mean_cov(ddof) for s in stats]
+            yield f"{name}/sigma_ddof{ddof}_stats", np.stack([numpy_stats(c) for _, c in moments])
+            distance = common.frechet_distance_of_features(real, fake, ddof)
+            yield f"{name}/fid_{official}", distance
+            yield f"{name}/fid_exact_ddof{ddof}", distance
+            if real.shape[1] <= 512 or ddof == 1:  # eigenvalues take seconds in 2048 dimensions
+                eigen = common.frechet_distance(*moments[0], *moments[1])
+                assert abs(eigen - distance) <= 1e-6 * distance, f"{name} by eigenvalues: {eigen}"
+        for j, (subsets, size) in enumerate(meta["kid"][name]):
+            index = case[f"in/{name}/kid{j}_index"].reshape(subsets, 2, size)
+            mean, _ = common.kid(real, fake, indices=[(r, f) for f, r in index])
+            yield f"{name}/kid{j}_float64", mean
+            yield f"{name}/kid{j}_nvidia", mean
+
+
+def features_tolerance(key, ref, meta):
+    if "/kid" in key:
+        return (0, 1e-6) if key.endswith("_nvidia") else (1e-9, 1e-12)
+    return (1e-6, 0) if "/fid_" in key else (stored(ref), 1e-12)
+
+
+@torch.no_grad()
+def end_to_end_case(case, meta):
+    net, moments = net_of(meta), []
+    stage = STAGE_WIDTHS.index(meta["dims"])
+    for name, seed in sorted(meta["seeds"].items()):
+        images = formula_images(meta["N"], meta["size"], seed)
+        images = torch.from_numpy(images if name == "a" else images // 2 + 60)
+        stats = common.FeatureStats(meta["dims"])
+        for batch in images.split(2):
+            stages = net.stages(common.resize_for_inception(batch, "pytorch_fid", torch.float64))
+            maps = next(maps for k, maps in enumerate(stages) if k == stage)
+            stats.add(maps.mean([2, 3]))
+        mu, sigma = stats.mean_cov()
+        moments += [mu, sigma]
+        yield f"{name}/mu", mu
+        yield f"{name}/sigma_diag", sigma.diag()
+        yield f"{name}/sigma_stats", numpy_stats(sigma)
+    yield "fid", common.frechet_distance(*moments)
+
+
+def end_to_end_tolerance(key, ref, meta):
+    singular = meta["N"] <= meta["dims"]  # there the official square root is good to 1e-6 only
+    return (1e-6 if key == "fid" and singular else stored(ref)), 1e-12
+
+
+FID_KINDS = {  # case name without its size: (what we compute, how close it must be)
+    "inception": (inception_case, inception_tolerance),
+    "frechet": (frechet_case, frechet_tolerance),
+    "features": (features_case, features_tolerance),
+    "end_to_end_dims": (end_to_end_case, end_to_end_tolerance),
+}
+
+
+def check_fid(case):
+    compute, tolerance = FID_KINDS[re.sub(r"_?\d+$", "", case.name)]
+    for key, mine in compute(case, case.meta):
+        if key in case:
+            case.equal(key, mine, *tolerance(key, case[key], case.meta))
+
+
+SYSTEMS = {"cyclegan": check_cyclegan, "fid": check_fid}

@@ -1,0 +1,174 @@
+"""Speed and memory, measured here and now: `python tests/bench.py [PAPER ...]`, a table each.
+
+Images/s, milliseconds per phase and peak memory, at the paper's sizes on a GPU, at the toy preset's
+on a CPU (--full: the paper's there too). Each row is the median of --repeats runs. A row of a
+paper is a function in ROWS.
+"""
+
+import argparse
+import contextlib
+import io
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import cyclegan
+
+
+def seconds(function, device, repeats):
+    """Median time of a call, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        wait(device)
+        began = time.perf_counter()
+        function()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Phases:
+    """Stands in for common.Run in train_step, and times each phase by its update."""
+
+    def __init__(self, run, device):
+        self.run, self.device, self.spent = run, device, []
+
+    def __getattr__(self, name):
+        return getattr(self.run, name)
+
+    def begin(self):
+        wait(self.device)
+        self.spent, self.last = [], time.perf_counter()
+
+    def update(self, opt, loss):
+        self.run.update(opt, loss)
+        wait(self.device)
+        now = time.perf_counter()
+        self.spent.append(now - self.last)
+        self.last = now
+
+
+def bench_cyclegan(options, device):
+    """Rows: loader from JPEGs and from the cache; training, by phase; translation."""
+    yield from bench_loader(options)
+    full = options.full or device.type == "cuda"
+    size, ngf, blocks = (
+        (256, 64, 9) if full else (cyclegan.TOY["crop_size"], cyclegan.TOY["ngf"], 1)
+    )
+    for batch in (1, 2 if not full else 4):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            args = types.SimpleNamespace(
+                batch=batch, device=str(device), precision=options.precision, seed=0, resume=None,
+                out=folder, data="toy", gan_mode="lsgan", lambda_A=10.0, lambda_B=10.0,
+                lambda_id=0.5, G="resnet", blocks=blocks, crop_size=size, D="basic", ngf=ngf,
+                ndf=ngf, norm="instance", dropout=False, channels_A=3, channels_B=3, init_gain=0.02,
+            )  # fmt: skip
+            run = Phases(common.Run("cyclegan", args, cyclegan.__file__), device)
+        channels_last = torch.channels_last
+        nets = [
+            n.to(device, memory_format=channels_last) for n in cyclegan.new_networks(args).values()
+        ]
+        opts = [run.adam(nets[:2], 2e-4, cyclegan.BETAS), run.adam(nets[2:], 2e-4, cyclegan.BETAS)]
+        pools = [cyclegan.ImagePool(), cyclegan.ImagePool()]
+        x, y = torch.rand(2, batch, size, size, 3, device=device).permute(0, 1, 4, 2, 3) * 2 - 1
+        phases = []
+
+        def step(nets=nets, opts=opts, pools=pools, x=x, y=y, args=args, run=run, phases=phases):
+            run.begin()
+            cyclegan.train_step(nets, opts, pools, x, y, args, run)
+            phases.append(run.spent)
+
+        t = seconds(step, device, options.repeats)
+        G_ms, D_ms = (1000 * statistics.median(p[i] for p in phases[1:]) for i in (0, 1))
+        name = f"train {size} px, ngf {ngf}, {blocks} blocks, batch {batch}, {run.precision}"
+        yield name, batch / t, f"G {G_ms:.1f}, D {D_ms:.1f}", memory(device)
+
+        G = nets[0].eval()
+        with torch.no_grad():
+            t = seconds(lambda G=G, x=x: G(x), device, options.repeats)
+        name = f"translate {size} px, ngf {ngf}, {blocks} blocks, batch {batch}"
+        yield name, batch / t, f"{1000 * t:.1f}", memory(device)
+
+
+def bench_loader(options, n=400, size=256):
+    """Images/s of one thread: 256 px JPEGs decoded and resized to 286; the same from memory."""
+    preset = types.SimpleNamespace(
+        preprocess="resize_and_crop", load_size=286, crop_size=256, flip=True, G="resnet",
+        channels_A=3, cache="auto",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "trainA").mkdir()
+        for i in range(n):  # noise of some coarseness: about as many bytes as a photograph
+            grain = Image.effect_noise((size // 2, size // 2), 40).convert("RGB")
+            face = Image.blend(common.toy_face(i, i % 3, size), grain.resize((size, size)), 0.4)
+            face.save(Path(folder) / f"trainA/{i:04}.jpg", quality=90)
+        files = list((Path(folder) / "trainA").iterdir())
+        kb = sum(f.stat().st_size for f in files) / n / 1000
+        source = common.open_data(folder)
+
+        def epoch(data):
+            for i in range(n):
+                rng = common.item_rng(0, 0, i)
+                common.stack([cyclegan.crop_and_flip(data[i], preset, rng)])
+
+        def from_files():
+            epoch(cyclegan.open_domain(preset, source, "trainA"))
+
+        cpu = torch.device("cpu")
+        t = seconds(from_files, cpu, options.repeats)
+        yield (
+            f"loader, one thread, {size} px JPEGs of {kb:.0f} kB",
+            n / t,
+            f"{1000 * t / n:.2f}",
+            "",
+        )
+        data = cyclegan.open_domain(preset, source, "trainA")
+        t = seconds(lambda: epoch(data), cpu, options.repeats)
+        yield "loader, one thread, from the cache", n / t, f"{1000 * t / n:.3f}", ""
+    t = seconds(lambda: [common.toy_face(i, i % 3, 64) for i in range(n)], cpu, options.repeats)
+    yield "toy faces drawn, one thread, 64 px", n / t, f"{1000 * t / n:.2f}", ""
+
+
+def memory(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
+
+
+ROWS = {"cyclegan": bench_cyclegan}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("papers", nargs="*", default=list(ROWS), metavar="PAPER", help=", ".join(ROWS))
+    p.add_argument("--device")
+    p.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"))
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--full", action="store_true", help="the paper's sizes on a CPU, too")
+    options = p.parse_args()
+    device = common.pick_device(options.device)
+    threads = f"{torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    print(f"torch {torch.__version__}, {device} ({where})\n")
+    print("| what | images/s | ms | peak memory |\n| --- | --- | --- | --- |")
+    for paper in options.papers:
+        for name, speed, ms, gb in ROWS[paper](options, device):
+            print(f"| {paper}: {name} | {speed:.1f} | {ms} | {gb} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
