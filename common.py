@@ -384,6 +384,8 @@ def download(urls, path, sha256=None, size=None):
                     "Remove it and run again, or, if you trust it, give it by its path."
                 )
             return
+        if os.environ.get("GANS_OFFLINE"):
+            raise UserError(f"{path.name} is not fetched, since GANS_OFFLINE is set. {by_hand}")
         problems = []
         for url in urls:
             if not sha256:
@@ -2259,7 +2261,7 @@ def real_statistics(images, net, mode="tf1", folder=None):
         with np.load(path, allow_pickle=False) as data:
             held = {k: torch.from_numpy(data[k]) for k in ("mu", "sigma", "features")}
             return held | {"n": int(data["n"])}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
         print(f"{path} is damaged: computing these statistics again.", file=sys.stderr)

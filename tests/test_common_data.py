@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as common.py does, wh
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(common, "WAITS", (0, 0, 0))
+    monkeypatch.delenv("GANS_OFFLINE", raising=False)
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_a_line(
 ):
     (tmp_path / "file").write_text("in the way")
     assert real_statistics(smooth(3, 1), net, folder=tmp_path / "file" / "cache")["n"] == 3
-    assert "not written" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
 
 
 class Bomb:
