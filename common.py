@@ -72,8 +72,8 @@ def exit_status(main):
     """Runs main(); the exit status of the script, after one line on stderr if it went wrong."""
     script = Path(sys.argv[0]).name
     try:
-        if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-            raise UserError(f"torch {torch.__version__} is too old: install 2.6 or newer.")
+        if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9):
+            raise UserError(f"torch {torch.__version__} is too old: install 2.9 or newer.")
         main()
         return 0
     except UserError as e:
@@ -1269,6 +1269,33 @@ def stack(images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
+def resize_for(mode, load, crop, multiple, img):
+    """The part of CycleGAN's preprocessing that is always the same; img: PIL picture, any size.
+
+    mode: resize_and_crop (to load x load), scale_width, scale_width_and_crop (to width load, and
+    at least as high as the crop), crop (not at all) or none (to the nearest multiple).
+    """
+    W, H = size = img.size
+    if mode == "resize_and_crop":
+        size = (load, load)
+    elif mode == "none":
+        size = tuple(max(1, round(side / multiple)) * multiple for side in size)
+    elif mode != "crop" and (W != load or H < crop):
+        size = (load, max(load * H // W, crop))
+    return img if size == (W, H) else img.resize(size, BICUBIC)
+
+
+def crop_and_flip(pixels, crop, flip, rng):
+    """A random crop (unless None) and, half of the time, the mirror image of pixels (H, W, C)."""
+    if crop is not None:
+        H, W = pixels.shape[:2]
+        if min(H, W) < crop:
+            raise UserError(f"a {W}x{H} picture is smaller than --crop-size {crop}. Lower it.")
+        y, x = rng.integers(H - crop + 1), rng.integers(W - crop + 1)
+        pixels = pixels[y : y + crop, x : x + crop]
+    return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+
 def to_float(images, device):
     """uint8 (N, C, H, W) -> float32 in [-1, 1] on the device."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1
@@ -1335,8 +1362,8 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         self.precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
-        torch.backends.cuda.matmul.allow_tf32 = self.precision != "fp32"
-        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        tf32 = "ieee" if self.precision == "fp32" else "tf32"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tf32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
@@ -1724,6 +1751,22 @@ def load_checkpoint(path, model):
     if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
         return state
     raise UserError(f"--checkpoint {path}: neither one of ours nor a plain dict of tensors.")
+
+
+def load_networks(path, model, build, from_official):
+    """({name: network}, options of its training) of our checkpoint, or (network, {}) of an official
+    file. build(config) makes a network; from_official(arrays) may raise ValueError."""
+    state = load_checkpoint(path, model)
+    try:
+        if "config" not in state:
+            return from_official(state), {}
+        nets = {name: build(config) for name, config in state["config"].items()}
+        for name, net in nets.items():
+            net.load_state_dict(state["nets"][name])
+        return nets, state["args"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        problem = str(e).splitlines()[0]
+        raise UserError(f"--checkpoint {path} does not hold {model} networks: {problem}.") from None
 
 
 @torch.no_grad()

@@ -385,7 +385,7 @@ def lr_factor(epoch, policy="linear", epochs=EPOCHS, epochs_decay=EPOCHS // 2, e
         return 1 - max(0, epoch - flat) / (epochs_decay + 1)
     if policy == "step":
         return 0.1 ** ((epoch - 1) // every)
-    return (1 + math.cos(math.pi * (epoch - 1) / flat)) / 2
+    return (1 + math.cos(math.pi * (epoch - 1) / max(flat, 1))) / 2
 
 
 def train_step(nets, opts, pools, real_A, real_B, args, run):
@@ -432,34 +432,11 @@ def train_step(nets, opts, pools, real_A, real_B, args, run):
         losses["D_B"] = discriminator_loss(D_B, real_B, fake_B, args.gan_mode)
         loss_D = losses["D_A"] + losses["D_B"]
         if args.gan_mode == "wgangp":
-            losses["gp_A"] = gradient_penalty(D_A, real_A, fake_A, run.rand(N)[:, None])
-            losses["gp_B"] = gradient_penalty(D_B, real_B, fake_B, run.rand(N)[:, None])
-            loss_D = loss_D + LAMBDA_GP * (losses["gp_A"] + losses["gp_B"])
+            losses["reg/gp_A"] = gradient_penalty(D_A, real_A, fake_A, run.rand(N)[:, None])
+            losses["reg/gp_B"] = gradient_penalty(D_B, real_B, fake_B, run.rand(N)[:, None])
+            loss_D = loss_D + LAMBDA_GP * (losses["reg/gp_A"] + losses["reg/gp_B"])
     run.update(opt_D, loss_D)
     return losses
-
-
-def resize(img, args, multiple=4):
-    """The part of the preprocessing that is the same every time; img: PIL picture."""
-    W, H = size = img.size
-    if args.preprocess == "resize_and_crop":
-        size = (args.load_size, args.load_size)
-    elif args.preprocess == "none":
-        size = tuple(max(1, round(side / multiple)) * multiple for side in size)
-    elif args.preprocess != "crop" and (W != args.load_size or H < args.crop_size):  # scale_width
-        size = (args.load_size, max(args.load_size * H // W, args.crop_size))
-    return img if size == (W, H) else img.resize(size, common.BICUBIC)
-
-
-def crop_and_flip(pixels, args, rng):
-    """A random crop, in the modes with "crop" in their name, and mirroring of pixels (H, W, C)."""
-    if args.preprocess.endswith("crop"):
-        H, W, size = *pixels.shape[:2], args.crop_size
-        if min(H, W) < size:
-            raise UserError(f"a {W}x{H} picture is smaller than --crop-size {size}. Lower it.")
-        y, x = rng.integers(H - size + 1), rng.integers(W - size + 1)
-        pixels = pixels[y : y + size, x : x + size]
-    return pixels[:, ::-1] if args.flip and rng.random() < 0.5 else pixels
 
 
 def new_networks(args):
@@ -489,27 +466,19 @@ def load_networks(path, direction="AtoB"):
     files = {ours: Path(path, f"latest_net_{name}.pth") for name, ours in official.items()}
     files = {name: f for name, f in files.items() if f.is_file()}
     files = files or {"G_AB" if direction == "AtoB" else "G_BA": path}
-    states = {name: common.load_checkpoint(f, "cyclegan") for name, f in files.items()}
-    (first, *_) = states.values()
-    if "config" not in first:
-        try:
-            return {name: from_official(state) for name, state in states.items()}, {}
-        except ValueError as e:
-            raise UserError(f"--checkpoint {path}: {e}.") from None
-    nets = {name: build(config) for name, config in first["config"].items()}
-    for name, net in nets.items():
-        net.load_state_dict(first["nets"][name])
-    return nets, first["args"]
+    nets, options = {}, {}
+    for name, file in files.items():
+        found, options = common.load_networks(file, "cyclegan", build, from_official)
+        nets |= {name: found} if isinstance(found, nn.Module) else found
+    return nets, options
 
 
 def open_domain(args, source, part, test=False):
-    """The pictures of `part` (trainA, ...) as arrays, prepared for training or by the official test
-    rule: the whole picture at crop size. Test pictures may be missing: training ones stand in."""
-    if test:
-        changes = dict(preprocess="resize_and_crop", load_size=args.crop_size)
-        args = argparse.Namespace(**vars(args) | changes)
+    """The pictures of `part` (trainA, ...) as arrays, prepared for training or by the test rule:
+    the whole picture at crop size."""
     multiple = 4 if args.G == "resnet" else int(args.G.removeprefix("unet_"))
-    prepare = functools.partial(resize, args=args, multiple=multiple)
+    rule = (args.preprocess, args.load_size) if not test else ("resize_and_crop", args.crop_size)
+    prepare = functools.partial(common.resize_for, *rule, args.crop_size, multiple)
     mode = "L" if vars(args)[f"channels_{part[-1]}"] == 1 else "RGB"
     return common.ImageSet(common.subset(source, part), prepare, mode, args.cache)
 
@@ -539,12 +508,15 @@ def train(args):
     if steps_per_epoch == 0:
         raise UserError(f"--data {args.data}: {most} images, --batch is {args.batch}. Lower it.")
 
+    crop = args.crop_size if args.preprocess.endswith("crop") else None
+    crop_and_flip = functools.partial(common.crop_and_flip, crop=crop, flip=args.flip)
+
     def pair(n):
         epoch, i = divmod(n, steps_per_epoch * args.batch)
         rng = common.item_rng(args.seed, epoch, i)
         a = common.shuffled(most, args.seed, epoch)[i] % len(data_A)
         b = rng.integers(len(data_B))  # B anew at random for every A: the data are unpaired
-        return crop_and_flip(data_A[a], args, rng), crop_and_flip(data_B[b], args, rng)
+        return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
 
     run.say(f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps")
     examples = fixed_examples(args, source)
@@ -587,14 +559,11 @@ def sample_sheet(G_AB, G_BA, examples, device):
     """{caption: images}: what the generators make of the examples, one in a row."""
     columns = {}
     for A, B, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
-        real, true = examples[A]
-        fake = common.apply(there, real, device)
-        columns |= {
-            f"real {A}": real,
-            f"fake {B}": fake,
-            f"rec {A}": common.apply(back, fake, device),
-        }
-        columns |= {f"true {B}": true} if true is not None else {}
+        columns[f"real {A}"], true = examples[A]
+        columns[f"fake {B}"] = common.apply(there, columns[f"real {A}"], device)
+        columns[f"rec {A}"] = common.apply(back, columns[f"fake {B}"], device)
+        if true is not None:
+            columns[f"true {B}"] = true
     return columns
 
 
@@ -636,7 +605,8 @@ def evaluate(args):
     G_AB, G_BA = (nets[k].to(device) if k in nets else None for k in ("G_AB", "G_BA"))
     A, B = (G_AB or G_BA).config["in_channels"], (G_AB or G_BA).config["out_channels"]
     args.channels_A, args.channels_B = (A, B) if G_AB else (B, A)
-    args.G, args.crop_size = "resnet", args.size or saved.get("crop_size", CROP_SIZE)
+    args.G, args.preprocess, args.load_size = "resnet", None, None  # unused by the test rule
+    args.crop_size = args.size or saved.get("crop_size", CROP_SIZE)
     data = args.data or saved.get("data")
     if data is None:
         raise UserError("--data is missing: an official file does not say what it was trained on.")
@@ -738,6 +708,10 @@ def main(argv=None):
     args = cli.parse(argv)
     if args.command == "train":
         args.epochs_decay = args.epochs // 2 if args.epochs_decay is None else args.epochs_decay
+        if args.epochs_decay > args.epochs:
+            raise UserError(
+                f"--epochs-decay {args.epochs_decay} is more than --epochs {args.epochs}."
+            )
         if args.lambda_id and args.channels_A != args.channels_B:
             raise UserError("the identity loss needs equal channels: pass --lambda-id 0.")
     args.function(args)

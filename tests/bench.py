@@ -107,7 +107,7 @@ def bench_cyclegan(options, device):
 def bench_loader(options, n=400, size=256):
     """Images/s of one thread: 256 px JPEGs decoded and resized to 286; the same from memory."""
     preset = types.SimpleNamespace(
-        preprocess="resize_and_crop", load_size=286, crop_size=256, flip=True, G="resnet",
+        preprocess="resize_and_crop", load_size=286, crop_size=256, G="resnet",
         channels_A=3, cache="auto",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ def bench_loader(options, n=400, size=256):
         def epoch(data):
             for i in range(n):
                 rng = common.item_rng(0, 0, i)
-                common.stack([cyclegan.crop_and_flip(data[i], preset, rng)])
+                common.stack([common.crop_and_flip(data[i], preset.crop_size, True, rng)])
 
         def from_files():
             epoch(cyclegan.open_domain(preset, source, "trainA"))

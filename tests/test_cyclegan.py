@@ -203,7 +203,7 @@ def test_a_generator_step_leaves_the_discriminators_untouched_and_the_reverse():
 def test_every_loss_and_norm_gives_finite_losses(gan_mode, norm):
     losses, _ = tiny_step(gan_mode=gan_mode, norm=norm)
     assert all(v.isfinite() for v in losses.values())
-    assert ("gp_A" in losses) == (gan_mode == "wgangp")
+    assert ("reg/gp_A" in losses) == (gan_mode == "wgangp")
 
 
 def test_without_identity_loss_everything_else_stays_the_same():
@@ -242,18 +242,17 @@ def test_the_pool_returns_old_images_half_of_the_time_and_keeps_its_size():
     ],
 )
 def test_preprocess_modes(mode, size, resized, final):
-    args = types.SimpleNamespace(preprocess=mode, load_size=36, crop_size=32, flip=True)
-    img = cyclegan.resize(Image.new("RGB", size), args)
+    img = common.resize_for(mode, 36, 32, 4, Image.new("RGB", size))
     assert img.size == resized
-    pixels = cyclegan.crop_and_flip(common.pixels(img), args, np.random.default_rng(0))
+    crop = 32 if mode.endswith("crop") else None
+    pixels = common.crop_and_flip(common.pixels(img), crop, True, np.random.default_rng(0))
     assert pixels.shape == (final[1], final[0], 3)
 
 
 def test_crops_reach_every_offset_and_half_are_mirrored():
-    args = types.SimpleNamespace(preprocess="crop", crop_size=2, flip=True)
     x = np.arange(4, dtype=np.uint8).reshape(1, 4, 1).repeat(4, 0)
     seen = [
-        cyclegan.crop_and_flip(x, args, np.random.default_rng(i))[0, :, 0].tolist()
+        common.crop_and_flip(x, 2, True, np.random.default_rng(i))[0, :, 0].tolist()
         for i in range(400)
     ]
     assert {tuple(s) for s in seen} == {(0, 1), (1, 2), (2, 3), (1, 0), (2, 1), (3, 2)}
@@ -507,6 +506,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "d", *small, "--preprocess", "crop", "--crop-size", "64"], "smaller than"),
         (["--data", "d", *small, "--G", "unet_256"], "multiple of 256"),
         (["--data", "d", *small, "--channels-A", "1"], "--lambda-id 0"),
+        (["--epochs", "3", "--epochs-decay", "4"], "--epochs-decay 4"),
         (["--device", "warp"], "--device warp"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--data", "d", *small, "--checkpoint", "none.pt"], "none.pt"),
