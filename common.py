@@ -84,8 +84,8 @@ def exit_status(main):
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         problem, status = f"cannot write {e.filename or 'a file'}: {e.strerror}.", 2
-    except KeyboardInterrupt:
-        problem, status = "stopped.", 130
+    except KeyboardInterrupt as e:
+        problem, status = str(e) or "stopped.", 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1134,9 +1134,9 @@ class Toy(Source):
         return domain, first + int(number)
 
 
-def open_data(data, root="data", size=None, option="--data"):
-    """The source for --data: the name of a public set (fetched once, to ROOT/NAME), a folder or a
-    .zip. A folder of one's own that is called like a public set is given as ./NAME."""
+def open_data(data, root="data", size=None):
+    """The source for --data: toy (faces of size x size pixels), the name of a public set (fetched
+    once, to ROOT/NAME), a folder or a .zip. One's own folder of such a name is given as ./NAME."""
     if data == "toy":
         return Toy(size)
     path = Path(data).expanduser()
@@ -1147,8 +1147,8 @@ def open_data(data, root="data", size=None, option="--data"):
         if not folder.is_dir():
             with locked(folder):
                 if not folder.is_dir():  # unless another process was first
-                    urls, size, sha256 = PUBLIC[data]
-                    download(urls, archive, sha256, size)
+                    urls, n_bytes, sha256 = PUBLIC[data]
+                    download(urls, archive, sha256, n_bytes)
                     unpack(archive, folder)
                     archive.unlink()
         return Folder(folder)
@@ -1160,7 +1160,7 @@ def open_data(data, root="data", size=None, option="--data"):
     close = difflib.get_close_matches(str(data).lower(), [*names, "toy"], 1)
     problem = "is a file, but not a .zip" if path.is_file() else "does not exist"
     raise UserError(
-        f"{option} {data}: {problem}. {f'Did you mean {close[0]}? ' if close else ''}"
+        f"--data {data}: {problem}. {f'Did you mean {close[0]}? ' if close else ''}"
         f"Give a folder, a .zip, toy, or a public data set: {', '.join(names)}."
     )
 
@@ -1368,7 +1368,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
 
-        self.steps_done, self.elapsed, self.stopped = 0, 0.0, None
+        self.steps_done, self.elapsed, self.stopped, self.next_line = 0, 0.0, False, 0.0
         self.sums, self.terms = {}, 0
         self.folder, self.tensorboard = None, None
         if self.rank == 0:
@@ -1406,9 +1406,8 @@ class Run:
                 yield k, [to_float(x, self.device) for x in images]
                 if self.stopped:
                     self.save()
-                    raise UserError(
-                        f"stopped at step {self.steps_done}; continue with --resume {self.folder}"
-                    )
+                    done = f"stopped at step {self.steps_done}"
+                    raise KeyboardInterrupt(f"{done}; continue with --resume {self.folder}")
 
     @contextlib.contextmanager
     def stop_signals(self):
@@ -1418,11 +1417,15 @@ class Run:
             before = {s: signal.signal(s, self.stop) for s in signals}
         except ValueError:  # not the main thread
             before = {}
-        yield
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
     def stop(self, number, frame):
+        if self.stopped:  # asked twice: at once
+            raise KeyboardInterrupt
         self.stopped = True
 
     def adam(self, nets, lr, betas, eps=1e-8):
@@ -1528,7 +1531,7 @@ class Run:
         )
         if sys.stdout.isatty():
             print(f"\r\033[K{status[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-        elif done == self.total or seconds >= getattr(self, "next_line", 0):
+        elif done == self.total or seconds >= self.next_line:
             self.next_line = seconds + 10  # a line each ten seconds where nothing can be refreshed
             print(status, flush=True)
 
@@ -1575,7 +1578,7 @@ class Run:
     def rank_state(self):
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
-            "pools": {name: pool.state_dict() for name, pool in self.pools.items()},
+            "pools": {name: to_cpu(pool.state_dict()) for name, pool in self.pools.items()},
             "rng": [torch.get_rng_state(), self.generator.get_state(), cuda],
         }
 
@@ -1660,11 +1663,11 @@ def read_run_args(folder):
     path = Path(folder, "args.json")
     try:
         args = json.loads(path.read_text())
-    except FileNotFoundError:
+        return {k: v for k, v in args.items() if k not in ("command", "resume")}
+    except OSError:
         raise UserError(f"--resume {folder}: no args.json there; name a run folder.") from None
-    except ValueError:
+    except (ValueError, AttributeError):
         raise UserError(f"--resume {folder}: args.json is damaged.") from None
-    return {k: v for k, v in args.items() if k not in ("command", "resume")}
 
 
 def drop_later_lines(path, step):
@@ -1673,6 +1676,10 @@ def drop_later_lines(path, step):
         lines = path.read_text().splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         path.write_text("".join(lines))
+
+
+def to_cpu(state):
+    return {name: value if value is None else value.cpu() for name, value in state.items()}
 
 
 def plain(options):
@@ -1842,13 +1849,12 @@ def map_pictures(source, out, mode, function):
     source, out = Path(source), Path(out)
     if source.is_file():
         folder, names = source.parent, [source.name]
-    else:
-        found = open_data(str(source), option="--input")
-        folder, names = source, found.names
-        if not source.is_dir():
-            raise UserError(f"--input {source}: neither a picture nor a folder.")
+    elif source.is_dir():
+        folder, names = source, Folder(source).names
         if out.suffix.lower() == ".png":
             raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
+    else:
+        raise UserError(f"--input {source} does not exist; name a picture or a folder.")
     stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
     failed = 0
     for n, name in enumerate(names, 1):

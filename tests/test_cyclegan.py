@@ -349,7 +349,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     err = process.communicate()[1]
-    assert process.returncode == 2 and f"--resume {folder}" in err and "Traceback" not in err
+    assert process.returncode == 130 and f"--resume {folder}" in err and "Traceback" not in err
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] >= 50
 
 
@@ -512,6 +512,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "d", *small, "--checkpoint", "none.pt"], "none.pt"),
         (["translate", "--checkpoint", "none.pt", "--input", "d"], "none.pt"),
         (["translate", "--input", "d"], "--checkpoint"),
+        (["--resume", "d/trainA/0.jpg"], "no args.json"),
         (["evaluate", "--checkpoint", "d"], "a folder"),
     ]
     if not torch.cuda.is_available():

