@@ -1343,12 +1343,12 @@ LOG_EVERY = 100  # images between lines of log.jsonl
 class Run:
     """What a training run needs beside its paper: device, processes, folder, log, checkpoints.
 
-    Run(model, args, script) reads RANK and WORLD_SIZE of torchrun, seeds torch and makes the run
-    folder <out>/<model>-<data>-<nnn> (rank 0; on --resume it is that of the earlier run).
+    Run(model, args, script) reads RANK and WORLD_SIZE of torchrun and seeds torch; restore() makes
+    the run folder, <out>/<model>-<data>-<nnn>, so that mistakes found before it leave nothing.
     """
 
     def __init__(self, model, args, script):
-        self.model, self.args = model, args
+        self.model, self.args, self.script = model, args, script
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if args.batch % self.world:
             raise UserError(f"--batch {args.batch} cannot be split over {self.world} processes.")
@@ -1371,13 +1371,12 @@ class Run:
         self.steps_done, self.elapsed, self.stopped, self.next_line = 0, 0.0, False, 0.0
         self.sums, self.terms = {}, 0
         self.folder, self.tensorboard = None, None
-        if self.rank == 0:
-            self.folder = make_run_folder(model, args, script)
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(self.folder)
-            self.say(f"run folder {self.folder}, on {self.device} in {self.precision}")
+    @property
+    def weights(self):
+        """The file that the networks start from: of the run to resume, or --checkpoint; or None."""
+        own = Path(self.args.resume or "", "checkpoint.pt")
+        return own if self.args.resume and own.exists() else self.args.checkpoint
 
     def say(self, text):
         if self.rank == 0:
@@ -1538,12 +1537,19 @@ class Run:
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def restore(self, nets, opts, pools):
-        """Names what a checkpoint holds; on --resume loads it. Returns the steps already done.
+        """Makes the run folder; on --resume loads its checkpoint. Returns the steps already done.
 
         nets, opts, pools: {name: object with state_dict()}; pools are each rank's own.
         """
         self.nets, self.opts, self.pools = nets, opts, pools
         torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
+        if self.rank == 0:
+            self.folder = make_run_folder(self.model, self.args, self.script)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(self.folder)
+            self.say(f"run folder {self.folder}, on {self.device} in {self.precision}")
         if not self.args.resume:
             return 0
         path = Path(self.args.resume, "checkpoint.pt")

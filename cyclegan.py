@@ -487,20 +487,6 @@ def train(args):
     run = common.Run("cyclegan", args, script=__file__)
     source = common.open_data(args.data, size=args.load_size)
 
-    # ---- networks, optimisers, pools ----------------------------------------------------------
-    nets = new_networks(args)
-    if args.checkpoint and not args.resume:
-        nets |= load_networks(args.checkpoint, args.direction)[0]
-        run.say(f"starting from the weights of {args.checkpoint}")
-    if args.preprocess.endswith("crop"):
-        common.check_size(nets, args.crop_size)
-    nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
-    G_AB, G_BA, D_A, D_B = nets.values()
-    betas = (args.beta1, BETAS[1])
-    opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]
-    pools = [ImagePool(args.pool_size), ImagePool(args.pool_size)]
-    start = run.restore(nets, dict(G=opts[0], D=opts[1]), dict(fake_A=pools[0], fake_B=pools[1]))
-
     # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
     data_A, data_B = (open_domain(args, source, part) for part in ("trainA", "trainB"))
     most = max(len(data_A), len(data_B))
@@ -518,8 +504,22 @@ def train(args):
         b = rng.integers(len(data_B))  # B anew at random for every A: the data are unpaired
         return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
 
-    run.say(f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps")
     examples = fixed_examples(args, source)
+
+    # ---- networks, optimisers, pools ----------------------------------------------------------
+    nets = new_networks(args)
+    if run.weights:
+        nets |= load_networks(run.weights, args.direction)[0]
+        run.say(f"starting from the weights of {run.weights}")
+    if args.preprocess.endswith("crop"):
+        common.check_size(nets, args.crop_size)
+    nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
+    G_AB, G_BA, D_A, D_B = nets.values()
+    betas = (args.beta1, BETAS[1])
+    opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]
+    pools = [ImagePool(args.pool_size), ImagePool(args.pool_size)]
+    start = run.restore(nets, dict(G=opts[0], D=opts[1]), dict(fake_A=pools[0], fake_B=pools[1]))
+    run.say(f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps")
 
     for step, (real_A, real_B) in run.batches(pair, start, steps_per_epoch * args.epochs):
         epoch = step // steps_per_epoch + 1

@@ -375,7 +375,10 @@ def test_transfer_starts_from_given_weights(trained, tmp_path):
     options = ["--data", tmp_path / "d", "--load-size", 32, "--crop-size", 32, "--batch", 2]
     options += ["--checkpoint", trained[0] / "checkpoint.pt", "--lr", 1e-12, "--epochs", 1]
     cyclegan.main([str(o) for o in [*options, "--out", tmp_path]])
-    start, end = weights_of(trained[0]), weights_of(tmp_path / "cyclegan-d-000")
+    folder = tmp_path / "cyclegan-d-000"
+    cyclegan.main(["--resume", str(folder), "--epochs", "3"])  # the networks are not those of args
+    start, end = weights_of(trained[0]), weights_of(folder)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
     assert all(torch.allclose(start[k], end[k], atol=1e-8) for k in start)
 
 
@@ -503,7 +506,6 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "no_B", *small], "empty"),
         (["--data", "only_A", *small], "trainB"),
         (["--data", "d", *small, "--crop-size", "30"], "multiple of 4"),
-        (["--data", "d", *small, "--preprocess", "crop", "--crop-size", "64"], "smaller than"),
         (["--data", "d", *small, "--G", "unet_256"], "multiple of 256"),
         (["--data", "d", *small, "--channels-A", "1"], "--lambda-id 0"),
         (["--epochs", "3", "--epochs-decay", "4"], "--epochs-decay 4"),
@@ -519,6 +521,13 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         cases.append((["--device", "cuda"], "--device cpu"))
     for args, message in cases:
         assert message in fails(capsys, *args), args
+    assert not Path("runs").exists() and not Path("out").exists()  # a mistake leaves nothing
+
+
+def test_a_picture_smaller_than_the_crop_is_named(capsys, tmp_path):
+    faces(tmp_path / "d/trainA", 3), faces(tmp_path / "d/trainB", 3)
+    options = ["--data", "d", *TINY.split(), "--preprocess", "crop", "--crop-size", "64"]
+    assert "40x40 picture is smaller than --crop-size 64" in fails(capsys, *options)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(capsys, tmp_path):
