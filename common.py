@@ -58,6 +58,7 @@ except ImportError:  # Windows: no lock between two downloads of one file, no me
     fcntl = resource = None
 
 BICUBIC = Image.Resampling.BICUBIC
+RESIZE_MODES = ("tf1", "pytorch_fid", "clean")  # of resize_for_inception
 
 # =============================================================================
 # The command line
@@ -106,6 +107,14 @@ def not_negative(text):
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
+    return value
+
+
+def fraction(text):
+    """A number from 0 to below 1, for argparse."""
+    value = not_negative(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
     return value
 
 
@@ -186,9 +195,10 @@ def add_translate_options(p):
     p.add("--checkpoint", required=True, help="ours or an official one")
     p.add("--input", required=True, help="a picture or a folder")
     p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
-    p.add("--size", type=positive_int, help="scale the short side to this many pixels first")
-    p.add("--width", type=positive_int, help="scale the width to this many pixels first")
-    p.add("--square", type=positive_int, help="resize to a square first")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--size", type=positive_int, help="scale the short side to it, in pixels")
+    size.add_argument("--width", type=positive_int, help="scale the width to it, in pixels")
+    size.add_argument("--square", type=positive_int, help="resize to a square of this side")
     add_device_option(p)
 
 
@@ -197,6 +207,9 @@ def add_evaluate_options(p):
     p.add("--checkpoint", required=True, help="ours or an official one")
     p.add("--data", help="default: what the checkpoint was trained on")
     p.add("--inception", help="weights of FID's network, where they cannot be fetched")
+    p.add(
+        "--fid-resize", choices=RESIZE_MODES, default="tf1", help="pytorch_fid: as CUT and others"
+    )
     p.add("--out", help="JSON file to write the scores to")
     p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
     add_device_option(p)
@@ -1206,7 +1219,8 @@ class ImageSet:
 
     def __init__(self, source, prepare, mode="RGB", cache="auto"):
         self.source, self.names, self.prepare, self.mode = source, source.names, prepare, mode
-        self.room = available_memory() // 4 if cache == "auto" else 0
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a cache of its own
+        self.room = available_memory() // 4 // ranks if cache == "auto" else 0
         self.kept, self.bad = {}, set()
 
     def __len__(self):
@@ -1241,15 +1255,17 @@ class ImageSet:
             ) from None
         print(f"skipped {problem} ({len(self.bad)} so far)", file=sys.stderr)
 
-    def counterparts(self, domain, n=None):
+    def counterparts(self, domain, mode, n=None):
         """Toy data: the true counterparts, in domain "A", "B", ..., of what all(n) returns."""
         number = "ABC".index(domain)
-        faces = (self.source.counterpart(name, number, self.mode) for name in self.names[:n])
+        faces = (self.source.counterpart(name, number, mode) for name in self.names[:n])
         return stack([pixels(self.prepare(face)) for face in faces])
 
     def all(self, n=None):
-        """All pictures, or the first n, uint8 (N, C, H, W)."""
-        return stack([self[i] for i in range(len(self.names[:n]))])
+        """All pictures that can be read, or those of the first n, uint8 (N, C, H, W)."""
+        images = {name: self[i] for i, name in enumerate(self.names[:n])}
+        good = [image for name, image in images.items() if name not in self.bad]
+        return stack(good or list(images.values()))
 
 
 def pixels(img):
@@ -1273,15 +1289,16 @@ def resize_for(mode, load, crop, multiple, img):
     """The part of CycleGAN's preprocessing that is always the same; img: PIL picture, any size.
 
     mode: resize_and_crop (to load x load), scale_width, scale_width_and_crop (to width load, and
-    at least as high as the crop), crop (not at all) or none (to the nearest multiple).
+    at least as high as the crop), crop (not at all) or none. The modes that do not crop end at the
+    nearest multiple; in scale_width, the official code stops at other sizes.
     """
     W, H = size = img.size
     if mode == "resize_and_crop":
         size = (load, load)
-    elif mode == "none":
-        size = tuple(max(1, round(side / multiple)) * multiple for side in size)
-    elif mode != "crop" and (W != load or H < crop):
+    elif mode.startswith("scale_width") and (W != load or H < crop):
         size = (load, max(load * H // W, crop))
+    if not mode.endswith("crop"):
+        size = tuple(max(1, round(side / multiple)) * multiple for side in size)
     return img if size == (W, H) else img.resize(size, BICUBIC)
 
 
@@ -1352,10 +1369,9 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if args.batch % self.world:
             raise UserError(f"--batch {args.batch} cannot be split over {self.world} processes.")
-        name = args.device
-        if name is None and torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = pick_device(name)
+        self.device = pick_device(args.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.device.type == "cuda":
@@ -1562,6 +1578,11 @@ class Run:
 
     def load_state(self, state):
         """The reverse of save()."""
+        if state["args"]["batch"] != self.args.batch:
+            before = state["args"]["batch"]
+            raise UserError(
+                f"--resume: the batch was {before}, --batch {self.args.batch} would differ."
+            )
         try:
             for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])
@@ -1574,12 +1595,14 @@ class Run:
             raise UserError(
                 f"--resume {self.args.resume}: other networks than now ({problem})."
             ) from None
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.steps_done, self.elapsed = state["step"], state["sec"]
-        if len(state["ranks"]) == self.world:
+        if len(state["ranks"]) == self.world and state["device"] == self.device.type:
             self.load_rank_state(state["ranks"][self.rank])
         else:
-            self.say(f"{len(state['ranks'])} processes before, {self.world} now: pools start empty")
+            before = f"{len(state['ranks'])} processes on {state['device']}"
+            self.say(f"{before} before: pools and random draws start anew")
 
     def rank_state(self):
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
@@ -1614,6 +1637,7 @@ class Run:
             "config": {name: net.config for name, net in self.nets.items()},
             "args": plain(vars(self.args)),
             "step": self.steps_done,
+            "device": self.device.type,
             "sec": self.elapsed + time.monotonic() - self.began,
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "opts": {name: opt.state_dict() for name, opt in self.opts.items()},
@@ -1646,6 +1670,7 @@ class Run:
 def make_run_folder(model, args, script):
     """The folder of this run, with args.json and a copy of the script."""
     if args.resume:
+        write_json(Path(args.resume, "args.json"), plain(vars(args)))
         return Path(args.resume)
     stem = f"{model}-{Path(args.data).stem}"
     for n in range(1000):
@@ -1697,6 +1722,8 @@ def memory_gb(device):
     """Peak memory of this process: on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -1792,10 +1819,10 @@ def apply(net, images, device, batch=16):
     return torch.cat(parts)
 
 
-def check_size(nets, side):
+def check_size(nets, side, option="--crop-size"):
     """UserError if a network of {name: net} cannot work on side x side pictures: a dry run.
 
-    Networks named G... must also give pictures of the size they get, of which `multiple` is a hint.
+    Networks named G... must also give pictures of the size they get, a multiple of net.multiple.
     """
     for name, net in nets.items():
         x = torch.empty(2, net.config["in_channels"], side, side, device="meta")
@@ -1804,8 +1831,17 @@ def check_size(nets, side):
         except (RuntimeError, ValueError):
             shape = None
         if shape is None or (name.startswith("G") and shape != x.shape[-2:]):
-            need = f"a multiple of {net.multiple}" if hasattr(net, "multiple") else "more"
-            raise UserError(f"--crop-size {side} does not suit {name}: it needs {need}.")
+            multiple = getattr(net, "multiple", 1)
+            need = f"a multiple of {multiple}" if side % multiple else "a larger one"
+            raise UserError(f"{option} {side} does not suit {name}: it needs {need}.")
+
+
+def check_channels(nets, wanted):
+    """UserError unless each of {name: net} has the wanted [in] or [in, out] channels."""
+    for name, net in nets.items():
+        own = [net.config[k] for k in ("in_channels", "out_channels") if k in net.config]
+        if own != wanted[name]:
+            raise UserError(f"{name} of the checkpoint has {own} channels, not {wanted[name]}.")
 
 
 def resized(img, short=None, width=None, square=None):
@@ -1899,7 +1935,6 @@ INCEPTION_URLS = (  # one file under two names: the TensorFlow graph of 2015-12-
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth",
 )
-RESIZE_MODES = ("tf1", "pytorch_fid", "clean")
 KID_ROWS = 10_000  # features kept for KID, 80 MB; of more images, evenly spaced ones
 STATISTICS_FORMAT = 1  # part of the cache key: raise it when the numbers below change meaning
 
@@ -2369,11 +2404,14 @@ def load_inception_or_explain(path, device):
 
 def describe_scores(row):
     """One line for a dict of scores, with counts, resize rule and feature network."""
-    parts = [f"fd8 {row['fd8']:.3f}", f"{row['n_real']} real, {row['n_fake']} fake"]
+    parts = [f"{row['n_real']} real, {row['n_fake']} fake"]
+    if "fd8" in row:
+        parts += [f"fd8 {row['fd8']:.3f}"]
     if "fid" in row:
-        parts += [f"FID {row['fid']:.2f}, KID x 1000 {row['kid_x1000']:.2f}"]
-        parts += [f"resize {row['resize']}, features {row['features']}"]
-        parts += [row["warning"]] if "warning" in row else []
+        fid = row["fid"]
+        parts += [f"FID {fid['fid']:.2f}, KID x 1000 {fid['kid_x1000']:.2f}"]
+        parts += [f"{fid['n_real']} real, resize {fid['resize']}, features {fid['features']}"]
+        parts += [fid["warning"]] if "warning" in fid else []
     if "cycle_error" in row:
         parts += [f"cycle error {row['cycle_error']:.4f}"]
     if "error" in row:

@@ -19,7 +19,7 @@ paper's D_X; the official code (junyanz/pytorch-CycleGAN-and-pix2pix) calls that
 
 Results: README. Differs from the paper, with the official PyTorch code: the identity loss is on for
 every data set (paper: paintings only), convolutions before an instance norm keep their biases.
-Differs from both: a seed fixes everything, and a run resumes exactly.
+Differs from both: wgangp has its gradient penalty; on a CPU a run resumes bit for bit.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from common import UserError
 # The paper's numbers
 # =============================================================================
 
-LR, BETAS = 2e-4, (0.5, 0.999)  # Adam, appendix 7.1; 0.5 is the official code's
-EPOCHS = 200  # appendix 7.1: 100 at a constant rate, 100 with the rate going linearly to zero
-LAMBDA_CYC, LAMBDA_ID = 10.0, 0.5  # Eq. (3), appendix 7.1; sec. 5.2 (relative to LAMBDA_CYC)
+LR, BETAS = 2e-4, (0.5, 0.999)  # Adam, sec. 4; the betas are the official code's
+EPOCHS = 200  # sec. 4: 100 at a constant rate, 100 with the rate going linearly to zero
+LAMBDA_CYC, LAMBDA_ID = 10.0, 0.5  # Eq. (3), sec. 4; sec. 5.2, relative to LAMBDA_CYC
 LAMBDA_GP = 10.0  # Gulrajani et al. 2017, only with --gan-mode wgangp
 POOL_SIZE = 50  # sec. 4
 LOAD_SIZE, CROP_SIZE = 286, 256  # official defaults: resize, then a random crop
@@ -255,6 +255,7 @@ def from_official(arrays):
         else:
             first, conv, norm = "model.0", "model.2", "model.3"
             config = dict(kind="patch", n_layers=len(convs) - 2)
+            convs["model.5.weight"]  # the third convolution: no such network has fewer
         width = "ngf" if "out_channels" in config else "ndf"
         config[width], config["in_channels"] = convs[f"{first}.weight"][:2]
     except KeyError as e:
@@ -349,7 +350,7 @@ class ImagePool:
             self.count = torch.zeros((), dtype=torch.long, device=images.device)
         if images.shape[1:] != self.images.shape[1:]:
             sizes = f"{tuple(self.images.shape[1:])} and {tuple(images.shape[1:])}"
-            raise ValueError(f"the image pool holds one size only, not {sizes}: use --pool-size 0")
+            raise UserError(f"the image pool holds one size only, not {sizes}: use --pool-size 0.")
         out = []
         for image, u_i, slot_i in zip(images, u, (slot * self.size).long(), strict=True):
             filling = self.count < self.size
@@ -365,7 +366,8 @@ class ImagePool:
         return {"images": self.images, "count": self.count}
 
     def load_state_dict(self, state):
-        self.images, self.count = state["images"], state["count"]
+        if state["images"] is not None and len(state["images"]) == self.size:  # else start empty
+            self.images, self.count = state["images"], state["count"]
 
 
 # =============================================================================
@@ -373,13 +375,14 @@ class ImagePool:
 # =============================================================================
 
 
-def lr_factor(epoch, policy="linear", epochs=EPOCHS, epochs_decay=EPOCHS // 2, every=50):
+def lr_factor(epoch, policy="linear", epochs=EPOCHS, epochs_decay=None, every=50):
     """What the learning rate is multiplied by in `epoch` = 1 .. epochs.
 
-    linear: 1, then straight down over the last `epochs_decay` epochs, to 1 / (epochs_decay + 1) in
-    the last (appendix 7.1; the official code as of 2018-2020 and 2025). step: a tenth of it after
-    each `every` epochs. cosine: half a cosine over the epochs before the decay, then up again.
+    linear: 1, then straight down over the last `epochs_decay` epochs (None: half of all), to
+    1 / (epochs_decay + 1) in the last (sec. 4; the official code of 2018-2020 and 2025). step: a
+    tenth of it after each `every` epochs. cosine: half a cosine over the flat epochs, then up.
     """
+    epochs_decay = epochs // 2 if epochs_decay is None else epochs_decay
     flat = epochs - epochs_decay
     if policy == "linear":
         return 1 - max(0, epoch - flat) / (epochs_decay + 1)
@@ -460,40 +463,63 @@ def new_networks(args):
 
 
 def load_networks(path, direction="AtoB"):
-    """({name: network}, options of its training) from our checkpoint; from an official .pth, whose
-    one generator is taken for `direction`; or from a folder of official latest_net_*.pth."""
+    """({name: network}, options of its training) from a checkpoint or run folder of ours; from an
+    official .pth, whose one generator is taken for `direction` unless its name says which it is; or
+    from a folder of official latest_net_*.pth."""
     official = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}  # theirs: ours
+    alone = "G_AB" if direction == "AtoB" else "G_BA"
     files = {ours: Path(path, f"latest_net_{name}.pth") for name, ours in official.items()}
     files = {name: f for name, f in files.items() if f.is_file()}
-    files = files or {"G_AB" if direction == "AtoB" else "G_BA": path}
+    for name in ("checkpoint.pt", "latest_net_G.pth"):
+        path = Path(path, name) if Path(path, name).is_file() else path
+    named = [ours for name, ours in official.items() if Path(path).stem.endswith(f"net_{name}")]
     nets, options = {}, {}
-    for name, file in files.items():
+    for name, file in (files or {(named or [alone])[0]: path}).items():
         found, options = common.load_networks(file, "cyclegan", build, from_official)
         nets |= {name: found} if isinstance(found, nn.Module) else found
+    for name, net in nets.items():
+        if name.startswith("G") != ("out_channels" in net.config):
+            raise UserError(f"--checkpoint {path}: a {net.config['kind']} network is no {name}.")
     return nets, options
 
 
-def open_domain(args, source, part, test=False):
-    """The pictures of `part` (trainA, ...) as arrays, prepared for training or by the test rule:
-    the whole picture at crop size."""
-    multiple = 4 if args.G == "resnet" else int(args.G.removeprefix("unet_"))
-    rule = (args.preprocess, args.load_size) if not test else ("resize_and_crop", args.crop_size)
+def open_domain(args, source, part, multiple=None):
+    """The pictures of `part` (trainA, ...) as arrays, prepared for training (`multiple`: of which
+    sides must be), or, without it, by the official test rule: the whole picture at crop size."""
+    rule = (args.preprocess, args.load_size) if multiple else ("resize_and_crop", args.crop_size)
     prepare = functools.partial(common.resize_for, *rule, args.crop_size, multiple)
-    mode = "L" if vars(args)[f"channels_{part[-1]}"] == 1 else "RGB"
-    return common.ImageSet(common.subset(source, part), prepare, mode, args.cache)
+    return common.ImageSet(common.subset(source, part), prepare, mode(args, part), args.cache)
+
+
+def mode(args, part):
+    """Pillow's mode of the pictures of a part or domain: trainA, A, ..."""
+    return "L" if vars(args)[f"channels_{part[-1]}"] == 1 else "RGB"
 
 
 def train(args):
     run = common.Run("cyclegan", args, script=__file__)
     source = common.open_data(args.data, size=args.load_size)
 
+    # ---- networks, optimisers, pools ----------------------------------------------------------
+    nets = new_networks(args)
+    if run.weights:
+        nets |= load_networks(run.weights, args.direction)[0]
+    A, B = args.channels_A, args.channels_B
+    common.check_channels(nets, {"G_AB": [A, B], "G_BA": [B, A], "D_A": [A], "D_B": [B]})
+    common.check_size(nets, args.crop_size)
+    nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
+    G_AB, G_BA, D_A, D_B = nets.values()
+    betas = (args.beta1, BETAS[1])
+    opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]
+    pools = [ImagePool(args.pool_size), ImagePool(args.pool_size)]
+
     # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
-    data_A, data_B = (open_domain(args, source, part) for part in ("trainA", "trainB"))
+    multiple = max(G_AB.multiple, G_BA.multiple)
+    data_A, data_B = (open_domain(args, source, part, multiple) for part in ("trainA", "trainB"))
     most = max(len(data_A), len(data_B))
     steps_per_epoch = most // args.batch
     if steps_per_epoch == 0:
         raise UserError(f"--data {args.data}: {most} images, --batch is {args.batch}. Lower it.")
-
     crop = args.crop_size if args.preprocess.endswith("crop") else None
     crop_and_flip = functools.partial(common.crop_and_flip, crop=crop, flip=args.flip)
 
@@ -505,21 +531,11 @@ def train(args):
         return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
 
     examples = fixed_examples(args, source)
-
-    # ---- networks, optimisers, pools ----------------------------------------------------------
-    nets = new_networks(args)
-    if run.weights:
-        nets |= load_networks(run.weights, args.direction)[0]
-        run.say(f"starting from the weights of {run.weights}")
-    if args.preprocess.endswith("crop"):
-        common.check_size(nets, args.crop_size)
-    nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
-    G_AB, G_BA, D_A, D_B = nets.values()
-    betas = (args.beta1, BETAS[1])
-    opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]
-    pools = [ImagePool(args.pool_size), ImagePool(args.pool_size)]
     start = run.restore(nets, dict(G=opts[0], D=opts[1]), dict(fake_A=pools[0], fake_B=pools[1]))
-    run.say(f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps")
+    run.say(
+        f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps;"
+        " G_AB translates A to B, G_BA translates B to A"
+    )
 
     for step, (real_A, real_B) in run.batches(pair, start, steps_per_epoch * args.epochs):
         epoch = step // steps_per_epoch + 1
@@ -550,8 +566,9 @@ def fixed_examples(args, source, n=6):
     examples = {}
     for d, other in ("AB", "BA"):
         part = f"test{d}" if common.has_subset(source, f"test{d}") else f"train{d}"
-        data = open_domain(args, source, part, test=True)
-        examples[d] = data.all(n), data.counterparts(other, n) if source.is_toy else None
+        data = open_domain(args, source, part)
+        true = data.counterparts(other, mode(args, other), n) if source.is_toy else None
+        examples[d] = data.all(n), true
     return examples
 
 
@@ -567,33 +584,33 @@ def sample_sheet(G_AB, G_BA, examples, device):
     return columns
 
 
-def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test"):
+def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test", fid_resize="tf1"):
     """Prints and returns the scores of both directions on the test pictures.
 
     fd8 (and FID, KID with `inception`, the feature network) between the fakes and the real pictures
     of the target domain; the cycle error |G_BA(G_AB(A)) - A|; on toy faces the error to the true
     counterpart and that of doing nothing. Errors are mean absolute differences of values in
-    [-1, 1]. A generator that is None leaves out what needs it.
+    [-1, 1], of fakes in 8 bits as one saves them. A generator that is None leaves out its part.
     """
-    data = {d: open_domain(args, source, f"test{d}", test=True) for d in "AB"}
+    data = {d: open_domain(args, source, f"test{d}") for d in "AB"}
     result = {}
     for A, B, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
         if there is None:
             continue
         real, target = data[A].all(), data[B].all()
         fake = common.apply(there, real, device)
-        row = {"fd8": common.fd8(target, fake), "n_real": len(target), "n_fake": len(fake)}
+        row = {"n_real": len(target), "n_fake": len(fake)}
+        if min(len(target), len(fake)) > 1:  # of one picture there is no covariance
+            row["fd8"] = common.fd8(target, fake)
+            if inception is not None:
+                more = [open_domain(args, source, f"train{B}").all()] * (fid_real != "test")
+                row["fid"] = common.fid_kid(torch.cat([target, *more]), fake, inception, fid_resize)
         if back is not None:
             row["cycle_error"] = common.mean_abs(common.apply(back, fake, device), real)
         if source.is_toy:
-            true = data[A].counterparts(B)
+            true = data[A].counterparts(B, mode(args, B))
             row["error"] = common.mean_abs(fake, true)
             row["error_of_doing_nothing"] = common.mean_abs(real, true)
-        if inception is not None:
-            if fid_real == "train+test":
-                more = open_domain(args, source, f"train{B}", test=True)
-                target = torch.cat([target, more.all()])
-            row |= common.fid_kid(target, fake, inception)
         result[f"{A}to{B}"] = row
         print(f"{A}to{B}: {common.describe_scores(row)}")
     return result
@@ -602,11 +619,14 @@ def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test"):
 def evaluate(args):
     nets, saved = load_networks(args.checkpoint, args.direction)
     device = common.pick_device(args.device)
-    G_AB, G_BA = (nets[k].to(device) if k in nets else None for k in ("G_AB", "G_BA"))
-    A, B = (G_AB or G_BA).config["in_channels"], (G_AB or G_BA).config["out_channels"]
-    args.channels_A, args.channels_B = (A, B) if G_AB else (B, A)
-    args.G, args.preprocess, args.load_size = "resnet", None, None  # unused by the test rule
+    G = {name: net.to(device) for name, net in nets.items() if name.startswith("G")}
+    if not G:
+        raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
     args.crop_size = args.size or saved.get("crop_size", CROP_SIZE)
+    common.check_size(G, args.crop_size, "--size")
+    for name, net in G.items():
+        A, B = net.config["in_channels"], net.config["out_channels"]
+        args.channels_A, args.channels_B = (A, B) if name == "G_AB" else (B, A)
     data = args.data or saved.get("data")
     if data is None:
         raise UserError("--data is missing: an official file does not say what it was trained on.")
@@ -616,7 +636,9 @@ def evaluate(args):
         f"protocol: G(test pictures) against the {args.fid_real} pictures of the other domain, all"
         f" of them, each resized to {args.crop_size}x{args.crop_size} (Pillow, bicubic)"
     )
-    result = scores(G_AB, G_BA, args, source, device, inception, args.fid_real)
+    G_AB, G_BA = G.get("G_AB"), G.get("G_BA")
+    options = (args.fid_real, args.fid_resize)
+    result = scores(G_AB, G_BA, args, source, device, inception, *options)
     if args.out:
         common.write_json(args.out, result)
 
@@ -644,13 +666,13 @@ def translate(args):
     nets, saved = load_networks(args.checkpoint, args.direction)
     name = "G_AB" if args.direction == "AtoB" else "G_BA"
     if name not in nets:
-        raise UserError(f"--checkpoint {args.checkpoint} holds no generator for {args.direction}.")
+        raise UserError(f"--checkpoint {args.checkpoint} has no {name}, for {args.direction}.")
     device = common.pick_device(args.device)
     G = nets[name].to(device).eval()
     function = functools.partial(translate_picture, G, device=device, args=args)
     print(f"{args.direction} with {name} of {args.checkpoint}, trained on {saved.get('data', '?')}")
-    mode = "L" if G.config["in_channels"] == 1 else "RGB"
-    common.map_pictures(args.input, args.out, mode, function)
+    grey_or_not = "L" if G.config["in_channels"] == 1 else "RGB"
+    common.map_pictures(args.input, args.out, grey_or_not, function)
 
 
 # =============================================================================
@@ -670,7 +692,7 @@ def main(argv=None):
     p.add("--epochs", type=count, default=EPOCHS, help="length of the training")
     p.add("--epochs-decay", type=common.not_negative_int, help="of them at a falling rate: half")
     p.add("--lr", type=above_0, default=LR, help="Adam's learning rate")
-    p.add("--beta1", type=from_0, default=BETAS[0], help="Adam's first beta")
+    p.add("--beta1", type=common.fraction, default=BETAS[0], help="Adam's first beta")
     p.add("--lr-policy", choices=("linear", "step", "cosine"), default="linear")
     p.add("--lr-decay-every", type=count, default=50, help="epochs, for --lr-policy step")
     p.add("--gan-mode", choices=("lsgan", "vanilla", "wgangp"), default="lsgan")
@@ -707,13 +729,14 @@ def main(argv=None):
 
     args = cli.parse(argv)
     if args.command == "train":
-        args.epochs_decay = args.epochs // 2 if args.epochs_decay is None else args.epochs_decay
-        if args.epochs_decay > args.epochs:
+        if (args.epochs_decay or 0) > args.epochs:
             raise UserError(
                 f"--epochs-decay {args.epochs_decay} is more than --epochs {args.epochs}."
             )
         if args.lambda_id and args.channels_A != args.channels_B:
             raise UserError("the identity loss needs equal channels: pass --lambda-id 0.")
+        if args.gan_mode == "wgangp" and not args.preprocess.endswith("crop"):
+            raise UserError("wgangp mixes real and fake pictures: take a --preprocess that crops.")
     args.function(args)
 
 

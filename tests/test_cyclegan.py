@@ -235,7 +235,9 @@ def test_the_pool_returns_old_images_half_of_the_time_and_keeps_its_size():
         ("crop", (100, 50), (100, 50), (32, 32)),
         ("scale_width", (72, 80), (36, 40), (36, 40)),
         ("scale_width", (100, 20), (36, 32), (36, 32)),  # never lower than the crop
-        ("scale_width", (36, 50), (36, 50), (36, 50)),  # already as wide
+        ("scale_width", (36, 52), (36, 52), (36, 52)),  # already as wide
+        ("scale_width_and_crop", (36, 50), (36, 50), (32, 32)),
+        ("scale_width", (72, 82), (36, 40), (36, 40)),  # 41 is no multiple of 4
         ("scale_width_and_crop", (72, 80), (36, 40), (32, 32)),
         ("none", (101, 49), (100, 48), (100, 48)),  # the nearest multiple of 4
         ("none", (64, 48), (64, 48), (64, 48)),
@@ -447,7 +449,8 @@ def test_an_official_file_is_taken_wherever_a_checkpoint_is(trained, tmp_path):
         (tmp_path / "pth").mkdir(exist_ok=True)
         torch.save(state["nets"][ours], tmp_path / f"pth/latest_net_{theirs}.pth")
     picture = faces(tmp_path / "in", 1) / "0.jpg"
-    for checkpoint in (trained[0] / "checkpoint.pt", "pth/latest_net_G_B.pth", "pth"):
+    sources = (trained[0] / "checkpoint.pt", trained[0], "pth/latest_net_G_B.pth", "pth")
+    for checkpoint in sources:
         options = [
             "--checkpoint",
             checkpoint,
@@ -458,7 +461,7 @@ def test_an_official_file_is_taken_wherever_a_checkpoint_is(trained, tmp_path):
         ]
         cyclegan.main([str(o) for o in ["translate", *options, "--direction", "BtoA"]])
     pictures = [Image.open(p).tobytes() for p in tmp_path.glob("*.png")]
-    assert len(pictures) == 3 and len(set(pictures)) == 1
+    assert len(pictures) == 4 and len(set(pictures)) == 1
 
     for checkpoint in ("pth", "pth/latest_net_G_A.pth"):
         options = ["evaluate", "--checkpoint", checkpoint, "--data", "toy", "--size", "32"]
@@ -509,6 +512,8 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "d", *small, "--G", "unet_256"], "multiple of 256"),
         (["--data", "d", *small, "--channels-A", "1"], "--lambda-id 0"),
         (["--epochs", "3", "--epochs-decay", "4"], "--epochs-decay 4"),
+        (["--beta1", "1.5"], "not below 1"),
+        (["--gan-mode", "wgangp", "--preprocess", "none"], "that crops"),
         (["--device", "warp"], "--device warp"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--data", "d", *small, "--checkpoint", "none.pt"], "none.pt"),
@@ -574,6 +579,60 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_name(capsys, tmp_path, o
         capsys, "translate", "--checkpoint", "evil.pth", "--input", faces(tmp_path / "in", 1)
     )
     assert "system" in line and not mark.exists()
+
+
+def test_checkpoints_that_do_not_suit_the_command_are_refused(trained, capsys, tmp_path):
+    ours = trained[0] / "checkpoint.pt"
+    state = torch.load(ours, weights_only=True)
+    torch.save(state["nets"]["D_B"], "latest_net_D_A.pth")
+    torch.save({"model.0.weight": torch.zeros(4, 3, 4, 4)}, "short.pth")
+    faces(tmp_path / "d/trainA", 4), faces(tmp_path / "d/trainB", 4)
+    small = ["--data", "d", *TINY.split()]
+    cases = [
+        (["translate", "--checkpoint", "latest_net_D_A.pth", "--input", "d"], "no D_B|no G_AB"),
+        (["evaluate", "--checkpoint", "latest_net_D_A.pth", "--data", "d"], "no generator|no G_AB"),
+        (
+            ["translate", "--checkpoint", "short.pth", "--input", "d"],
+            "model.2.weight|model.5.weight",
+        ),
+        (["evaluate", "--checkpoint", ours, "--size", "30"], "--size 30"),
+        ([*small, "--checkpoint", ours, "--channels-A", "1", "--channels-B", "1"], "channels"),
+        (["--resume", trained[0], "--batch", "4"], "the batch was 2"),
+    ]
+    before = (trained[0] / "args.json").read_bytes()
+    for args, message in cases:
+        line = fails(capsys, *args)
+        assert any(m in line for m in message.split("|")), line
+    (trained[0] / "args.json").write_bytes(before)
+
+
+def test_scores_of_a_single_test_picture_and_without_any(capsys, tmp_path):
+    faces(tmp_path / "d/trainA"), faces(tmp_path / "d/trainB", domain=1)
+    options = ["--data", "d", *TINY.split(), "--epochs", "1", "--workers", "0", "--out", "r"]
+    cyclegan.main(options)
+    faces(tmp_path / "d/testA", 1), faces(tmp_path / "d/testB", 1)
+    cyclegan.main(options)
+    assert "cycle error" in capsys.readouterr().out
+    assert "fd8" not in json.loads(Path("r/cyclegan-d-001/metrics.jsonl").read_text())["AtoB"]
+
+
+@pytest.mark.parametrize("mode", ["crop", "scale_width", "scale_width_and_crop", "none"])
+def test_every_preprocess_mode_trains(tmp_path, mode):
+    faces(tmp_path / "d/trainA", 2, size=45), faces(tmp_path / "d/trainB", 2, size=50, domain=1)
+    options = ["--data", "d", *TINY.split(), "--batch", "1", "--epochs", "1", "--out", "r"]
+    cyclegan.main([*options, "--preprocess", mode, "--pool-size", "0"])
+
+
+def test_resuming_may_change_length_pool_and_precision_and_remembers_it(tmp_path):
+    faces(tmp_path / "d/trainA", 4), faces(tmp_path / "d/trainB", 4, domain=1)
+    options = ["--data", "d", *TINY.split(), "--epochs", "1", "--out", "r", "--workers", "0"]
+    cyclegan.main(options)
+    folder = Path("r/cyclegan-d-000")
+    more = ["--epochs", "3", "--pool-size", "7", "--precision", "bf16"]
+    cyclegan.main(["--resume", str(folder), *more])
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
+    args = json.loads((folder / "args.json").read_text())
+    assert (args["epochs"], args["epochs_decay"], args["pool_size"]) == (3, None, 7)
 
 
 def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys, tmp_path):
