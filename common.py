@@ -190,6 +190,15 @@ def add_train_options(p, data, batch, every):
     add_device_option(p)
 
 
+def add_preprocess_options(p, load, crop):
+    """The options of resize_for and crop_and_flip."""
+    modes = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
+    p.add("--preprocess", choices=modes, default="resize_and_crop")
+    p.add("--load-size", type=positive_int, default=load, help="pixels, before the crop")
+    p.add("--crop-size", type=positive_int, default=crop, help="pixels, what the networks see")
+    p.add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror at random")
+
+
 def add_translate_options(p):
     """The options of commands that turn pictures into pictures."""
     p.add("--checkpoint", required=True, help="ours or an official one")
@@ -2389,6 +2398,24 @@ def fid_kid(real, fake, net, mode="tf1", folder=None):
 def mean_abs(a, b):
     """Mean absolute difference of uint8 images, on the scale on which they range over [-1, 1]."""
     return (a.double() - b.double()).abs().mean().item() / 127.5
+
+
+def translation_scores(real, fake, target, rec=None, true=None):
+    """Scores of translations `fake` of `real`, all uint8 (N, C, H, W), that need no download.
+
+    fd8 to pictures `target` of the domain; with `rec`, the way back, the cycle error; with `true`,
+    the right answers, the error and that of doing nothing. Errors are mean absolute differences of
+    values in [-1, 1]; fakes count in 8 bits, as one saves them.
+    """
+    row = {"n_real": len(target), "n_fake": len(fake)}
+    if min(len(target), len(fake)) > 1:  # of one picture there is no covariance
+        row["fd8"] = fd8(target, fake)
+    if rec is not None:
+        row["cycle_error"] = mean_abs(rec, real)
+    if true is not None:
+        row["error"] = mean_abs(fake, true)
+        row["error_of_doing_nothing"] = mean_abs(real, true)
+    return row
 
 
 def load_inception_or_explain(path, device):

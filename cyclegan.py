@@ -22,7 +22,6 @@ every data set (paper: paintings only), convolutions before an instance norm kee
 Differs from both: wgangp has its gradient penalty; on a CPU a run resumes bit for bit.
 """
 
-import argparse
 import functools
 import math
 import sys
@@ -584,14 +583,9 @@ def sample_sheet(G_AB, G_BA, examples, device):
     return columns
 
 
-def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test", fid_resize="tf1"):
-    """Prints and returns the scores of both directions on the test pictures.
-
-    fd8 (and FID, KID with `inception`, the feature network) between the fakes and the real pictures
-    of the target domain; the cycle error |G_BA(G_AB(A)) - A|; on toy faces the error to the true
-    counterpart and that of doing nothing. Errors are mean absolute differences of values in
-    [-1, 1], of fakes in 8 bits as one saves them. A generator that is None leaves out its part.
-    """
+def scores(G_AB, G_BA, args, source, device, inception=None):
+    """Prints and returns the scores of both directions on the test pictures, {direction: scores} as
+    of common.translation_scores. A generator that is None leaves out what needs it."""
     data = {d: open_domain(args, source, f"test{d}") for d in "AB"}
     result = {}
     for A, B, there, back in (("A", "B", G_AB, G_BA), ("B", "A", G_BA, G_AB)):
@@ -599,18 +593,13 @@ def scores(G_AB, G_BA, args, source, device, inception=None, fid_real="test", fi
             continue
         real, target = data[A].all(), data[B].all()
         fake = common.apply(there, real, device)
-        row = {"n_real": len(target), "n_fake": len(fake)}
-        if min(len(target), len(fake)) > 1:  # of one picture there is no covariance
-            row["fd8"] = common.fd8(target, fake)
-            if inception is not None:
-                more = [open_domain(args, source, f"train{B}").all()] * (fid_real != "test")
-                row["fid"] = common.fid_kid(torch.cat([target, *more]), fake, inception, fid_resize)
-        if back is not None:
-            row["cycle_error"] = common.mean_abs(common.apply(back, fake, device), real)
-        if source.is_toy:
-            true = data[A].counterparts(B, mode(args, B))
-            row["error"] = common.mean_abs(fake, true)
-            row["error_of_doing_nothing"] = common.mean_abs(real, true)
+        rec = None if back is None else common.apply(back, fake, device)
+        true = data[A].counterparts(B, mode(args, B)) if source.is_toy else None
+        row = common.translation_scores(real, fake, target, rec, true)
+        if inception is not None and args.fid_real == "train+test":
+            target = torch.cat([target, open_domain(args, source, f"train{B}").all()])
+        if inception is not None and len(target) > 1 and len(fake) > 1:
+            row["fid"] = common.fid_kid(target, fake, inception, args.fid_resize)
         result[f"{A}to{B}"] = row
         print(f"{A}to{B}: {common.describe_scores(row)}")
     return result
@@ -636,9 +625,7 @@ def evaluate(args):
         f"protocol: G(test pictures) against the {args.fid_real} pictures of the other domain, all"
         f" of them, each resized to {args.crop_size}x{args.crop_size} (Pillow, bicubic)"
     )
-    G_AB, G_BA = G.get("G_AB"), G.get("G_BA")
-    options = (args.fid_real, args.fid_resize)
-    result = scores(G_AB, G_BA, args, source, device, inception, *options)
+    result = scores(G.get("G_AB"), G.get("G_BA"), args, source, device, inception)
     if args.out:
         common.write_json(args.out, result)
 
@@ -684,7 +671,6 @@ def main(argv=None):
     cli = common.CommandLine("cyclegan.py", __doc__, presets={"toy": TOY})
     count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
     directions = dict(choices=("AtoB", "BtoA"), default="AtoB")
-    modes = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
 
     p = cli.command("train", train, "train on unpaired pictures of two domains (default command)")
     common.add_train_options(p, data="toy", batch=1, every="images")
@@ -711,10 +697,7 @@ def main(argv=None):
     p.add("--init-gain", type=above_0, default=INIT_STD, help="deviation of the initial weights")
     p.add("--channels-A", type=int, choices=(1, 3), default=3, help="1: greyscale")
     p.add("--channels-B", type=int, choices=(1, 3), default=3, help="1: greyscale")
-    p.add("--preprocess", choices=modes, default="resize_and_crop")
-    p.add("--load-size", type=count, default=LOAD_SIZE, help="pixels, before the crop")
-    p.add("--crop-size", type=count, default=CROP_SIZE, help="pixels, what the networks see")
-    p.add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror at random")
+    common.add_preprocess_options(p, LOAD_SIZE, CROP_SIZE)
     p.add("--keep-every", type=count, default=5, help="epochs between checkpoints that are kept")
 
     p = cli.command("translate", translate, "translate a picture, or all pictures below a folder")

@@ -3,5 +3,8 @@
 import os
 import tempfile
 
+import torch  # noqa: F401  this process keeps its threads, those that tests start get one each
+
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GANS_OFFLINE"] = "1"
 os.environ["GANS_CACHE"] = tempfile.mkdtemp(prefix="gans-cache-")
