@@ -159,16 +159,25 @@ class CommandLine:
     def command(self, name, function, help):
         parser = self.commands.add_parser(name, help=help, description=help)
         parser.set_defaults(function=function)
+        if name == "train":
+            for data, preset in self.presets.items():
+                options = (f"--{k.replace('_', '-')} {v}" for k, v in preset.items())
+                parser.epilog = f"The defaults of --data {data}, otherwise: {' '.join(options)}"
         return parser
 
     def parse(self, argv=None):
         argv = list(sys.argv[1:] if argv is None else argv)
-        if not argv or (argv[0] not in self.commands.choices and argv[0] not in ("-h", "--help")):
+        commands = self.commands.choices
+        if argv and not argv[0].startswith("-") and argv[0] not in commands:
+            raise UserError(f"no command {argv[0]!r}; there are {', '.join(commands)}.")
+        if not argv or argv[0] not in (*commands, "-h", "--help"):
             argv = ["train", *argv]
-        args = self.parser.parse_args(argv)
+        args, unknown = self.parser.parse_known_args(argv)
+        if unknown:
+            commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
             defaults = read_run_args(args.resume) if args.resume else self.presets.get(args.data)
-            self.commands.choices["train"].set_defaults(**defaults or {})
+            commands["train"].set_defaults(**defaults or {})
             args = self.parser.parse_args(argv)
         return args
 
@@ -232,10 +241,9 @@ def pick_device(name):
     """The torch device of --device, or CUDA if there is one, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use cuda, cuda:1 or cpu.") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: use cuda, cuda:1 or cpu.")
+    device = torch.device(name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(
@@ -1568,21 +1576,19 @@ class Run:
         """
         self.nets, self.opts, self.pools = nets, opts, pools
         torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
+        path = Path(self.args.resume or "", "checkpoint.pt")
+        if self.args.resume and path.exists():  # none: it was stopped before the first one
+            self.load_state(load_checkpoint(path, self.model))
         if self.rank == 0:
             self.folder = make_run_folder(self.model, self.args, self.script)
+            drop_later_lines(self.folder / "log.jsonl", self.steps_done)
+            drop_later_lines(self.folder / "metrics.jsonl", self.steps_done - 1)  # scored again
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(self.folder)
-            self.say(f"run folder {self.folder}, on {self.device} in {self.precision}")
-        if not self.args.resume:
-            return 0
-        path = Path(self.args.resume, "checkpoint.pt")
-        if path.exists():
-            self.load_state(load_checkpoint(path, self.model))
-        if self.rank == 0:
-            drop_later_lines(self.folder / "log.jsonl", self.steps_done)
-        self.say(f"resumed at step {self.steps_done}")
+        resumed = f", resumed at step {self.steps_done}" if self.args.resume else ""
+        self.say(f"run folder {self.folder}, on {self.device} in {self.precision}{resumed}")
         return self.steps_done
 
     def load_state(self, state):
@@ -1600,10 +1606,8 @@ class Run:
                 for group in opt.param_groups:
                     group["lr"] = group["lr"].to(self.device)
         except (KeyError, RuntimeError, ValueError) as e:
-            problem = str(e).splitlines()[0]
-            raise UserError(
-                f"--resume {self.args.resume}: other networks than now ({problem})."
-            ) from None
+            problem = str(e).splitlines()[-1].strip()
+            raise UserError(f"--resume {self.args.resume}: other networks now: {problem}") from None
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.steps_done, self.elapsed = state["step"], state["sec"]
@@ -1778,28 +1782,26 @@ def load_checkpoint(path, model):
     """
     if not Path(path).is_file():
         problem = "a folder without checkpoints" if Path(path).is_dir() else "no such file"
-        raise UserError(f"--checkpoint {path}: {problem}. Name a .pt or .pth file.")
+        raise UserError(f"{path}: {problem}. Name a .pt or .pth file.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.search(r"(?:GLOBAL|Unsupported global:?|class) +`?([\w.]+)", str(e))
         if found is None:
-            raise UserError(f"--checkpoint {path}: not a checkpoint, or a damaged one.") from None
+            raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
         raise UserError(
-            f"--checkpoint {path}: refused, since it holds {found[1]}, which could run code; only"
+            f"{path}: refused, since it holds {found[1]}, which could run code; only"
             " tensors and plain values are read."
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise UserError(f"--checkpoint {path}: not a checkpoint, or a damaged one.") from None
+        raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
         if state["model"] != model:
-            raise UserError(
-                f"--checkpoint {path} holds a {state['model']} model; {model} is needed here."
-            )
+            raise UserError(f"{path} holds a {state['model']} model; {model} is needed here.")
         return state
     if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
         return state
-    raise UserError(f"--checkpoint {path}: neither one of ours nor a plain dict of tensors.")
+    raise UserError(f"{path}: neither one of ours nor a plain dict of tensors.")
 
 
 def load_networks(path, model, build, from_official):
@@ -1815,7 +1817,7 @@ def load_networks(path, model, build, from_official):
         return nets, state["args"]
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         problem = str(e).splitlines()[0]
-        raise UserError(f"--checkpoint {path} does not hold {model} networks: {problem}.") from None
+        raise UserError(f"{path} does not hold {model} networks: {problem}.") from None
 
 
 @torch.no_grad()
@@ -1906,6 +1908,8 @@ def map_pictures(source, out, mode, function):
             raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
     else:
         raise UserError(f"--input {source} does not exist; name a picture or a folder.")
+    if out.suffix.lower() in SUFFIXES and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: results are PNG files; name a .png or a folder.")
     stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
     failed = 0
     for n, name in enumerate(names, 1):

@@ -48,7 +48,7 @@ INIT_STD = 0.02  # appendix 7.1: weights from N(0, 0.02)
 
 # What a plain `python cyclegan.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(load_size=64, crop_size=64, ngf=16, ndf=16, blocks=1)
-TOY |= dict(batch=2, epochs=3, lr=1e-3, every=1000)
+TOY |= dict(batch=2, epochs=3, lr=1e-3, every=400)
 
 # =============================================================================
 # Networks

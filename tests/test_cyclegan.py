@@ -36,7 +36,7 @@ def script(*args, launcher=()):
 
 def run(*args, launcher=()):
     done = subprocess.run(
-        script(*args, launcher=launcher), capture_output=True, text=True, timeout=300
+        script(*args, launcher=launcher), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -503,7 +503,10 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--lr", "nan"], "not finite"),
         (["--batch", "0"], "not above 0"),
         (["--epochs", "x"], "--epochs"),
-        (["--nonsense"], "--nonsense"),
+        (["--nonsense"], "unknown: --nonsense. See cyclegan.py train --help"),
+        (["trian"], "train, translate, evaluate"),
+        (["--device", "mps"], "--device mps"),
+        (["translate", "--checkpoint", "a", "--input", "d", "--out", "a.jpg"], "a: no such file"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "d", *small, "--batch", "4"], "batch is 4"),
         (["--data", "no_B", *small], "empty"),
@@ -603,7 +606,7 @@ def test_checkpoints_that_do_not_suit_the_command_are_refused(trained, capsys, t
     for args, message in cases:
         line = fails(capsys, *args)
         assert any(m in line for m in message.split("|")), line
-    (trained[0] / "args.json").write_bytes(before)
+    assert (trained[0] / "args.json").read_bytes() == before
 
 
 def test_scores_of_a_single_test_picture_and_without_any(capsys, tmp_path):
@@ -679,6 +682,7 @@ def test_translate_never_replaces_its_input(trained, capsys, tmp_path):
     Image.new("RGB", (16, 16), "red").save("a.png")
     before = Path("a.png").read_bytes()
     options = ["translate", "--checkpoint", trained[0] / "checkpoint.pt", "--input"]
+    assert "PNG files" in fails(capsys, *options, "a.png", "--out", "b.jpg")
     for where in (["a.png", "--out", "a.png"], ["a.png", "--out", "."], [".", "--out", "."]):
         assert "original" in fails(capsys, *options, *where)
     assert Path("a.png").read_bytes() == before
