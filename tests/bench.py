@@ -126,7 +126,7 @@ def bench_loader(options, n=400, size=256):
                 common.stack([common.crop_and_flip(data[i], preset.crop_size, True, rng)])
 
         def from_files():
-            epoch(cyclegan.open_domain(preset, source, "trainA"))
+            epoch(cyclegan.open_domain(preset, source, "trainA", multiple=4))
 
         cpu = torch.device("cpu")
         t = seconds(from_files, cpu, options.repeats)
@@ -136,7 +136,7 @@ def bench_loader(options, n=400, size=256):
             f"{1000 * t / n:.2f}",
             "",
         )
-        data = cyclegan.open_domain(preset, source, "trainA")
+        data = cyclegan.open_domain(preset, source, "trainA", multiple=4)
         t = seconds(lambda: epoch(data), cpu, options.repeats)
         yield "loader, one thread, from the cache", n / t, f"{1000 * t / n:.3f}", ""
     t = seconds(lambda: [common.toy_face(i, i % 3, 64) for i in range(n)], cpu, options.repeats)
