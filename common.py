@@ -82,7 +82,7 @@ def exit_status(main):
     except torch.OutOfMemoryError:
         problem, status = "the GPU's memory is full: take a smaller --batch or picture size.", 2
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if e.errno not in DISK_ERRORS:
             raise
         problem, status = f"cannot write {e.filename or 'a file'}: {e.strerror}.", 2
     except KeyboardInterrupt as e:
@@ -1307,7 +1307,7 @@ def resize_for(mode, load, crop, multiple, img):
 
     mode: resize_and_crop (to load x load), scale_width, scale_width_and_crop (to width load, and
     at least as high as the crop), crop (not at all) or none. The modes that do not crop end at the
-    nearest multiple; in scale_width, the official code stops at other sizes. multiple: None for
+    nearest multiple, since G changes other sizes. multiple: of both sides; None for
     test pictures, which Pillow resizes, since scores are compared with those of other programs.
     """
     W, H = size = img.size

@@ -314,10 +314,8 @@ def gradient_penalty(D, real, fake, alpha):
 
 def discriminator_loss(D, real, fake, mode="lsgan"):
     """Half the sum for real and fake pictures: "we divide the objective by 2" (appendix 7.1)."""
-    logits_real, logits_fake = forward_both(D, real, fake)
-    return 0.5 * (
-        adversarial_loss(logits_real, True, mode) + adversarial_loss(logits_fake, False, mode)
-    )
+    on_real, on_fake = forward_both(D, real, fake)
+    return (adversarial_loss(on_real, True, mode) + adversarial_loss(on_fake, False, mode)) / 2
 
 
 def forward_both(net, x, y):
@@ -487,10 +485,10 @@ def open_domain(args, source, part, multiple=None):
     sides must be), or, without it, by the official test rule: the whole picture at crop size."""
     rule = (args.preprocess, args.load_size) if multiple else ("resize_and_crop", args.crop_size)
     prepare = functools.partial(common.resize_for, *rule, args.crop_size, multiple)
-    return common.ImageSet(common.subset(source, part), prepare, mode(args, part), args.cache)
+    return common.ImageSet(common.subset(source, part), prepare, pil_mode(args, part), args.cache)
 
 
-def mode(args, part):
+def pil_mode(args, part):
     """Pillow's mode of the pictures of a part or domain: trainA, A, ..."""
     return "L" if vars(args)[f"channels_{part[-1]}"] == 1 else "RGB"
 
@@ -566,7 +564,7 @@ def fixed_examples(args, source, n=6):
     for d, other in ("AB", "BA"):
         part = f"test{d}" if common.has_subset(source, f"test{d}") else f"train{d}"
         data = open_domain(args, source, part)
-        true = data.counterparts(other, mode(args, other), n) if source.is_toy else None
+        true = data.counterparts(other, pil_mode(args, other), n) if source.is_toy else None
         examples[d] = data.all(n), true
     return examples
 
@@ -594,7 +592,7 @@ def scores(G_AB, G_BA, args, source, device, inception=None):
         real, target = data[A].all(), data[B].all()
         fake = common.apply(there, real, device)
         rec = None if back is None else common.apply(back, fake, device)
-        true = data[A].counterparts(B, mode(args, B)) if source.is_toy else None
+        true = data[A].counterparts(B, pil_mode(args, B)) if source.is_toy else None
         row = common.translation_scores(real, fake, target, rec, true)
         if inception is not None and args.fid_real == "train+test":
             target = torch.cat([target, open_domain(args, source, f"train{B}").all()])
@@ -658,8 +656,8 @@ def translate(args):
     G = nets[name].to(device).eval()
     function = functools.partial(translate_picture, G, device=device, args=args)
     print(f"{args.direction} with {name} of {args.checkpoint}, trained on {saved.get('data', '?')}")
-    grey_or_not = "L" if G.config["in_channels"] == 1 else "RGB"
-    common.map_pictures(args.input, args.out, grey_or_not, function)
+    read_as = "L" if G.config["in_channels"] == 1 else "RGB"
+    common.map_pictures(args.input, args.out, read_as, function)
 
 
 # =============================================================================
