@@ -7,7 +7,10 @@ In this file, in the order in which a run meets it
     the loader                  ImageSet, batches: order is a pure function of (seed, step)
     a run                       Run: devices, processes, folder, log, update, checkpoint, resume
     pictures and files out      sheets of samples, checkpoints in and out
+    official checkpoints        read_official: pickles read as data, nothing in them is run
     metrics                     fd8, FID, KID; InceptionV3 written out
+    VGG16                       LPIPS, path length, precision and recall
+    projection                  a picture's latent
 
 Networks and losses of the model files do not need this file; their loops and commands do.
 """
@@ -29,6 +32,7 @@ import math
 import operator
 import os
 import pickle
+import pickletools
 import random
 import re
 import shutil
@@ -48,7 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 try:
@@ -58,6 +62,7 @@ except ImportError:  # Windows: no lock between two downloads of one file, no me
     fcntl = resource = None
 
 BICUBIC = Image.Resampling.BICUBIC
+MAX_SEEDS = 100_000  # of --seeds
 RESIZE_MODES = ("tf1", "pytorch_fid", "clean")  # of resize_for_inception
 
 # =============================================================================
@@ -130,6 +135,24 @@ def not_negative_int(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
+
+
+def seeds(text):
+    """The list [0, 1, ..., 7, 42] for 0-7,42, for argparse; seeds go from 0 to 2^32 - 1."""
+    chosen = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{part[:40]!r} is no seed and no range, as in 0-7,42")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part} runs backwards; write {last}-{first}")
+        if last >= 2**32:
+            raise argparse.ArgumentTypeError(f"{last} is above {2**32 - 1}, the largest seed")
+        if len(chosen) + last - first >= MAX_SEEDS:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is more than {MAX_SEEDS:,} seeds")
+        chosen += range(first, last + 1)
+    return chosen
 
 
 class Parser(argparse.ArgumentParser):
@@ -231,6 +254,19 @@ def add_evaluate_options(p):
     p.add("--out", help="JSON file to write the scores to")
     p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
     add_device_option(p)
+
+
+def add_generator_options(p):
+    """The options of commands that make pictures of latents."""
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pkl or .pt")
+    p.add("--class", dest="label", type=not_negative_int, help="number, for conditional models")
+    p.add("--out", default="out", help="folder to write to")
+    add_device_option(p)
+
+
+def add_vgg_options(p):
+    p.add("--vgg", help="vgg16-397923af.pth, where it cannot be fetched")
+    p.add("--lpips", help="the LPIPS weights of VGG16, likewise")
 
 
 def add_device_option(p):
@@ -1129,6 +1165,8 @@ def counterpart(seed, domain, size=64):
     return toy_face(seed, domain, size)
 
 
+TOY_FACES = {"faces": (0, 0, 4000)}  # for the papers that learn one set of pictures
+TOY_CLASSES = {name: (k, 2000 * k, 2000) for k, name in enumerate(TOY_DOMAINS)}  # with labels
 TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no face in both
     "trainA": (0, 0, 800),
     "trainB": (1, 800, 800),
@@ -1138,18 +1176,20 @@ TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no f
 
 
 class Toy(Source):
-    """`toy` as a source: CycleGAN's four folders of size x size pictures, drawn when asked for."""
+    """`toy` as a source: folders of size x size pictures, drawn when asked for; a face's label is
+    its domain."""
 
     is_toy = True
 
-    def __init__(self, size):
-        self.path, self.size = "toy", size
-        self.names = [
-            f"{part}/{i:04}.png" for part, (_, _, n) in TOY_PARTS.items() for i in range(n)
-        ]
+    def __init__(self, size, parts):
+        self.path, self.size, self.parts = "toy", size, parts
+        self.names = [f"{part}/{i:04}.png" for part, (_, _, n) in parts.items() for i in range(n)]
 
     def has(self, name):
-        return name in TOY_PARTS
+        return name in self.parts
+
+    def labels(self):
+        return {name: self.domain_and_seed(name)[0] for name in self.names}
 
     def image(self, name, mode="RGB"):
         domain, seed = self.domain_and_seed(name)
@@ -1160,15 +1200,15 @@ class Toy(Source):
 
     def domain_and_seed(self, name):
         part, number = name.removesuffix(".png").split("/")
-        domain, first, _ = TOY_PARTS[part]
+        domain, first, _ = self.parts[part]
         return domain, first + int(number)
 
 
-def open_data(data, root="data", size=None):
-    """The source for --data: toy (faces of size x size pixels), the name of a public set (fetched
+def open_data(data, root="data", size=None, toy=TOY_PARTS):
+    """The source for --data: toy (faces of size x size pixels, in these folders), the name of a public set (fetched
     once, to ROOT/NAME), a folder or a .zip. One's own folder of such a name is given as ./NAME."""
     if data == "toy":
-        return Toy(size)
+        return Toy(size, toy)
     path = Path(data).expanduser()
     if data in PUBLIC or data in WITHDRAWN:
         folder, archive = Path(root, data), Path(root, f"{data}.zip")
@@ -1322,6 +1362,54 @@ def resize_for(mode, load, crop, multiple, img):
     return img.resize(size, BICUBIC) if multiple is None else bicubic(img, size)
 
 
+def square_pictures(args, source, channels=3):
+    """An ImageSet of size x size pictures for the papers that generate squares, and the size.
+
+    --size: the largest centre square of each picture, resized by Lanczos; without it, all
+    must be squares of one power of two, as in NVIDIA's data sets.
+    """
+    size, mode = args.size, "RGB" if channels == 3 else "L"
+    if size is None and not source.is_toy:
+        W, size = source.image(source.names[0]).size
+        if W != size:
+            raise UserError(
+                f"--data {args.data}: {source.names[0]} is {W}x{size}, not square. Pass --size, a"
+                " power of two such as 256, to crop and resize."
+            )
+    if size < 8 or size & (size - 1):
+        given = "--size" if args.size else f"--data {args.data}: pictures of"
+        raise UserError(
+            f"{given} {size}: a power of two from 8 on is needed. Pass --size 256, say."
+        )
+    prepare = functools.partial(square, size, args.size is None)
+    return ImageSet(source, prepare, mode, args.cache), size
+
+
+def square(size, exact, img):
+    """The largest centre square of a PIL picture, size x size; exact: it has to be that already."""
+    if img.size == (size, size):
+        return img
+    if exact:
+        raise UserError(
+            f"pictures of different sizes, {size}x{size} and {img.width}x{img.height}: pass --size"
+            f" {size} to crop and resize them."
+        )
+    return ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
+
+
+def one_hot(args, source):
+    """Labels of a source, float32 (N, c_dim): classes as one-hot vectors, vectors as they are."""
+    labels = source.labels()
+    if labels is None:
+        raise UserError(f"--cond: {args.data} has no labels; a dataset.json holds them.")
+    values = np.array([labels[name] for name in source.names])
+    return (
+        values.astype(np.float32)
+        if values.ndim == 2
+        else np.eye(values.max() + 1, dtype=np.float32)[values]
+    )
+
+
 def bicubic(img, size):
     """Pillow's antialiased bicubic in a third of the time: at most two levels of 255 apart."""
     x = stack([pixels(img)])
@@ -1380,17 +1468,19 @@ def prefetch(make, start, stop, workers):
 # A run
 # =============================================================================
 
-LOG_EVERY = 100  # images between lines of log.jsonl
-
 
 class Run:
     """What a training run needs beside its paper: device, processes, folder, log, checkpoints.
 
     Run(model, args, script) reads RANK and WORLD_SIZE of torchrun and seeds torch; restore() makes
     the run folder, <out>/<model>-<data>-<nnn>, so that mistakes found before it leave nothing.
+    own_half: the networks know where to use half precision (the default on CUDA is then fp16):
+    no autocast, no loss scaling, but gradients that are not finite are mended.
     """
 
-    def __init__(self, model, args, script):
+    log_every = 100  # images between lines of log.jsonl
+
+    def __init__(self, model, args, script, own_half=False):
         self.model, self.args, self.script = model, args, script
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if args.batch % self.world:
@@ -1403,10 +1493,13 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        self.precision = args.precision or ("tf32" if self.device.type == "cuda" else "fp32")
+        best = "fp16" if own_half else "tf32"
+        self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
+        self.own_half = own_half
         tf32 = "ieee" if self.precision == "fp32" else "tf32"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tf32
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        scaled = self.precision == "fp16" and not own_half
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
 
@@ -1429,22 +1522,32 @@ class Run:
     def batches(self, item, start, stop):
         """Yields (step, tensors): this rank's share of batches start .. stop - 1.
 
-        item(n) -> uint8 arrays (H, W, C), a pure function of n; batch k is made of items
-        k * batch ... The tensors are floats (batch / world, C, H, W) in [-1, 1] on the device.
+        item(n) -> uint8 arrays (H, W, C), or label vectors (c_dim,), a pure function of n; batch k
+        is made of items k * batch ... The tensors are floats (batch / world, C, H, W) in [-1, 1],
+        or (batch / world, c_dim), on the device.
         """
         batch, share = self.args.batch, self.args.batch // self.world
 
         def make(k):
             first = k * batch + self.rank * share
             columns = zip(*(item(n) for n in range(first, first + share)), strict=True)
-            tensors = [stack(column) for column in columns]
+            tensors = [
+                stack(column) if column[0].ndim == 3 else torch.from_numpy(np.stack(column))
+                for column in columns
+            ]
             return [t.pin_memory() for t in tensors] if self.device.type == "cuda" else tensors
 
         self.total, self.began, self.first = stop, time.monotonic(), start
         with self.stop_signals():
             for k, images in enumerate(prefetch(make, start, stop, self.args.workers), start):
                 self.steps_done = k + 1
-                yield k, [to_float(x, self.device) for x in images]
+                yield (
+                    k,
+                    [
+                        to_float(x, self.device) if x.ndim == 4 else x.to(self.device)
+                        for x in images
+                    ],
+                )
                 if self.stopped:
                     self.save()
                     done = f"stopped at step {self.steps_done}"
@@ -1486,25 +1589,50 @@ class Run:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
-    def rand(self, n):
-        """(n,) uniform in [0, 1): this rank's part of what one process would draw for all."""
-        draws = torch.rand(n * self.world, generator=self.generator, device=self.device)
+    def rand(self, n, shared=False):
+        """(n,) uniform in [0, 1): this rank's part of what one process would draw for all, or,
+        shared, the same on all."""
+        times = 1 if shared else self.world
+        draws = torch.rand(n * times, generator=self.generator, device=self.device)
+        return draws if shared else draws[self.rank * n : (self.rank + 1) * n]
+
+    def randn(self, n, *shape):
+        """(n, *shape) ~ N(0, 1): this rank's part of what one process would draw for all."""
+        draws = torch.randn(n * self.world, *shape, generator=self.generator, device=self.device)
         return draws[self.rank * n : (self.rank + 1) * n]
+
+    def mean(self, x):
+        """The mean of x over all ranks, differentiable in each rank's x."""
+        return MeanOverRanks.apply(x) if self.world > 1 else x
 
     def update(self, optimizer, loss):
         """Backward, mean of the gradients over all ranks, one step of the optimiser."""
-        optimizer.zero_grad(set_to_none=True)
+        self.backward(loss)
+        self.step(optimizer)
+
+    def backward(self, loss):
+        """Adds gradients of the loss."""
         self.scaler.scale(loss).backward()
+
+    def step(self, optimizer):
+        """One step with the gradients, which are then gone. A parameter without one has gradient
+        0: its moments move with those of the others."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in params]
         if self.world > 1:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            grads = [p.grad for p in params if p.grad is not None]
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
             flat /= self.world
             for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(part.view_as(g))
+        if self.own_half:
+            for g in grads:  # an overflow in half precision must not end the run
+                torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
         self.scaler.step(optimizer)
         self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
     # ---- the log -------------------------------------------------------------------------------
 
@@ -1520,7 +1648,7 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.terms += 1
         self.where = where
-        if self.due(LOG_EVERY):
+        if self.due(self.log_every):
             self.flush()
 
     def flush(self):
@@ -1677,16 +1805,47 @@ class Run:
             except OSError:  # a file system without hard links
                 shutil.copy(path, kept)
 
-    def save_picture(self, columns):
-        """samples/<step>.png, a sheet of {caption: images}."""
-        if self.rank == 0:
-            save_sheet(self.folder / "samples" / f"{self.steps_done:07d}.png", columns)
+    def save_picture(self, picture, name=None):
+        """samples/<step>.png, or <name>.png: a PIL picture, or a sheet of {caption: images}."""
+        path = self.folder and self.folder / "samples" / f"{name or f'{self.steps_done:07d}'}.png"
+        if self.rank == 0 and isinstance(picture, dict):
+            save_sheet(path, picture)
+        elif self.rank == 0:
+            save_png(path, picture)
 
     def save_scores(self, scores):
         """One line of metrics.jsonl."""
         if self.rank == 0:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"step": self.steps_done, **scores}) + "\n")
+
+
+class MeanOverRanks(torch.autograd.Function):
+    """The mean of a tensor over all ranks; its gradient is the mean of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return MeanOverRanks.apply(grad)
+
+
+class Held:
+    """Tensors that a checkpoint holds, and that training changes in place."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+    def load_state_dict(self, state):
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
 
 
 def make_run_folder(model, args, script):
@@ -1786,6 +1945,7 @@ def write_json(path, data):
 
 def load_checkpoint(path, model):
     """One of our checkpoints, or the plain state dict of an official .pth; nothing in it is run.
+    model: the script it has to be of, or several.
 
     Raises UserError if it is missing, damaged, of another model, or holds more than plain data.
     """
@@ -1795,7 +1955,7 @@ def load_checkpoint(path, model):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        found = re.search(r"(?:GLOBAL|Unsupported global:?|class) +`?([\w.]+)", str(e))
+        found = re.search(r"(?:GLOBAL|class) +`?([\w.]+)", str(e))
         if found is None:
             raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
         raise UserError(
@@ -1805,8 +1965,10 @@ def load_checkpoint(path, model):
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
-        if state["model"] != model:
-            raise UserError(f"{path} holds a {state['model']} model; {model} is needed here.")
+        models = [model] if isinstance(model, str) else model
+        if state["model"] not in models:
+            needed = " or ".join(models)
+            raise UserError(f"{path} holds a {state['model']} model; {needed} is needed here.")
         return state
     if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
         return state
@@ -1827,6 +1989,34 @@ def load_networks(path, model, build, from_official):
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         problem = str(e).splitlines()[0]
         raise UserError(f"{path} does not hold {model} networks: {problem}.") from None
+
+
+def load_gan(path, models, build, from_official):
+    """({"G", "D", "G_ema": network}, options of its training) of a checkpoint or run folder of ours
+    or of an official .pkl or .pt, of which from_official(arrays, options) makes a network."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    if is_ours(path):
+        return load_networks(path, models, build, None)
+    ours = {"Gs": "G_ema", "g_ema": "G_ema", "g": "G", "d": "D"}
+    nets = {}
+    for name, (_, arrays, options) in read_official(path).items():
+        if name != "augment_pipe":
+            try:
+                nets[ours.get(name, name)] = from_official(arrays, options)
+            except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
+                raise UserError(f"{path}: its {name} is no such network: {e}.") from None
+    return nets, {}
+
+
+def is_ours(path):
+    """Whether a file is a zip of torch.save with the "model" that our checkpoints begin with."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            (name,) = [n for n in z.namelist() if n.endswith("data.pkl")]
+            with z.open(name) as f:
+                return b"model" in f.read(64)
+    except (OSError, ValueError, *ZIP_ERRORS):
+        return False
 
 
 @torch.no_grad()
@@ -1901,6 +2091,101 @@ def save_sheet(path, columns):
         sheet.save(f, "PNG")
 
 
+def save_png(path, picture):
+    with write_whole(path) as f:
+        picture.save(f, "PNG")
+
+
+def grid(images, columns):
+    """A PIL picture of images (N, C, H, W) in rows of `columns`; small ones are enlarged."""
+    N, C, H, W = images.shape
+    columns = min(columns, N)
+    rows = -(-N // columns)
+    tiles = torch.full((rows * columns, C, H, W), 255, dtype=torch.uint8)
+    tiles[:N] = images if images.dtype == torch.uint8 else to_uint8(images)
+    tiles = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    picture, zoom = to_picture(tiles.reshape(C, rows * H, columns * W)), max(1, 96 // H)
+    return picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
+
+
+FILMS = {  # suffix: Pillow's format and its options
+    ".webp": ("WEBP", {"quality": 90}),
+    ".gif": ("GIF", {}),
+    ".png": ("PNG", {}),  # an APNG, lossless and large; programs that know only PNG show one frame
+}
+
+
+def save_film(path, frames, fps=25):
+    """An endless film of PIL pictures of one size, as WebP, GIF or animated PNG by the suffix.
+
+    frames: an iterable, all kept in memory. Each lasts 1000 / fps milliseconds, rounded; in a GIF
+    whole hundredths of a second, at least 2, since browsers slow down what is faster. Equal frames
+    in a row may become one that lasts longer.
+    Raises UserError for another suffix, before a frame is made, and if it cannot be written.
+    """
+    if Path(path).suffix.lower() not in FILMS:
+        raise UserError(f"{path}: films are written as {', '.join(FILMS)}; name one of these.")
+    format, options = FILMS[Path(path).suffix.lower()]
+    duration = max(20, round(100 / fps) * 10) if format == "GIF" else max(1, round(1000 / fps))
+    first, *others = frames  # a list: Pillow goes over the frames of an APNG twice
+    options = options | {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
+    with write_whole(path) as f:
+        first.save(f, format, **options)
+
+
+def copy_matching(nets, found):
+    """Copies from networks `found` into {name: net} what agrees in name and shape, and says what
+    was left as it is: the start of transfer learning. UserError if nothing agrees."""
+    for name, net in nets.items():
+        source = found.get(name) or found.get("G_ema" if name == "G" else "G" * (name == "G_ema"))
+        if source is None:
+            print(f"{name}: not in the checkpoint, starts anew")
+            continue
+        own, held = net.state_dict(), source.state_dict()
+        fits = {k: v for k, v in held.items() if k in own and v.shape == own[k].shape}
+        if not fits:
+            raise UserError(f"--checkpoint: nothing in its {name} fits; other sizes or widths?")
+        net.load_state_dict(own | fits)
+        new = sorted(set(own) - set(fits))
+        rest = f"; new: {', '.join(new[:4])}{', ...' * (len(new) > 4)}" if new else ""
+        print(f"{name}: {len(fits)} of {len(own)} tensors copied{rest}")
+
+
+def save_arrays(path, **arrays):
+    """An .npz file."""
+    with write_whole(path) as f:
+        np.savez(f, **arrays)
+
+
+def load_array(path, name, shape):
+    """The array of that name in an .npz, as a float tensor; shape: None where any side will do."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            array = torch.from_numpy(data[name].astype(np.float32))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or 'not an .npz file'}.") from None
+    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise UserError(f"{path}: not an .npz file with an array {name!r}.") from None
+    fits = len(array.shape) == len(shape)
+    if not fits or any(b not in (None, a) for a, b in zip(array.shape, shape, strict=True)):
+        raise UserError(f"{path}: {name} is {tuple(array.shape)}, {shape} is needed here.")
+    return array
+
+
+def read_square(path, size, channels):
+    """A picture file as uint8 (channels, size, size): the largest centre square, resized."""
+    try:
+        with open(path, "rb") as f:
+            img = decode(f, path, "RGB" if channels == 3 else "L")
+    except OSError as e:
+        raise UserError(f"--input {path}: {e.strerror}.") from None
+    except BadImage as e:
+        raise UserError(f"--input {e}.") from None
+    if img.size != (size, size):
+        print(f"{path} is {img.width}x{img.height}: its centre square is resized to {size}x{size}")
+    return stack([pixels(square(size, False, img))])[0]
+
+
 def map_pictures(source, out, mode, function):
     """function(PIL picture) -> PIL picture for one file, or all below a folder, written as PNG.
 
@@ -1943,6 +2228,319 @@ def map_pictures(source, out, mode, function):
         raise UserError(f"--input {source}: not one readable picture.")
     if failed:
         print(f"{len(names) - failed} written, {failed} skipped")
+
+
+# =============================================================================
+# Official checkpoints
+# =============================================================================
+
+# A pickle is a program, and Python's own machine for it calls whatever the file names. Below is a
+# smaller machine: it has the instructions that official files need, and takes the names in them as
+# texts that stand for plain data. It imports nothing, and what it does not know it refuses by name.
+# Its work and memory have limits, since a file of a few bytes can ask for endless amounts of both.
+
+OfficialNetwork = collections.namedtuple("OfficialNetwork", "kind arrays options")
+OfficialNetwork.__doc__ = """One network of an official file.
+
+kind: "pytorch" (stylegan2-ada-pytorch, stylegan3), "tensorflow" or "rosinality"
+arrays: {official name: tensor}, parameters and buffers, e.g. "synthesis.b4.const", or in files of
+    TensorFlow "synthesis/4x4/Const/const"; some may be views of one memory, with any strides
+options: what its constructor or training was given; None stands for what is not plain data
+"""
+
+MAX_STEPS, MAX_NODES, MAX_NAME = 1_000_000, 100_000, 300  # instructions, entries, letters
+TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # so begin its files before torch 1.6
+MODULE = "torch_utils.persistence._reconstruct_persistent_obj"
+NETWORK = "dnnlib.tflib.network.Network"
+ARRAY, DTYPE = "numpy.core.multiarray._reconstruct", "numpy.dtype"
+STORAGES = {
+    **{"torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
+    **{"torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16},
+    **{"torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32},
+}
+KEPT = {MODULE, NETWORK, ARRAY, DTYPE}  # calls of these stay what they are until the walk
+NAMES = KEPT | STORAGES.keys() | {"numpy.ndarray", "numpy.core.multiarray.scalar"}
+NAMES |= {"collections.OrderedDict", "builtins.set", "dnnlib.util.EasyDict", "_codecs.encode"}
+NAMES |= {"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"}
+NAMES |= {"torch.storage._load_from_bytes"}
+PUSHES = set(  # instructions that push their own argument
+    (
+        "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE"
+        " SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
+    ).split()
+)
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+
+class _Thing:
+    """A name in a file (args is None), or what calling it would have made."""
+
+    def __init__(self, name, args=None):
+        self.name, self.args, self.state = name, args, None
+
+
+def _check(condition):
+    if not condition:
+        raise ValueError
+
+
+def _counts(*numbers):
+    """Are these sizes or positions? Not bool, not negative, and small enough to multiply."""
+    return len(numbers) < 20 and all(type(n) is int and 0 <= n < 2**40 for n in numbers)
+
+
+class _Official:
+    """One file: the machine, then the walk over what it made. A name that is not known is a
+    UserError; whatever else is wrong ends in any exception at all."""
+
+    def __init__(self, path):
+        self.path, self.size = path, Path(path).stat().st_size
+        # A file's byte may be read, and returned, a few times: G and G_ema may be one and the same.
+        self.left = {"steps": MAX_STEPS, "nodes": MAX_NODES}
+        self.left |= {"read": 4 * self.size, "returned": 4 * self.size}
+
+    def spend(self, kind, n=1):
+        self.left[kind] -= n
+        _check(self.left[kind] >= 0)
+
+    def refuse(self, what):
+        what = re.sub(r"[^\w. ]", "?", what[:80], flags=re.ASCII)
+        raise UserError(
+            f"{self.path}: refused, since it holds {what}, which could run code; only tensors and"
+            " plain values are read."
+        )
+
+    # ---- the machine ----------------------------------------------------------------------
+
+    def run(self, file, in_storage=False):
+        """What the pickle at the position of an open file makes."""
+        stack, marks, memo = [], [], {}
+
+        def take(start):
+            items = stack[start:]
+            del stack[start:]
+            return items
+
+        for op, arg, _ in pickletools.genops(file):
+            self.spend("steps")
+            match op.name:
+                case name if name in PUSHES:
+                    stack.append(arg)
+                case name if name in CONSTANTS:
+                    stack.append(CONSTANTS[name])
+                case "PROTO" | "FRAME":
+                    pass
+                case "MARK":
+                    marks.append(len(stack))
+                case "EMPTY_LIST" | "EMPTY_SET":  # a list does for a set, and hashes nothing
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "TUPLE":
+                    stack.append(tuple(take(marks.pop())))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack.append(tuple(take(-int(op.name[-1]))))
+                case "APPEND" | "APPENDS" | "ADDITEMS":
+                    items = take(-1 if op.name == "APPEND" else marks.pop())
+                    _check(type(stack[-1]) is list)
+                    stack[-1].extend(items)
+                case "SETITEM" | "SETITEMS":
+                    items = take(-2 if op.name == "SETITEM" else marks.pop())
+                    keys = items[::2]  # no tuples: to hash a nest of them can take for ever
+                    _check(type(stack[-1]) is dict and {type(k) for k in keys} <= {str, int})
+                    stack[-1].update(zip(keys, items[1::2], strict=True))
+                case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                    memo[len(memo) if arg is None else arg] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "GLOBAL" | "STACK_GLOBAL" | "INST":
+                    name = ".".join(take(-2) if arg is None else arg.split(" ", 1))
+                    name = name.replace("numpy._core.", "numpy.core.")  # NumPy 2
+                    name = name.replace("__builtin__.", "builtins.")  # Python 2
+                    if name not in NAMES or op.name == "INST":
+                        self.refuse(name)
+                    stack.append(_Thing(name))
+                case "REDUCE" | "NEWOBJ":
+                    function, args = take(-2)
+                    _check(type(function) is _Thing and function.args is None)
+                    stack.append(self.call(function.name, args))
+                case "BUILD":
+                    state = stack.pop()
+                    if type(stack[-1]) is not dict:  # nobody needs attributes of an OrderedDict
+                        _check(type(stack[-1]) is _Thing and stack[-1].args is not None)
+                        stack[-1].state = state
+                case "BINPERSID" if in_storage:
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "OBJ" | "NEWOBJ_EX" | "PERSID" | "BINPERSID" | "EXT1" | "EXT2" | "EXT4":
+                    self.refuse(f"the pickle instruction {op.name}")
+                case _:
+                    raise ValueError
+
+    def call(self, name, args):
+        if name in KEPT:
+            return _Thing(name, args)
+        match name, args:
+            case (("dnnlib.util.EasyDict" | "collections.OrderedDict"), ()):
+                return {}
+            case "builtins.set", (list() as items,):
+                return items
+            case "_codecs.encode", (str() as text, "latin1"):  # so were bytes before protocol 3
+                self.spend("read", len(text))
+                return text.encode("latin1")
+            case "torch.storage._load_from_bytes", (bytes() as data,):
+                return self.storage(io.BytesIO(data))
+            case "torch._utils._rebuild_tensor_v2", (torch.Tensor() as x, start, size, stride, *_):
+                return self.view(x, start, size, stride)
+            case "torch._utils._rebuild_parameter", (torch.Tensor() as x, *_):
+                return x
+            case "numpy.core.multiarray.scalar", (dtype, raw):
+                return self.array((), dtype, False, raw)
+        raise ValueError
+
+    def storage(self, file):
+        """A 1-d tensor from what torch.save wrote for a storage before torch 1.6: five pickles,
+        its length, its numbers. On which device it was does not matter."""
+        magic, version, system, value, keys = (self.run(file, in_storage=True) for _ in range(5))
+        kind, cls, key, _, n, *view = value
+        dtype = STORAGES[cls.name]
+        _check([kind, magic, version] == ["storage", 0x1950A86A20F9469CFC6C, 1001])
+        _check(type(key) is str and keys == [key] and view in ([], [None]) and _counts(n))
+        _check(system["little_endian"] is True)
+        raw = file.getbuffer()[file.tell() :]
+        _check(len(raw) == 8 + n * dtype.itemsize and raw[:8] == n.to_bytes(8, "little"))
+        self.spend("read", len(raw))
+        numbers = bytearray(raw[8:])
+        return torch.frombuffer(numbers, dtype=dtype) if n else torch.empty(0, dtype=dtype)
+
+    def view(self, x, start, size, stride):
+        _check(type(size) is tuple and type(stride) is tuple and len(size) == len(stride))
+        _check(_counts(start, *size, *stride) and math.prod(size) <= x.numel())
+        last = start + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        _check(0 in size or last < x.numel())
+        return x.as_strided(size, stride, start)
+
+    def array(self, shape, dtype, fortran, raw):
+        """A NumPy array of numbers. Files of Python 2 hold its bytes as latin1 text."""
+        _check(type(dtype) is _Thing and dtype.name == DTYPE)
+        code, order = dtype.args[0], "|" if dtype.state is None else dtype.state[1]
+        _check(re.fullmatch("b1|[iu][1248]|f[248]", code) and order in ("<", ">", "|", "="))
+        dtype = np.dtype(code).newbyteorder(order)
+        _check(type(raw) in (bytes, str) and type(shape) is tuple and _counts(*shape))
+        _check(math.prod(shape) * dtype.itemsize == len(raw))
+        self.spend("read", len(raw))
+        raw = raw.encode("latin1") if type(raw) is str else raw
+        x = np.frombuffer(raw, "u1") != 0 if code == "b1" else np.frombuffer(raw, dtype)
+        return x.astype(code).reshape(shape, order="F" if fortran else "C")
+
+    # ---- the walk -------------------------------------------------------------------------
+
+    def inside(self, prefix, pairs):
+        """(full name, part) for pairs (name, part). What contains itself gets too long a name."""
+        for name, part in pairs:
+            self.spend("nodes")
+            _check(type(name) is str and 0 < len(name) < MAX_NAME - len(prefix))
+            yield prefix + name, part
+
+    def add(self, arrays, prefix, pairs):
+        for name, value in self.inside(prefix, pairs):
+            if type(value) is _Thing and value.name == ARRAY:
+                _, shape, dtype, fortran, raw = value.state
+                value = self.array(shape, dtype, fortran, raw)
+            value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            if torch.is_tensor(value):
+                self.spend("returned", value.nbytes)
+                arrays[name] = value
+
+    def walk(self, thing, arrays, prefix=""):
+        """The state of a module or Network; its tensors and those of its parts go to arrays."""
+        if thing.name == MODULE:
+            state, between = thing.args[0]["state"], "."
+            tensors, parts = [*state["_parameters"].items()], state["_modules"]
+            tensors += state["_buffers"].items()
+        else:
+            _check(thing.name == NETWORK)
+            state, between = thing.state, "/"
+            tensors, parts = state["variables"], state.get("components", {})
+        self.add(arrays, prefix, tensors)
+        for name, part in self.inside(prefix, parts.items()):
+            if part is not None:
+                self.walk(part, arrays, name + between)
+        return state
+
+    def options(self, value, depth=0):
+        self.spend("nodes")
+        _check(depth < 20)
+        if isinstance(value, dict):
+            return {k: self.options(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.options(v, depth + 1) for v in value]
+        value = value.item() if isinstance(value, np.ndarray) else value
+        return value if isinstance(value, str | int | float | None) else None
+
+    # ---- the three kinds of files ---------------------------------------------------------
+
+    def nvidia(self, file):
+        state, nets = self.run(file), {}
+        kind, key, names = "pytorch", "_init_kwargs", ("G", "D", "G_ema", "augment_pipe")
+        if type(state) is tuple:
+            kind, key, names = "tensorflow", "static_kwargs", ("G", "D", "Gs")
+            state = dict(zip(names, state, strict=True))
+        for name in names:
+            if state.get(name) is not None:
+                arrays = {}
+                options = self.walk(state[name], arrays).get(key, {})
+                nets[name] = OfficialNetwork(kind, arrays, self.options(options))
+        return nets
+
+    def rosinality(self, file, zipped):
+        if zipped:  # torch.save compresses nothing: a file that would grow is a bomb
+            with zipfile.ZipFile(file) as z:
+                _check(sum(info.file_size for info in z.infolist()) <= self.size)
+            file.seek(0)
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:
+            found = re.search(r"GLOBAL ([\w.]+)", str(e))
+            return self.refuse(found[1]) if found else _check(False)
+        nets = {}
+        options = self.options(vars(state["args"])) if "args" in state else {}
+        average = [(k, state[k]) for k in ("latent_avg",) if k in state]
+        for name in ("g_ema", "g", "d"):
+            if name in state:
+                arrays = {}
+                self.add(arrays, "", [*state[name].items(), *(average if name != "d" else [])])
+                nets[name] = OfficialNetwork("rosinality", arrays, options)
+        return nets
+
+
+def read_official(path):
+    """{name: OfficialNetwork} of an official checkpoint; nothing in the file is run.
+
+    G, D, G_ema (and augment_pipe) of a .pkl of stylegan2-ada-pytorch or stylegan3; G, D, Gs of a
+    .pkl of the TensorFlow releases; g_ema (and g, d) of a .pt of rosinality/stylegan2-pytorch.
+    Raises UserError if the file is missing, damaged, something else, or could run code.
+    """
+    if not Path(path).is_file():
+        problem = "a folder" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{path}: {problem}. Name an official .pkl or .pt file.")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(TORCH_SAVE))
+            file.seek(0)
+            zipped = start.startswith(b"PK\3\4")
+            by_torch = zipped or start == TORCH_SAVE
+            official = _Official(path)
+            nets = official.rosinality(file, zipped) if by_torch else official.nvidia(file)
+    except UserError:
+        raise
+    except Exception:  # a damaged file leads to a dozen kinds, MemoryError and RecursionError too
+        raise UserError(f"{path}: not an official checkpoint, or a damaged one.") from None
+    if not nets:
+        raise UserError(f"{path} holds no network under a name of the official releases.")
+    return nets
 
 
 # =============================================================================
@@ -2433,13 +3031,51 @@ def translation_scores(real, fake, target, rec=None, true=None):
 
 def load_inception_or_explain(path, device):
     """The FID network, or None after one line that says how to get it."""
+    return load_or_explain("FID and KID are left out", load_inception, path, device=device)
+
+
+def load_or_explain(without, load, *paths, device):
+    """load(*paths, device), or None after a line of what is `without` it and how to get it; a file
+    that the user named has to be there."""
     try:
-        return load_inception(path, device)
+        return load(*paths, device)
     except UserError as e:
-        if path is not None:
+        if any(paths):
             raise
-        print(f"FID and KID are left out: {e}")
+        print(f"{without}: {e}")
         return None
+
+
+class Again:
+    """What function() yields, from the start whenever it is iterated over."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __iter__(self):
+        return self.function()
+
+
+def generator_scores(reals, fakes, pairs, n, args, device):
+    """The scores of --metrics. reals, fakes: iterables of uint8 batches, gone over several times;
+    pairs: see perceptual_path_length; n: fakes and paths. Without its network a score is left out.
+    """
+    metrics = args.metrics.split(",")
+    if unknown := set(metrics) - {"fd8", "fid", "pr", "ppl"}:
+        raise UserError(f"--metrics: no {', '.join(sorted(unknown))}; there are fd8, fid, pr, ppl.")
+    row = {"n_real": sum(len(x) for x in reals), "n_fake": n}
+    if "fd8" in metrics:
+        row["fd8"] = fd8(reals, fakes)
+    if "fid" in metrics and (net := load_inception_or_explain(args.inception, device)):
+        row["fid"] = fid_kid(reals, fakes, net, args.fid_resize)
+    without = "precision and recall are left out"
+    if "pr" in metrics and (vgg := load_or_explain(without, load_vgg16, args.vgg, device=device)):
+        features = [vgg_features(images, vgg).to(device) for images in (reals, fakes)]
+        row["precision"], row["recall"] = precision_recall(*features)
+    without, paths = "path length is left out", (args.vgg, args.lpips)
+    if "ppl" in metrics and (lpips := load_or_explain(without, load_lpips, *paths, device=device)):
+        row["ppl2_wend"] = perceptual_path_length(pairs, lpips, n, args.batch, seed=args.seed)
+    return row
 
 
 def describe_scores(row):
@@ -2452,6 +3088,10 @@ def describe_scores(row):
         parts += [f"FID {fid['fid']:.2f}, KID x 1000 {fid['kid_x1000']:.2f}"]
         parts += [f"{fid['n_real']} real, resize {fid['resize']}, features {fid['features']}"]
         parts += [fid["warning"]] if "warning" in fid else []
+    if "precision" in row:
+        parts += [f"precision {row['precision']:.3f}, recall {row['recall']:.3f} (VGG16, k = 3)"]
+    if "ppl2_wend" in row:
+        parts += [f"ppl2_wend {row['ppl2_wend']:.1f}"]
     if "cycle_error" in row:
         parts += [f"cycle error {row['cycle_error']:.4f}"]
     if "error" in row:
@@ -2459,3 +3099,370 @@ def describe_scores(row):
         parts += [f"error to the true counterpart {row['error']:.4f}"]
         parts += [f"{share:.0%} of doing nothing ({row['error_of_doing_nothing']:.4f})"]
     return " | ".join(parts)
+
+
+# =============================================================================
+# VGG16: LPIPS, path length, precision and recall
+# =============================================================================
+
+WEIGHTS = {  # what: (name in the cache folder, address, sha256)
+    "VGG16": (
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "LPIPS": (  # BSD-2
+        "lpips-v0.1-vgg.pth",
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
+        "v0.1/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+}
+
+
+def read_weights(what, path, shapes):
+    """(tensors, label) of a file, or of the cache's copy of WEIGHTS (fetched there if missing).
+
+    Another file than the published one is taken when given by path, and labelled by its hash.
+    Raises UserError if it is missing, damaged, or holds other names and shapes than `shapes`.
+    """
+    name, url, sha256 = WEIGHTS[what]
+    file = Path(path) if path else cache_folder() / name
+    if not path and not file.exists():
+        download([url], file, sha256=sha256)
+    try:
+        found = sha256_of(file)
+    except OSError as e:
+        raise UserError(f"{what} weights {file}: {e.strerror}.") from e
+    if not path and found != sha256:
+        raise UserError(f"{file} is damaged (sha256 {found[:8]}, not {sha256[:8]}). Delete it.")
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if {k: tuple(v.shape) for k, v in tensors.items()} != shapes:
+            raise ValueError("other tensors")
+    except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
+        raise UserError(
+            f"{file} does not hold {what} weights ({type(e).__name__}). Expected {name} from {url},"
+            f" {len(shapes)} tensors, sha256 {sha256[:8]}."
+        ) from e
+    return tensors, Path(name).stem if found == sha256 else f"{what} {found[:8]}"
+
+
+class VGG16(nn.Module):
+    """Configuration D of Simonyan and Zisserman (2015), with torchvision's names of tensors.
+
+    forward(x) -> (N, 4096), the second fully connected layer after its ReLU; x: for_vgg16(images),
+    224 x 224 as in training, or another size from 32. Dropout is left out: nothing here trains it.
+    width: 64; less makes a small network of the same shape. `label` says which weights it holds.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        layers, I = [], 3
+        for O, convs in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
+            for _ in range(convs):
+                layers += [nn.Conv2d(I, O * width, 3, padding=1), nn.ReLU(inplace=True)]
+                I = O * width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        hidden = 64 * width
+        self.classifier = nn.Sequential(
+            *(nn.Linear(I * 7 * 7, hidden), nn.ReLU(), nn.Identity()),
+            *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Identity()),
+            nn.Linear(hidden, 1000),  # only in the file: no score here needs it
+        )
+        self.label = "VGG16 with unnamed weights"
+
+    def stages(self, x):
+        """Yields the five maps that LPIPS compares, relu1_2, 2_2, 3_3, 4_3 and 5_3: 64, 128, 256,
+        512, 512 channels, sides H, H / 2, ..., H / 16."""
+        for layer in self.features[:-1]:
+            if isinstance(layer, nn.MaxPool2d):
+                yield x
+            x = layer(x)
+        yield x
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.features(x), 7)
+        return self.classifier[:5](x.flatten(1))
+
+
+def for_vgg16(x):
+    """Images (N, 1 or 3, H, W) in [-1, 1] -> (N, 3, H, W) with ImageNet's mean and scale taken out.
+
+    LPIPS writes the same map as (x - (-.030, -.088, -.188)) / (.458, .448, .450).
+    """
+    mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    return ((x + 1) / 2 - mean) / std
+
+
+def load_vgg16(path=None, device="cpu"):
+    """VGG16 in eval mode, frozen; see read_weights for files and errors. Moves no random state."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        vgg = VGG16()
+    shapes = {name: tuple(tensor.shape) for name, tensor in vgg.state_dict().items()}
+    tensors, vgg.label = read_weights("VGG16", path, shapes)
+    vgg.load_state_dict(tensors, assign=True)
+    return vgg.float().requires_grad_(False).eval().to(device)
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 with VGG16 (Zhang et al. 2018, Eq. (1)): a distance that people's eyes agree with.
+
+    forward(x, y) -> (N,); x, y: (N, 1 or 3, H, W) in [-1, 1], sides from 16; grey counts as three
+    equal channels. features(x) -> (N, n), whose squared distances are the same numbers, so that
+    those of a fixed target are computed once. Differentiable in x and y; the weights are frozen.
+    """
+
+    def __init__(self, vgg, weights):
+        """weights: five tensors of 64, 128, 256, 512 and 512 numbers, none negative."""
+        super().__init__()
+        self.vgg = vgg
+        for k, weight in enumerate(weights):
+            if weight.min() < 0:
+                raise ValueError(f"LPIPS weights of stage {k} are negative: {weight.min():g}")
+            self.register_buffer(f"lin{k}", weight.detach().float().reshape(-1, 1, 1))
+        self.label = f"LPIPS of {vgg.label}"
+        self.requires_grad_(False).eval()
+
+    def features(self, x):
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 16:
+            raise ValueError(f"LPIPS takes (N, 1 or 3, H, W) from 16 pixels, not {tuple(x.shape)}")
+        parts = []
+        for k, maps in enumerate(self.vgg.stages(for_vgg16(x))):  # (N, C, h, w)
+            unit = maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10)
+            # |sqrt(a / hw) (u - v)|^2, summed, is a |u - v|^2, averaged over the pixels.
+            share = getattr(self, f"lin{k}") / maps[0, 0].numel()
+            parts.append((unit * share.sqrt()).flatten(1))
+        return torch.cat(parts, 1)
+
+    def forward(self, x, y):
+        return (self.features(x) - self.features(y)).square().sum(1)
+
+
+def load_lpips(vgg_path=None, lin_path=None, device="cpu"):
+    """LPIPS from two files, VGG16 and the weights of its channels; see read_weights."""
+    widths = 64, 128, 256, 512, 512
+    shapes = {f"lin{k}.model.1.weight": (1, C, 1, 1) for k, C in enumerate(widths)}
+    tensors, label = read_weights("LPIPS", lin_path, shapes)  # the small file first
+    vgg = load_vgg16(vgg_path)
+    vgg.classifier = nn.Sequential()  # 0.5 GB that LPIPS does not need
+    lpips = LPIPS(vgg, [tensors[name] for name in shapes])
+    lpips.label = f"{label} of {vgg.label}"
+    return lpips.to(device)
+
+
+@torch.no_grad()
+def vgg_features(images, vgg, device=None):
+    """Features (n, 4096) on the CPU, float32, of images (see uint8_batches), for precision_recall.
+
+    Bilinear with antialiasing to 224 x 224, then for_vgg16. NVIDIA's own VGG16 takes uint8 and
+    resizes by itself, so that scores are close to those of the papers, and not the same.
+    Raises ValueError without images and for features that are not finite.
+    """
+    weight = vgg.classifier[0].weight
+    device = torch.device(device or weight.device)
+    vgg.to(device)
+    rows = []
+    for x in uint8_batches(images):
+        with exact_float32(device):
+            x = x.to(device, weight.dtype) / 127.5 - 1
+            x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
+            rows.append(vgg(for_vgg16(x)).cpu())
+    features = torch.cat(rows) if rows else torch.zeros(0, 4096)
+    if not len(features) or not features.isfinite().all():
+        raise ValueError(f"VGG16 features of {len(features)} images: none, or not all finite")
+    return features
+
+
+@torch.no_grad()
+def precision_recall(real, fake, k=3, chunk=1024):
+    """Precision and recall (Kynkaanniemi et al. 2019, Eqs. (1), (2)) of features (n1, d), (n2, d).
+
+    Every point has a ball that reaches to its k-th nearest neighbour in its own set. Precision:
+    the share of fakes in at least one real ball; recall: of reals in a fake one. Computed where the
+    features are, in rows of `chunk`. The papers: 50,000 + 50,000 images, k = 3, vgg_features.
+    """
+    if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
+        shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
+        raise ValueError(f"features (n, d) of more than k = {k} images each, not {shapes}")
+    real, fake = real - real.mean(0), fake - real.mean(0)  # distances round less near the origin
+
+    def share_inside(points, centres):
+        radii, hits = [], 0
+        for i, rows in enumerate(centres.split(chunk)):
+            distances = torch.cdist(rows, centres)  # (chunk, n)
+            distances.diagonal(i * chunk).fill_(math.inf)  # no point is its own neighbour
+            radii.append(distances.kthvalue(k, dim=1).values)
+        radii = torch.cat(radii)
+        for rows in points.split(chunk):
+            hits += int((torch.cdist(rows, centres) <= radii).any(1).sum())
+        return hits / len(points)
+
+    with exact_float32(real.device):
+        return share_inside(fake, real), share_inside(real, fake)
+
+
+def path_point(a, b, t, space="w"):
+    """The point at t (N,) between a and b (N, ..., d): on a line in w, on a great circle in z."""
+    t = t.reshape(-1, *[1] * (a.ndim - 1))
+    if space == "w":
+        return a.lerp(b, t)
+    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    cosine = (a * b).sum(-1, keepdim=True)
+    across = F.normalize(b - cosine * a, dim=-1)
+    angle = t * cosine.clamp(-1, 1).acos()
+    return a * angle.cos() + across * angle.sin()
+
+
+def at_most_256(x):
+    """Images (N, C, H, W), averaged over boxes of H // 256 pixels if they are larger than 256."""
+    return F.avg_pool2d(x, x.shape[2] // 256) if x.shape[2] > 256 else x
+
+
+def trimmed_mean(values):
+    """Mean of what lies from the 1st percentile, rounded down, to the 99th, rounded up."""
+    values = np.asarray(values, np.float64)
+    low, high = np.percentile(values, 1, method="lower"), np.percentile(values, 99, method="higher")
+    return float(values[(values >= low) & (values <= high)].mean())
+
+
+@torch.no_grad()
+def perceptual_path_length(
+    draw, distance, n=50_000, batch=8, space="w", full=False, crop=False, eps=1e-4, seed=0
+):
+    """PPL (StyleGAN sec. 4.1): how far images move, in LPIPS / eps^2, for a step of eps in latents.
+
+    draw(m) -> a, b, render: m pairs of endpoints, each (m, ..., d), w or ws if space is "w", normal
+    z if it is "z"; and render(points) -> images (m, C, H, W), float32 around [-1, 1]: rounding to 8
+    bits first would multiply the score. It is called twice, and must use the same noise and labels.
+    distance(x, y) -> (m,): LPIPS. full: t uniform in [0, 1), not 0. crop: to the face, rows 3/8 to
+    7/8, columns 2/8 to 6/8, as FFHQ's. The variants of the official code:
+        ppl2_wend, in the tables of StyleGAN2 and ADA    the defaults
+        ppl_wend, ppl_wfull, ppl_zend, ppl_zfull         crop=True; StyleGAN: n=100_000
+    Boxes of at_most_256 are chosen after the crop, as in the TensorFlow code; the PyTorch code
+    chooses them before, so that its cropped values at 512 and above do not compare.
+    """
+    if space not in ("w", "z") or n < 1:
+        raise ValueError(f"space is w or z, not {space!r}; n at least 1, not {n}")
+    rng = torch.Generator().manual_seed(seed)
+    lengths = []
+    for start in range(0, n, batch):
+        a, b, render = draw(min(batch, n - start))
+        t = (torch.rand(len(a), generator=rng) * full).to(a)
+        views = []
+        with exact_float32(a.device):  # in TF32 a step of eps would drown in rounding
+            for at in (t, t + eps):
+                x = render(path_point(a, b, at, space))
+                if x.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(f"path length needs float32 images, not {x.dtype}")
+                c = x.shape[2] // 8
+                views.append(at_most_256(x[:, :, 3 * c : 7 * c, 2 * c : 6 * c] if crop else x))
+            lengths.append(distance(*views).double().cpu() / eps**2)
+    lengths = torch.cat(lengths)
+    if not lengths.isfinite().all():
+        raise ValueError("a path length is NaN or infinite")
+    return trimmed_mean(lengths)
+
+
+# =============================================================================
+# Projection: a picture's latent
+# =============================================================================
+
+
+def distance_to(target, lpips=None):
+    """distance(x) -> scalar, of x to the target, both (1, C, H, W) in [-1, 1], for `project`.
+
+    LPIPS of at most 256 pixels; without it the mean squared differences of the pixels, of 2 x 2
+    averages and so on down to 8 pixels, summed: coarser, but it needs no weights.
+    """
+    if lpips is not None:
+        with torch.no_grad():
+            features = lpips.features(at_most_256(target))
+        return lambda x: (lpips.features(at_most_256(x)) - features).square().sum()
+
+    def pixel_distance(x):
+        difference = x - target
+        total = difference.square().mean()
+        while min(difference.shape[2:]) > 8:
+            difference = F.avg_pool2d(difference, 2)
+            total = total + difference.square().mean()
+        return total
+
+    return pixel_distance
+
+
+def lr_ramp(t):
+    """The share of the learning rate at t in [0, 1]: linear up over 5%, cosine down from 75%."""
+    return min(1, t / 0.05) * (0.5 - 0.5 * math.cos(math.pi * min(1, (1 - t) / 0.25)))
+
+
+def w_noise_ramp(t):
+    """The deviation of the noise on w at t in [0, 1], in units of that of w: 0 from 75%."""
+    return 0.05 * max(0, 1 - t / 0.75) ** 2
+
+
+def noise_regularization(noise):
+    """Squared correlation of a noise map (..., H, W) with itself moved by one pixel, summed over a
+    pyramid of 2 x 2 averages down to 8 pixels: it keeps the picture out of the noise.
+
+    As the official code does; the paper's text also doubles each average, for a variance of 1.
+    """
+    noise, total = noise.reshape(-1, 1, *noise.shape[-2:]), 0
+    while True:
+        for dim in (3, 2):
+            total = total + (noise * noise.roll(1, dim)).mean().square()
+        if min(noise.shape[2:]) <= 8:
+            return total
+        noise = F.avg_pool2d(noise, 2)
+
+
+def project(
+    synthesize, distance, w_start, w_std, num_ws, noises=(), *, steps=1000, lr=0.1,
+    noise_weight=1e5, w_weight=0.0, generator=None, on_step=None,
+):  # fmt: skip
+    """Fits w, and noise maps, to a picture (StyleGAN2 appendix D).
+
+    synthesize(ws (1, num_ws, w_dim)) -> image (1, C, H, W) in [-1, 1], with the maps in `noises`
+    distance(image) -> scalar, see distance_to
+    w_start: (1, w_dim), one row for all layers (W), or (num_ws, w_dim), all rows free (W+)
+    w_std: deviation of w over random z, a number; 0: no noise on w
+    noises: leaf tensors (..., H, W), drawn anew and then fitted in place; none: noise stays fixed
+    w_weight: of mean (w - w_start)^2, not in the paper, for methods that keep w near the mean
+    generator: a CPU torch.Generator (default: seed 0); on_step(step, image, distance): tensors
+    Returns w after every step, (steps, 1 or num_ws, w_dim), and the distances before it, (steps,).
+    Raises UserError if it diverges. Gradients of the network's own weights are left alone.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    w = w_start.detach().clone().requires_grad_(True)
+    for noise in noises:
+        noise.data.copy_(torch.randn(noise.shape, generator=generator))
+    variables = [w, *(noise.requires_grad_(True) for noise in noises)]
+    adam = torch.optim.Adam(variables, lr=lr, betas=(0.9, 0.999))
+    path, distances = [], []
+    for step in range(steps):
+        t = step / steps
+        adam.param_groups[0]["lr"] = lr * lr_ramp(t)
+        draw = torch.randn(w.shape, generator=generator).to(w)
+        ws = (w + w_std * w_noise_ramp(t) * draw).expand(num_ws, -1)[None]  # (1, num_ws, w_dim)
+        image = synthesize(ws)
+        distances.append(distance(image))
+        loss = distances[-1] + noise_weight * sum(map(noise_regularization, noises))
+        loss = loss + w_weight * (w - w_start).square().mean()
+        for variable, grad in zip(variables, torch.autograd.grad(loss, variables), strict=True):
+            variable.grad = grad
+        adam.step()
+        with torch.no_grad():
+            for noise in noises:
+                noise -= noise.mean()
+                noise *= noise.square().mean().rsqrt()
+        path.append(w.detach().clone())
+        distances[-1] = distances[-1].detach()
+        if on_step:
+            on_step(step, image.detach(), distances[-1])
+    for noise in noises:
+        noise.requires_grad_(False).grad = None
+    path, distances = torch.stack(path), torch.stack(distances)
+    if not (path.isfinite().all() and distances.isfinite().all()):
+        raise UserError("the projection diverged (NaN or infinite): take a smaller learning rate.")
+    return path, distances

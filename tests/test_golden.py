@@ -19,9 +19,10 @@ import torch
 
 import common
 import cyclegan
+import golden_stylegan2
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-READY = ("cyclegan", "fid")
+READY = ("cyclegan", "fid", "stylegan2")
 FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
 
 
@@ -34,9 +35,23 @@ def float64():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_golden(path):
+    if path.parent.name == "stylegan2":
+        golden_stylegan2.check(path)
+        return
     case = Case(path)
     SYSTEMS[path.parent.name](case)
     case.all_compared()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("impl", ["cuda", "ref"])
+@pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_golden_on_a_gpu_in_float32(path, impl, monkeypatch):
+    if path.parent.name != "stylegan2" or path.stem.startswith("trajectory"):
+        pytest.skip("its networks use no kernels, or float32 drifts away in eight steps")
+    monkeypatch.setenv("GAN_OPS", impl)  # for networks; operators are given impl
+    torch.set_default_dtype(torch.float32)
+    golden_stylegan2.check(path, device="cuda", dtype=torch.float32, impl=impl)
 
 
 def test_there_are_vectors_of_every_system():

@@ -1,0 +1,1096 @@
+"""The operators of the StyleGAN family: each as its maths, as a plain PyTorch reference, and as a
+CUDA kernel, with exact first and second derivatives (R1 and path length differentiate twice).
+
+In this file                                what it is
+    build                                   compiles the kernels below, once per machine and GPU
+    fused_act, bias_act                     clamp(gain * act(x * scale + noise * strength + b))
+    upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
+    conv2d, conv_transpose2d                convolutions whose second derivatives are fast
+    conv2d_resample                         a convolution that also resamples, in the best order
+    grid_sample                             twice differentiable in the image
+
+    python ops_cuda.py        # a new GPU: check every kernel, and measure it against a copy
+
+Every operator takes impl="cuda" or "ref" (the PyTorch expression, on any device); None picks the
+kernel for float32, float16 and bfloat16 on a GPU, and the reference elsewhere. GAN_OPS=ref in the
+environment turns the kernels off. Kernels load and store the tensor's type and compute in float32.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+# =============================================================================
+# CUDA: the source, its compilation, the choice
+# =============================================================================
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+SOURCE = r"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+#ifndef LAUNCH
+#define LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#endif
+
+// V neighbours in memory, moved by one instruction of up to 16 bytes; computed with as floats.
+template <class T, int V> struct alignas(sizeof(T) * V) Pack { T v[V]; };
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <int V, class T> __device__ __forceinline__ void load(float* to, const T* from) {
+    Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(from);
+#pragma unroll
+    for (int j = 0; j < V; j++) to[j] = to_float(p.v[j]);
+}
+template <int V, class T> __device__ __forceinline__ void store(T* to, const float* from) {
+    Pack<T, V> p;
+#pragma unroll
+    for (int j = 0; j < V; j++) p.v[j] = from_float<T>(from[j]);
+    *reinterpret_cast<Pack<T, V>*>(to) = p;
+}
+
+// ---- fused_act ------------------------------------------------------------------------------
+
+struct Act { int kind; float alpha, gain, clamp; };  // kind: index in ACTIVATIONS; clamp < 0: none
+
+// f, f' and f'' at u of an activation, without gain and clamp.
+__device__ __forceinline__ void curve(const Act& a, float u, float& f, float& f1, float& f2) {
+    float s = 1 / (1 + expf(-u)), e;
+    f = u; f1 = 1; f2 = 0;
+    switch (a.kind) {
+        case 1: case 2: f1 = u > 0 ? 1 : a.alpha; f = u * f1; break;
+        case 3: f = tanhf(u); f1 = 1 - f * f; f2 = -2 * f * f1; break;
+        case 4: f = s; f1 = s * (1 - s); f2 = f1 * (1 - 2 * s); break;
+        case 5: if (u <= 0) { f = expm1f(u); f1 = f2 = f + 1; } break;
+        case 6:
+            e = 1.0507009873554805f;
+            f = e * u; f1 = e;
+            if (u <= 0) { e *= 1.6732632423543772f; f = e * expm1f(u); f1 = f2 = f + e; }
+            break;
+        case 7: f = fmaxf(u, 0) + log1pf(expf(-fabsf(u))); f1 = s; f2 = s * (1 - s); break;
+        case 8: f = u * s; f1 = s + f * (1 - s); f2 = s * (1 - s) * (2 + u * (1 - 2 * s)); break;
+    }
+}
+__device__ __forceinline__ float limit(const Act& a, float y) {
+    return a.clamp < 0 ? y : fminf(fmaxf(y, -a.clamp), a.clamp);
+}
+// The slope dy/du: of the piecewise linear kinds from y, so that u need not be kept.
+__device__ __forceinline__ float slope(const Act& a, float y) {
+    float s = a.kind > 0 && y * a.gain <= 0 ? a.alpha : 1;
+    return a.clamp >= 0 && fabsf(y) >= a.clamp ? 0 : s * a.gain;
+}
+
+// One thread walks over slots (V elements each) of one channel (NCHW), or of V channels (CL,
+// channels last). A group is a plane (n, c) in NCHW, a sample n in CL; a block works on a chunk of
+// the slots of one group. In CL the threads of a block form rows x lanes, lanes side by side.
+struct Grid { int64_t HW; int C, chunks, slots, lanes; };  // slots: per chunk
+template <int V, bool CL> struct Place {
+    int64_t group, sample, base, slot, last;
+    int c, lane, row, rows;
+    bool inside;
+    __device__ __forceinline__ Place(const Grid& g) {
+        int chunk = blockIdx.x % g.chunks;
+        group = blockIdx.x / g.chunks;
+        lane = threadIdx.x % g.lanes; row = threadIdx.x / g.lanes; rows = blockDim.x / g.lanes;
+        c = CL ? (blockIdx.y * g.lanes + lane) * V : int(group % g.C);
+        sample = CL ? group : group / g.C;
+        base = CL ? group * g.HW * g.C + c : group * g.HW;
+        inside = c < g.C;
+        slot = int64_t(chunk) * g.slots + row;
+        last = int64_t(chunk + 1) * g.slots;
+        int64_t all = CL ? g.HW : g.HW / V;
+        if (last > all) last = all;
+        if (!inside) last = 0;
+    }
+    __device__ __forceinline__ int64_t at(const Grid& g) const {  // of the slot's first element
+        return base + slot * (CL ? g.C : V);
+    }
+    __device__ __forceinline__ int64_t pixel(int j) const { return CL ? slot : slot * V + j; }
+};
+
+// Pointers that may be null: scale, noise, strength, b; and as said at each kernel.
+template <class T> struct Tensors {
+    const T *x, *y, *gy, *gdx;
+    const float *scale, *noise, *strength, *b, *gscale, *gstrength, *gb;
+    int64_t noise_step;  // elements between the noise of two samples; 0: one map for all
+    T *out, *gx;
+    float* sums;
+};
+template <int K> __device__ __forceinline__ void channels(float* to, const float* from, float none) {
+#pragma unroll
+    for (int j = 0; j < K; j++) to[j] = from ? from[j] : none;
+}
+
+// y = clamp(gain * f(x * scale + noise * strength + b)) to out
+template <class T, int V, bool CL>
+__global__ void __launch_bounds__(256) fused_act_kernel(Grid g, Act a, Tensors<T> t) {
+    Place<V, CL> p(g);
+    constexpr int K = CL ? V : 1;  // channels of a thread
+    if (!p.inside) return;
+    float scale[K], b[K], v[V];
+    channels<K>(scale, t.scale ? t.scale + p.sample * g.C + p.c : nullptr, 1);
+    channels<K>(b, t.b ? t.b + p.c : nullptr, 0);
+    float strength = t.strength ? *t.strength : 1;
+    const float* noise = t.noise ? t.noise + p.sample * t.noise_step : nullptr;
+#pragma unroll 4
+    for (; p.slot < p.last; p.slot += p.rows) {
+        load<V>(v, t.x + p.at(g));
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            float u = v[j] * scale[CL ? j : 0] + b[CL ? j : 0];
+            if (noise) u += noise[p.pixel(j)] * strength;
+            float f, f1, f2;
+            if (a.kind <= 2) f = a.kind > 0 && u <= 0 ? u * a.alpha : u;
+            else curve(a, u, f, f1, f2);
+            v[j] = limit(a, f * a.gain);
+        }
+        store<V>(t.out + p.at(g), v);
+    }
+}
+
+// Sums over the rows of a block, in a fixed order, to sums[group, chunk, k, channel].
+template <int V, bool CL, int K>
+__device__ __forceinline__ void reduce(const Place<V, CL>& p, const Grid& g, float (*acc)[K],
+                                       float* sums) {
+    __shared__ float shared[256 * K];
+    float* mine = shared + threadIdx.x * K;
+    int wide = CL ? g.C : 1;
+    for (int k = 0; k < 3; k++) {
+        for (int j = 0; j < K; j++) mine[j] = acc[k][j];
+        __syncthreads();
+        for (int n = p.rows; n > 1;) {
+            int half = (n + 1) / 2;
+            if (p.row + half < n)
+                for (int j = 0; j < K; j++) mine[j] += mine[half * g.lanes * K + j];
+            __syncthreads();
+            n = half;
+        }
+        if (p.row == 0 && p.inside)
+            for (int j = 0; j < K; j++)
+                sums[(int64_t(blockIdx.x) * 3 + k) * wide + (CL ? p.c : 0) + j] = mine[j];
+        __syncthreads();
+    }
+}
+
+// With s = gy * dy/du:
+//   first derivative    out = s * scale;   sums of s, s * x, s * noise
+// ORDER 2, given the gradients gdx of out and gb, gscale, gstrength (N, C) of those sums: with
+// q = gdx * scale + gscale * x + gb + gstrength * noise and h = q * gy * d2y/du2 (smooth kinds),
+//   out = q * dy/du (for gy);   gx = s * gscale + h * scale;   sums of h, s * gdx + h * x, h * noise
+// x is null where neither a scale nor a smooth kind needs it; y is, for smooth kinds.
+template <class T, int V, bool CL, int ORDER>
+__global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tensors<T> t) {
+    Place<V, CL> p(g);
+    constexpr int K = CL ? V : 1;
+    float scale[K] = {}, b[K] = {}, gscale[K] = {}, gb[K] = {}, gs[K] = {};
+    float acc[3][K] = {};
+    if (p.inside) {
+        channels<K>(scale, t.scale ? t.scale + p.sample * g.C + p.c : nullptr, 1);
+        channels<K>(b, t.b ? t.b + p.c : nullptr, 0);
+        if (ORDER == 2) {
+            channels<K>(gscale, t.gscale ? t.gscale + p.sample * g.C + p.c : nullptr, 0);
+            channels<K>(gb, t.gb ? t.gb + p.sample * g.C + p.c : nullptr, 0);
+            channels<K>(gs, t.gstrength ? t.gstrength + p.sample * g.C + p.c : nullptr, 0);
+        }
+    }
+    float strength = t.strength ? *t.strength : 1;
+    const float* noise = t.noise ? t.noise + p.sample * t.noise_step : nullptr;
+#pragma unroll 2
+    for (; p.slot < p.last; p.slot += p.rows) {
+        int64_t at = p.at(g);
+        float gy[V], x[V] = {}, y[V] = {}, gdx[V] = {}, gx[V];
+        load<V>(gy, t.gy + at);
+        if (t.y) load<V>(y, t.y + at);
+        if (t.x) load<V>(x, t.x + at);
+        if (ORDER == 2 && t.gdx) load<V>(gdx, t.gdx + at);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            int k = CL ? j : 0;
+            float n = noise ? noise[p.pixel(j)] : 0, m, m2 = 0;
+            if (t.y) m = slope(a, y[j]);
+            else {
+                float f, f1, f2;
+                curve(a, x[j] * scale[k] + n * strength + b[k], f, f1, f2);
+                float open = a.clamp >= 0 && fabsf(f * a.gain) >= a.clamp ? 0 : a.gain;
+                m = f1 * open; m2 = f2 * open;
+            }
+            float s = gy[j] * m;
+            if (ORDER == 1) {
+                acc[0][k] += s; acc[1][k] += s * x[j]; acc[2][k] += s * n;
+                gy[j] = s * scale[k];
+            } else {
+                float q = gdx[j] * scale[k] + gscale[k] * x[j] + gb[k] + gs[k] * n;
+                float h = q * gy[j] * m2;
+                acc[0][k] += h; acc[1][k] += s * gdx[j] + h * x[j]; acc[2][k] += h * n;
+                gx[j] = s * gscale[k] + h * scale[k];
+                gy[j] = q * m;
+            }
+        }
+        store<V>(t.out + at, gy);
+        if (ORDER == 2 && t.gx) store<V>(t.gx + at, gx);
+    }
+    if (t.sums) reduce<V, CL, K>(p, g, acc, t.sums);
+}
+
+template <class T, int V, bool CL>
+static void fused_act_order(int order, dim3 grid, int threads, cudaStream_t stream, const Grid& g,
+                            const Act& a, const Tensors<T>& t) {
+    auto k = fused_act_kernel<T, V, CL>;
+    if (order == 1) k = fused_act_grad_kernel<T, V, CL, 1>;
+    if (order == 2) k = fused_act_grad_kernel<T, V, CL, 2>;
+    LAUNCH(k, grid, threads, stream, g, a, t);
+}
+template <class T>
+static void fused_act_type(int order, int vector, int cl, dim3 grid, int threads, cudaStream_t s,
+                           const Grid& g, const Act& a, void** p, int64_t noise_step) {
+    const float** f = (const float**)p;
+    Tensors<T> t = {(T*)p[0], (T*)p[1], (T*)p[2], (T*)p[3], f[4], f[5], f[6], f[7], f[8], f[9],
+                    f[10], noise_step, (T*)p[11], (T*)p[12], (float*)p[13]};
+    constexpr int V = 16 / sizeof(T);
+    if (vector && cl) fused_act_order<T, V, true>(order, grid, threads, s, g, a, t);
+    else if (vector) fused_act_order<T, V, false>(order, grid, threads, s, g, a, t);
+    else if (cl) fused_act_order<T, 1, true>(order, grid, threads, s, g, a, t);
+    else fused_act_order<T, 1, false>(order, grid, threads, s, g, a, t);
+}
+extern "C" int fused_act(int order, int type, int vector, int cl, int64_t groups, int64_t HW, int C,
+                         int chunks, int slots, int lanes, int lane_blocks, int threads, int kind,
+                         float alpha, float gain, float clamp, void** p, int64_t noise_step,
+                         void* stream) {
+    Grid g = {HW, C, chunks, slots, lanes};
+    Act a = {kind, alpha, gain, clamp};
+    dim3 grid((unsigned)(groups * chunks), lane_blocks);
+    auto f = fused_act_type<float>;
+    if (type == 1) f = fused_act_type<__half>;
+    if (type == 2) f = fused_act_type<__nv_bfloat16>;
+    f(order, vector, cl, grid, threads, (cudaStream_t)stream, g, a, p, noise_step);
+    return cudaGetLastError();
+}
+
+// ---- upfirdn2d ------------------------------------------------------------------------------
+
+struct Fir {
+    int64_t groups;  // NCHW: planes, CL: samples
+    int C, H, W, OH, OW, FH, FW, upx, upy, downx, downy, padx, pady, flip;
+    float gain;
+    int lanes, tiles, bands, steps;  // of fir_kernel: columns and rows of blocks; steps of a thread
+};
+
+// Any factors, padding and 2-D filter: one thread per output,
+//   y[oy, ox] = gain * sum_k f[k] x[(o * down + k - pad) / up], where that is a whole number
+template <class T, bool CL>
+__global__ void __launch_bounds__(256) fir_any_kernel(Fir p, const T* x, const float* f, T* y) {
+    int64_t n = p.groups * p.OH * p.OW * (CL ? p.C : 1);
+    int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+    if (i >= n) return;
+    int64_t rest = i;
+    int c = CL ? int(rest % p.C) : 0;
+    if (CL) rest /= p.C;
+    int ox = int(rest % p.OW); rest /= p.OW;
+    int oy = int(rest % p.OH);
+    x += rest / p.OH * p.H * p.W * (CL ? p.C : 1) + c;
+    float sum = 0;
+    for (int ky = 0; ky < p.FH; ky++) {
+        int64_t qy = int64_t(oy) * p.downy + ky - p.pady;
+        if (qy < 0 || qy % p.upy || qy / p.upy >= p.H) continue;
+        for (int kx = 0; kx < p.FW; kx++) {
+            int64_t qx = int64_t(ox) * p.downx + kx - p.padx;
+            if (qx < 0 || qx % p.upx || qx / p.upx >= p.W) continue;
+            int k = p.flip ? ky * p.FW + kx : (p.FH - 1 - ky) * p.FW + p.FW - 1 - kx;
+            sum += f[k] * to_float(x[(qy / p.upy * p.W + qx / p.upx) * (CL ? p.C : 1)]);
+        }
+    }
+    y[i] = from_float<T>(sum * p.gain);
+}
+
+// The separable case f[ky] f[kx] with TAPS taps, the factors UP and DOWN on both axes.
+// A thread owns RX * UP neighbouring output columns (of V channels in CL) and walks down: per step
+// it filters DOWN new input rows horizontally, keeps the last WIN such rows in registers, and
+// writes UP output rows. Output o of a step meets input j with tap k = UP * j + r - o * DOWN, where
+// r = (-pad) mod UP; so UP rows of WIN coefficients per axis say it all.
+template <class T, int V, bool CL, int TAPS, int UP, int DOWN, int RX>
+__global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float* f, T* y) {
+    constexpr int WIN = ((UP - 1) * DOWN + TAPS - 1) / UP + 1, WIDE = WIN + (RX - 1) * DOWN;
+    constexpr int OUT = RX * UP;
+    int lane = threadIdx.x % p.lanes, columns = blockDim.x / p.lanes;
+    int64_t rest = blockIdx.x;
+    int tile = int(rest % p.tiles); rest /= p.tiles;
+    int band = int(rest % p.bands);
+    int64_t group = rest / p.bands;
+    int c = CL ? (blockIdx.y * p.lanes + lane) * V : 0;
+    int column = tile * columns + threadIdx.x / p.lanes, ox = column * OUT;
+    if (ox >= p.OW || (CL && c >= p.C)) return;
+    int step = CL ? p.C : 1;  // elements from one column to the next
+    x += group * p.H * p.W * step + c;
+    y += group * p.OH * p.OW * step + c;
+
+    int firstx = p.padx >= 0 ? -(p.padx / UP) : (-p.padx + UP - 1) / UP;  // ceil(-pad / UP)
+    int firsty = p.pady >= 0 ? -(p.pady / UP) : (-p.pady + UP - 1) / UP;
+    int rx = UP * firstx + p.padx, ry = UP * firsty + p.pady;
+    float cx[UP][WIN], cy[UP][WIN];
+#pragma unroll
+    for (int b = 0; b < UP; b++)
+#pragma unroll
+        for (int j = 0; j < WIN; j++) {
+            int kx = UP * j + rx - b * DOWN, ky = UP * j + ry - b * DOWN;
+            cx[b][j] = kx < 0 || kx >= TAPS ? 0 : f[p.flip ? kx : TAPS - 1 - kx] * p.gain;
+            cy[b][j] = ky < 0 || ky >= TAPS ? 0 : f[p.flip ? ky : TAPS - 1 - ky];
+        }
+
+    float rows[WIN][OUT][V];
+    int s = band * p.steps, end = min(s + p.steps, (p.OH + UP - 1) / UP);
+    int fill = (WIN + DOWN - 1) / DOWN;  // rounds until the window is full
+    int left = column * RX * DOWN + firstx, next = s * DOWN + firsty + WIN - fill * DOWN;
+    bool whole = p.OW % OUT == 0;  // outputs of a thread can be stored as one vector
+    while (s < end) {
+#pragma unroll
+        for (int j = 0; j < WIN - DOWN; j++)
+#pragma unroll
+            for (int o = 0; o < OUT; o++)
+#pragma unroll
+                for (int v = 0; v < V; v++) rows[j][o][v] = rows[j + DOWN][o][v];
+#pragma unroll
+        for (int d = 0; d < DOWN; d++, next++) {
+            float(*row)[V] = rows[WIN - DOWN + d];
+#pragma unroll
+            for (int o = 0; o < OUT; o++)
+#pragma unroll
+                for (int v = 0; v < V; v++) row[o][v] = 0;
+            if (next < 0 || next >= p.H) continue;
+            const T* from = x + int64_t(next) * p.W * step;
+#pragma unroll
+            for (int i = 0; i < WIDE; i++) {
+                float value[V] = {};
+                int at = left + i;
+                if (at >= 0 && at < p.W) load<V>(value, from + int64_t(at) * step);
+#pragma unroll
+                for (int o = 0; o < OUT; o++) {
+                    int j = i - o / UP * DOWN;
+                    if (j < 0 || j >= WIN) continue;
+#pragma unroll
+                    for (int v = 0; v < V; v++) row[o][v] += cx[o % UP][j] * value[v];
+                }
+            }
+        }
+        if (--fill > 0) continue;
+#pragma unroll
+        for (int b = 0; b < UP; b++) {
+            int oy = s * UP + b;
+            if (oy >= p.OH) break;
+            float out[OUT][V];
+#pragma unroll
+            for (int o = 0; o < OUT; o++)
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    out[o][v] = 0;
+#pragma unroll
+                    for (int j = 0; j < WIN; j++) out[o][v] += cy[b][j] * rows[j][o][v];
+                }
+            T* to = y + (int64_t(oy) * p.OW + ox) * step;
+            if (V == 1 && !CL && whole) store<OUT>(to, &out[0][0]);
+            else
+#pragma unroll
+                for (int o = 0; o < OUT; o++)
+                    if (ox + o < p.OW) store<V>(to + int64_t(o) * step, out[o]);
+        }
+        s++;
+    }
+}
+
+template <class T, int V, bool CL, int TAPS, int UP, int DOWN, int RX>
+static void fir_launch(Fir p, cudaStream_t stream, const T* x, const float* f, T* y) {
+    int columns = (p.OW + RX * UP - 1) / (RX * UP), total = (p.OH + UP - 1) / UP;
+    p.lanes = CL ? min(p.C / V, 128) : 1;
+    int wide = min(columns, CL ? max(128 / p.lanes, 1) : 64);
+    p.tiles = (columns + wide - 1) / wide;
+    p.steps = 16;  // enough to spread the first fill; fewer where the GPU would stand idle
+    while (p.steps > 4 && p.groups * p.tiles * ((total + p.steps - 1) / p.steps) < 1024) p.steps /= 2;
+    p.bands = (total + p.steps - 1) / p.steps;
+    dim3 grid((unsigned)(p.groups * p.tiles * p.bands), CL ? (p.C / V + p.lanes - 1) / p.lanes : 1);
+    auto k = fir_kernel<T, V, CL, TAPS, UP, DOWN, RX>;
+    LAUNCH(k, grid, wide * p.lanes, stream, p, x, f, y);
+}
+template <class T, int TAPS>
+static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const float* f, T* y) {
+    constexpr int V = TAPS == 4 ? 16 / sizeof(T) : 4;
+    if (cl && p.upx == 2) fir_launch<T, V, true, TAPS, 2, 1, 1>(p, s, x, f, y);
+    else if (cl && p.downx == 2) fir_launch<T, V, true, TAPS, 1, 2, 1>(p, s, x, f, y);
+    else if (cl) fir_launch<T, V, true, TAPS, 1, 1, 1>(p, s, x, f, y);
+    else if (p.upx == 2) fir_launch<T, 1, false, TAPS, 2, 1, 2>(p, s, x, f, y);
+    else if (p.downx == 2) fir_launch<T, 1, false, TAPS, 1, 2, 4>(p, s, x, f, y);
+    else fir_launch<T, 1, false, TAPS, 1, 1, 4>(p, s, x, f, y);
+}
+template <class T>
+static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void* x, const float* f,
+                     void* y) {
+    if (taps == 4) return fir_factors<T, 4>(p, cl, s, (const T*)x, f, (T*)y);
+    if (taps == 12) return fir_factors<T, 12>(p, cl, s, (const T*)x, f, (T*)y);
+    int64_t blocks = (p.groups * p.OH * p.OW * (cl ? p.C : 1) + 255) / 256;
+    auto k = fir_any_kernel<T, false>;
+    if (cl) k = fir_any_kernel<T, true>;
+    LAUNCH(k, dim3((unsigned)blocks), 256, s, p, (const T*)x, f, (T*)y);
+}
+extern "C" int upfirdn2d(int type, int cl, int taps, int64_t groups, const int* s, float gain,
+                         const void* x, const void* f, void* y, void* stream) {
+    Fir p = {groups, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11],
+             s[12], s[13], gain};
+    auto k = fir_type<float>;
+    if (type == 1) k = fir_type<__half>;
+    if (type == 2) k = fir_type<__nv_bfloat16>;
+    k(p, cl, taps, (cudaStream_t)stream, x, (const float*)f, y);
+    return cudaGetLastError();
+}
+"""
+
+
+@functools.cache
+def build(capability):
+    """The compiled kernels for GPUs of this (major, minor) capability, as a ctypes library; None,
+    after one line that says why, where they cannot be built. torch.utils.cpp_extension compiles
+    plain CUDA without torch's headers in seconds; the result is kept in $GANS_CACHE/kernels.
+
+    Every process builds in a folder of its own and moves the result into place at once: a build
+    that is killed leaves no lock, and two that race leave one good file.
+    """
+    # The nvcc of this PATH may be older than the GPU: it then compiles for what it knows, as PTX.
+    arch = "{}{}".format(*capability)
+    flags = ["-O3", f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"]
+    digest = hashlib.sha256(f"{SOURCE} {flags} {torch.version.cuda}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("GANS_CACHE") or Path.home() / ".cache" / "gans", "kernels")
+    library = cache / f"ops_cuda-{digest}.so"
+    try:
+        if not library.is_file():
+            compile_to(library, flags)
+        found = ctypes.CDLL(str(library))
+    except (BuildError, OSError) as e:
+        print(
+            f"ops_cuda: {e}, using the PyTorch expressions (same results, slower). Mend it, or set"
+            " GAN_OPS=ref.",
+            file=sys.stderr,
+        )
+        return None
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    integer, real = ctypes.c_int, ctypes.c_float
+    found.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
+    found.fused_act.argtypes += [ctypes.POINTER(pointer), number, pointer]
+    found.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
+    found.upfirdn2d.argtypes += [pointer] * 4
+    return found
+
+
+class BuildError(Exception):
+    """Why the kernels cannot be compiled here."""
+
+
+def compile_to(library, flags):
+    """Compiles SOURCE to a shared library. Raises BuildError, naming what is missing or the log."""
+    from torch.utils import cpp_extension  # slow to import, and not needed once there is a cache
+
+    compiler = cpp_extension.get_cxx_compiler()
+    for tool, remedy in (
+        ("nvcc", "install the CUDA toolkit"),
+        (compiler, "install a C++ compiler"),
+        ("ninja", "pip install ninja"),
+    ):
+        home = cpp_extension.CUDA_HOME
+        if not shutil.which(tool) and not (
+            tool == "nvcc" and home and Path(home, "bin/nvcc").exists()
+        ):
+            raise BuildError(f"no {tool} on PATH: {remedy}")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        try:
+            made = cpp_extension.load_inline(
+                "ops_cuda", [""], [SOURCE], extra_cuda_cflags=flags, build_directory=folder,
+                is_python_module=False, no_implicit_headers=True,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as e:
+            log = library.with_suffix(".log")
+            log.write_text(str(e))
+            raise BuildError(f"the kernels did not compile, see {log}") from e
+        os.replace(made, library)
+
+
+def kernels(x, impl):
+    """The kernels' library for x and impl, or None for the reference. Raises RuntimeError where
+    impl="cuda" cannot be had."""
+    if impl not in (None, "cuda", "ref"):
+        raise ValueError(f'impl {impl!r}: "cuda", "ref" or None')
+    library = None
+    if impl is None and os.environ.get("GAN_OPS") == "ref":
+        return None
+    if impl != "ref" and x.is_cuda and x.dtype in DTYPES:
+        library = build(torch.cuda.get_device_capability(x.device))
+    if impl == "cuda" and library is None:
+        raise RuntimeError(f'impl="cuda": no kernels for {x.dtype} on {x.device}')
+    return library
+
+
+def launch(function, x, *args):
+    """Calls a launcher of SOURCE on x's device, in its current stream."""
+    with torch.cuda.device(x.device):
+        status = function(*args, torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise RuntimeError(f"{function.__name__}: CUDA error {status}")
+
+
+def pointer(t):
+    return None if t is None else t.data_ptr()
+
+
+def dense(x):
+    """(x without gaps, whether it is channels last). Copies only what is neither order."""
+    if x.ndim == 4 and not x.is_contiguous():
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return x, True
+    return x.contiguous(), False
+
+
+def like(x, reference):
+    """x in the memory order of a dense reference."""
+    order = torch.contiguous_format
+    if reference.ndim == 4 and not reference.is_contiguous():
+        order = torch.channels_last
+    return x.contiguous(memory_format=order)
+
+
+# =============================================================================
+# fused_act, bias_act
+# =============================================================================
+#   forward    u = x * scale[n, c] + noise[n, h, w] * strength + b[c],  y = clamp(gain * f(u))
+#   backward   with s = dL/dy * dy/du:   dx = s * scale,   dscale = sum_hw s * x,
+#              dstrength = sum s * noise,   dnoise = strength * sum_c s,   db = sum_nhw s
+#   second     all of these are linear in dL/dy; f is piecewise linear in every network here, so
+#              that dy/du is constant. The smooth kinds have the terms with f'' as well.
+# After a modulated convolution this is one pass over the network's largest tensors instead of six.
+
+SQRT2 = math.sqrt(2)
+ACTIVATIONS = {  # name: (f(u, alpha), alpha, gain); the kernels know them by their number
+    "linear": (lambda u, alpha: u, 0.0, 1.0),
+    "relu": (lambda u, alpha: F.relu(u), 0.0, SQRT2),
+    "lrelu": (F.leaky_relu, 0.2, SQRT2),
+    "tanh": (lambda u, alpha: torch.tanh(u), 0.0, 1.0),
+    "sigmoid": (lambda u, alpha: torch.sigmoid(u), 0.0, 1.0),
+    "elu": (lambda u, alpha: F.elu(u), 0.0, 1.0),
+    "selu": (lambda u, alpha: F.selu(u), 0.0, 1.0),
+    "softplus": (lambda u, alpha: F.softplus(u), 0.0, 1.0),
+    "swish": (lambda u, alpha: F.silu(u), 0.0, SQRT2),
+}
+PIECEWISE = ("linear", "relu", "lrelu")
+
+
+def fused_act(
+    x, scale=None, noise=None, strength=None, b=None, act="linear", alpha=None, gain=None,
+    clamp=None, impl=None,
+):  # fmt: skip
+    """y = clamp(gain * f(x * scale + noise * strength + b)), in one pass.
+
+    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W) or (H, W); strength: (); b: (C,), each of
+    them may be None. act: a key of ACTIVATIONS, which holds the defaults of alpha (the slope below
+    0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the type of x.
+    """
+    _, default_alpha, default_gain = ACTIVATIONS[act]
+    alpha = default_alpha if alpha is None else float(alpha)
+    gain = default_gain if gain is None else float(gain)
+    library = kernels(x, impl)
+    if library is None or (noise is not None and noise.requires_grad):  # only `project` trains it
+        return fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp)
+    spec = (library, act, alpha, gain, clamp)
+    scale, noise, strength, b = (
+        None if t is None else t.float() for t in (scale, noise, strength, b)
+    )
+    return FusedAct.apply(x, scale, noise, strength, b, spec)
+
+
+def fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp):
+    dtype, f = x.dtype, ACTIVATIONS[act][0]
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+    # gain * f(u) = f(gain * u) of the piecewise linear kinds: gain goes to the small tensors.
+    inner = gain if act in PIECEWISE and gain > 0 else 1.0
+    b = x.new_zeros(()) if b is None else b.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)) * inner
+    if scale is not None:
+        x = torch.addcmul(b, x, scale.to(x.dtype)[:, :, None, None] * inner)
+    elif inner != 1 or b.ndim:
+        x = torch.add(b, x, alpha=inner)
+    if noise is not None:
+        x = x + noise.to(x.dtype) * (inner if strength is None else strength.to(x.dtype) * inner)
+    x = f(x, alpha)
+    x = x if gain == inner else x * gain
+    return (x if clamp is None else x.clamp(-clamp, clamp)).to(dtype)
+
+
+def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, impl=None):
+    """y = clamp(gain * act(x + b)). x: any shape; b: (x.shape[dim],) or None; see fused_act."""
+    if x.ndim == 4 and dim == 1:
+        return fused_act(x, None, None, None, b, act, alpha, gain, clamp, impl)
+    C = x.shape[dim] if x.ndim else 1
+    rows = x.reshape(math.prod(x.shape[:dim]), C, -1, 1) if x.numel() else x.reshape(0, C, 1, 1)
+    return fused_act(rows, None, None, None, b, act, alpha, gain, clamp, impl).reshape(x.shape)
+
+
+class FusedAct(Function):
+    """x, scale, noise, strength, b -> y; keeps y and, where a derivative needs it, x."""
+
+    @staticmethod
+    def forward(ctx, x, scale, noise, strength, b, spec):
+        x, _ = dense(x)
+        y = torch.empty_like(x)
+        run_fused_act(0, spec, y, scale=scale, noise=noise, strength=strength, b=b, x=x, out=y)
+        smooth = spec[1] not in PIECEWISE
+        ctx.save_for_backward(
+            x if smooth or scale is not None else None, None if smooth else y,
+            scale, noise, strength, b,
+        )  # fmt: skip
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, y, scale, noise, strength, b = ctx.saved_tensors
+        y = None if y is None else y.detach()  # dy/du of the piecewise linear kinds is constant
+        dx, sums = FusedActGrad.apply(gy, x, y, scale, noise, strength, b, ctx.spec)
+        return (
+            dx,
+            None if scale is None else sums[:, 1],
+            None,
+            None if strength is None else sums[:, 2].sum(),
+            None if b is None else sums[:, 0].sum(0),
+            None,
+        )
+
+
+class FusedActGrad(Function):
+    """gy, ... -> dx, and sums (N, 3, C) over the pixels of s, s * x and s * noise."""
+
+    @staticmethod
+    def forward(ctx, gy, x, y, scale, noise, strength, b, spec):
+        gy = like(gy, x if y is None else y)
+        dx = torch.empty_like(gy)
+        given = dict(gy=gy, x=x, y=y, scale=scale, noise=noise, strength=strength, b=b)
+        sums = run_fused_act(1, spec, gy, out=dx, **given)
+        ctx.save_for_backward(gy, x, y, scale, noise, strength, b)
+        ctx.spec = spec
+        return dx, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gdx, gsums):
+        gy, x, y, scale, noise, strength, b = ctx.saved_tensors
+        given = dict(gy=gy, x=x, y=y, scale=scale, noise=noise, strength=strength, b=b)
+        ggy, gx = torch.empty_like(gy), None if x is None else torch.empty_like(gy)
+        gb, gscale, gstrength = (
+            None if gsums is None else gsums[:, k].contiguous() for k in range(3)
+        )
+        sums = run_fused_act(
+            2, ctx.spec, gy, gdx=like(gdx, gy), gb=gb, gscale=gscale, gstrength=gstrength, out=ggy,
+            gx=gx, **given,
+        )  # fmt: skip
+        return (
+            ggy,
+            gx,
+            None,
+            None if scale is None else sums[:, 1],
+            None,
+            None if strength is None else sums[:, 2].sum(),
+            None if b is None else sums[:, 0].sum(0),
+            None,
+        )
+
+
+def run_fused_act(order, spec, reference, **tensors):
+    """Launches the kernel of an order of differentiation. tensors: by the names of struct Tensors;
+    reference: one of them, for shape and memory order. Returns sums (N, 3, C), where there are
+    any to take; N is 1 where samples need not be told apart."""
+    library, act, alpha, gain, clamp = spec
+    get = tensors.get
+    N, C, *sides = reference.shape
+    HW = math.prod(sides)
+    last = HW == 1 or not reference.is_contiguous()  # channels last
+    if last and get("scale") is None and get("noise") is None:
+        N, HW = 1, N * HW
+    summed = [get(k) is not None for k in ("scale", "strength", "b")]
+    if order == 0 or not any(summed) or (order == 2 and get("x") is None):
+        summed = None
+    if reference.numel() == 0:
+        return summed and torch.zeros(N, 3, C, device=reference.device)
+
+    images = [get(k) for k in ("x", "y", "gy", "gdx", "out", "gx")]
+    V = 16 // reference.element_size()
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in images)
+    V = V if aligned and (C if last else HW) % V == 0 else 1
+    groups, slots = (N, HW) if last else (N * C, HW // V)
+    lanes = min(C // V, 256) if last else 1
+    lane_blocks = -(-C // (V * lanes)) if last else 1
+    rows = min(256 // lanes, -(-slots // 32) * 32)
+    # Long walks make the sums cheap, short ones keep a small tensor's work spread over the GPU.
+    walk = min(32 if summed else 8, max(1, groups * slots // (rows * 1024)))
+    chunks = -(-slots // (rows * walk))
+    sums = None
+    if summed:
+        sums = torch.empty(groups, chunks, 3, C if last else 1, device=reference.device)
+    noise_step, noise = 0, get("noise")
+    if noise is not None:
+        noise = noise.contiguous()
+        noise_step = HW if noise.ndim == 4 and len(noise) > 1 else 0
+    small = [get(k) for k in ("scale", "strength", "b", "gscale", "gstrength", "gb")]
+    small = [None if t is None else t.contiguous() for t in small]
+    held = [*images[:4], small[0], noise, *small[1:], *images[4:], sums]
+    launch(
+        library.fused_act, reference, order, DTYPES[reference.dtype], V > 1, last, groups, HW, C,
+        chunks, rows * walk, lanes, lane_blocks, rows * lanes, list(ACTIVATIONS).index(act), alpha,
+        gain, -1.0 if clamp is None else clamp, (ctypes.c_void_p * 14)(*map(pointer, held)),
+        noise_step,
+    )  # fmt: skip
+    if summed:
+        sums = sums.sum(1)
+        sums = sums if last else sums.reshape(N, C, 3).transpose(1, 2)
+    return sums
+
+
+# =============================================================================
+# upfirdn2d
+# =============================================================================
+#   forward    zeros after every sample (up), zeros around (pad; negative: crop), convolution with
+#              f (flip_filter: correlation) times gain, every down-th sample kept
+#   backward   linear in x, hence the same again with up and down exchanged, the filter flipped and
+#              padding (FW - pad0 - 1, W * up - OW * down + pad0 - up + 1); and so on, to any order
+
+
+def setup_filter(f, normalize=True, flip_filter=False, gain=1, separable=None, device=None):
+    """A FIR filter as upfirdn2d takes it: (n,) separable, or (h, w). f: number, list, tensor, None.
+
+    One-dimensional ones of less than 8 taps become their outer product, unless `separable`.
+    normalize: make the sum 1; gain: of the whole, two-dimensional filter.
+    """
+    f = torch.as_tensor(1 if f is None else f, dtype=torch.get_default_dtype(), device=device)
+    if f.ndim > 2 or f.numel() == 0:
+        raise ValueError(f"a filter has 0, 1 or 2 dimensions and some taps, not {tuple(f.shape)}")
+    f = f.reshape(1) if f.ndim == 0 else f
+    if f.ndim == 1 and not (f.numel() >= 8 if separable is None else separable):
+        f = f.outer(f)
+    f = f / f.sum() if normalize else f
+    f = f.flip(list(range(f.ndim))) if flip_filter else f
+    return f * gain ** (f.ndim / 2)
+
+
+def pair(value):
+    """(x, y) of an int or a pair."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def four(padding):
+    """(left, right, above, below) of an int, a pair (x, y) or all four."""
+    padding = pair(padding)
+    return padding if len(padding) == 4 else (padding[0],) * 2 + (padding[1],) * 2
+
+
+def sizes(f):
+    """(width, height) of a filter; None is a single tap."""
+    return (1, 1) if f is None else (f.shape[-1], f.shape[0])
+
+
+def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl=None):
+    """Pads, upsamples, filters and downsamples the images x (N, C, H, W).
+
+    f: (n,) separable, (h, w), or None: one tap of 1; never trained. up, down: int or (x, y);
+    padding: of the upsampled image, int, (x, y) or (left, right, above, below), negative: crop.
+    Source: Karras et al. 2019, StyleGAN2, sec. 4; for the filter, Zhang 2019 (arXiv:1904.11486).
+    """
+    f = torch.ones(1, device=x.device) if f is None else f
+    (ux, uy), (dx, dy), (FW, FH) = pair(up), pair(down), sizes(f)
+    x0, x1, y0, y1 = four(padding)
+    H, W = x.shape[2:]
+    OW, OH = (W * ux + x0 + x1 - FW) // dx + 1, (H * uy + y0 + y1 - FH) // dy + 1
+    if W * ux + x0 + x1 < FW or H * uy + y0 + y1 < FH:
+        raise ValueError(
+            f"a {FH}x{FW} filter does not fit into {tuple(x.shape)}, padding {padding}"
+        )
+    library = kernels(x, impl)
+    if library is None:
+        return upfirdn2d_ref(x, f, (ux, uy), (dx, dy), (x0, x1, y0, y1), flip_filter, gain)
+    return Upfirdn2d.apply(x, f.float(), (ux, uy), (dx, dy), (x0, y0), (OW, OH), flip_filter, gain)
+
+
+def upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
+    N, C, H, W = x.shape
+    (ux, uy), (x0, x1, y0, y1) = up, padding
+    f = f.to(x.dtype) * gain ** (f.ndim / 2)
+    f = f if flip_filter else f.flip(list(range(f.ndim)))
+    if up != (1, 1):
+        x = F.pad(x.reshape(N, C, H, 1, W, 1), [0, ux - 1, 0, 0, 0, uy - 1])
+        x = x.reshape(N, C, H * uy, W * ux)
+    x = F.pad(x, [x0, x1, y0, y1])
+    f = f.outer(f) if f.ndim == 1 and len(f) < 8 else f  # few taps: one pass is faster than two
+    if f.ndim == 2:
+        return depthwise(x, f[None, None], down[::-1])
+    x = depthwise(x, f[None, None, None, :], (1, down[0]))
+    return depthwise(x, f[None, None, :, None], (down[1], 1))
+
+
+def depthwise(x, f, stride):
+    C = x.shape[1]
+    return conv2d(x, f.repeat(C, 1, 1, 1), stride=stride, groups=C)
+
+
+class Upfirdn2d(Function):
+    """See upfirdn2d. pad: (left, above); size: (width, height) of the result."""
+
+    @staticmethod
+    def forward(ctx, x, f, up, down, pad, size, flip_filter, gain):
+        x, last = dense(x)
+        N, C, H, W = x.shape
+        (OW, OH), (FW, FH) = size, sizes(f)
+        order = torch.channels_last if last else torch.contiguous_format
+        y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=order)
+        ctx.save_for_backward(f)
+        ctx.rest = up, down, pad, (W, H), flip_filter, gain
+        if y.numel() == 0 or x.numel() == 0:
+            return y.zero_()
+        # The fast kernel: separable, equal factors on both axes, one of them 1.
+        taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
+        V = 16 // x.element_size() if taps == 4 else 4
+        fast = f.ndim == 1 and taps in (4, 12) and len(factors) == 1
+        fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
+        fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
+        full = f if fast or f.ndim == 2 else f.outer(f)
+        shape = (C, H, W, OH, OW, FH, FW, *up, *down, *pad, flip_filter)
+        launch(
+            kernels(x, "cuda").upfirdn2d, x, DTYPES[x.dtype], last, taps if fast else 0,
+            N if last else N * C, (ctypes.c_int * 14)(*shape), gain, pointer(x),
+            pointer(full.contiguous()), pointer(y),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        (f,) = ctx.saved_tensors
+        up, down, (x0, y0), (W, H), flip_filter, gain = ctx.rest
+        FW, FH = sizes(f)
+        pad = (FW - x0 - 1, FH - y0 - 1)
+        gx = Upfirdn2d.apply(gy, f, down, up, pad, (W, H), not flip_filter, gain)
+        return (gx, *[None] * 7)
+
+
+def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl=None):
+    """Filters x without changing its size, beyond padding. See upfirdn2d."""
+    (x0, x1, y0, y1), (FW, FH) = four(padding), sizes(f)
+    padding = (x0 + FW // 2, x1 + (FW - 1) // 2, y0 + FH // 2, y1 + (FH - 1) // 2)
+    return upfirdn2d(x, f, 1, 1, padding, flip_filter, gain, impl)
+
+
+def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl=None):
+    """Enlarges x `up` times, keeping brightness: the gain is multiplied by up^2."""
+    (ux, uy), (x0, x1, y0, y1), (FW, FH) = pair(up), four(padding), sizes(f)
+    padding = (x0 + (FW + ux - 1) // 2, x1 + (FW - ux) // 2)
+    padding += (y0 + (FH + uy - 1) // 2, y1 + (FH - uy) // 2)
+    return upfirdn2d(x, f, up, 1, padding, flip_filter, gain * ux * uy, impl)
+
+
+def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
+    """Shrinks x `down` times."""
+    (dx, dy), (x0, x1, y0, y1), (FW, FH) = pair(down), four(padding), sizes(f)
+    padding = (x0 + (FW - dx + 1) // 2, x1 + (FW - dx) // 2)
+    padding += (y0 + (FH - dy + 1) // 2, y1 + (FH - dy) // 2)
+    return upfirdn2d(x, f, 1, down, padding, flip_filter, gain, impl)
+
+
+# =============================================================================
+# Convolutions
+# =============================================================================
+#   forward    y = x * w
+#   backward   dx = transposed convolution of dy with w; dw = aten::convolution_backward(dy, x)
+#   second     dx's by dy and w are again a convolution and such a dw; dw's by dy and x are
+#              convolutions with the gradient of dw in the place of w
+# PyTorch's own second derivative convolves with dy as a kernel as large as the image instead.
+
+_weight_gradients = True
+
+
+@contextlib.contextmanager
+def no_weight_gradients():
+    """Within, backward passes leave out the gradients of convolution weights: for the gradients
+    with respect to images or ws of R1 and path length, which would only throw them away. Not
+    where weights themselves depend on those, as in a fused modulated convolution."""
+    global _weight_gradients
+    before, _weight_gradients = _weight_gradients, False
+    try:
+        yield
+    finally:
+        _weight_gradients = before
+
+
+def conv2d(x, w, stride=1, padding=0, groups=1):
+    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw)."""
+    return Convolution.apply(x, w, pair(stride), pair(padding), groups, False, (0, 0))
+
+
+def conv_transpose2d(x, w, stride=1, padding=0, output_padding=0, groups=1):
+    """F.conv_transpose2d without bias. x: (N, I, H, W); w: (I, O / groups, kh, kw)."""
+    extra = pair(output_padding)
+    return Convolution.apply(x, w, pair(stride), pair(padding), groups, True, extra)
+
+
+class Convolution(Function):
+    @staticmethod
+    def forward(ctx, x, w, stride, padding, groups, transposed, extra):
+        ctx.save_for_backward(x, w)
+        ctx.rest = stride, padding, groups, transposed, extra
+        return torch.convolution(x, w, None, stride, padding, (1, 1), transposed, extra, groups)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        stride, padding, groups, transposed, extra = ctx.rest
+        gx = gw = None
+        if ctx.needs_input_grad[0]:
+            extra = (0, 0)
+            if not transposed:  # which of the sizes that a stride maps to gy's was x's
+                extra = tuple(
+                    x.shape[2 + k] - (gy.shape[2 + k] - 1) * stride[k] + 2 * padding[k]
+                    - w.shape[2 + k] for k in (0, 1)
+                )  # fmt: skip
+            gx = Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
+        if ctx.needs_input_grad[1] and _weight_gradients:
+            gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest)
+        return gx, gw, None, None, None, None, None
+
+
+class WeightGradient(Function):
+    @staticmethod
+    def forward(ctx, gy, x, w, rest):
+        ctx.save_for_backward(gy, x)
+        ctx.rest = rest
+        stride, padding, groups, transposed, extra = rest
+        return torch.ops.aten.convolution_backward(
+            gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups,
+            (False, True, False),
+        )[1]  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, ggw):
+        gy, x = ctx.saved_tensors
+        stride, padding, groups, transposed, extra = ctx.rest
+        ggy = gx = None
+        if ctx.needs_input_grad[0]:
+            ggy = Convolution.apply(x, ggw, *ctx.rest)
+        if ctx.needs_input_grad[1]:
+            extra = (0, 0)
+            if not transposed:
+                extra = tuple(
+                    x.shape[2 + k] - (gy.shape[2 + k] - 1) * stride[k] + 2 * padding[k]
+                    - ggw.shape[2 + k] for k in (0, 1)
+                )  # fmt: skip
+            gx = Convolution.apply(gy, ggw, stride, padding, groups, not transposed, extra)
+        return ggy, gx, None, None
+
+
+def conv2d_resample(
+    x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False, impl=None
+):
+    """Upsamples x by zeros, pads, filters with f, convolves with w, downsamples.
+
+    x: (N, I, H, W); w: (O, I / groups, kh, kw); padding: of the upsampled image, as in upfirdn2d,
+    where that of the filter is added by itself; flip_weight: True: correlation, as F.conv2d. The
+    steps commute but for borders, and are taken in the order that computes least.
+    """
+    (FW, FH), (kh, kw) = sizes(f), w.shape[2:]
+    x0, x1, y0, y1 = four(padding)
+    if up > 1:
+        x0, x1, y0, y1 = (
+            p + q for p, q in zip(
+                (x0, x1, y0, y1),
+                ((FW + up - 1) // 2, (FW - up) // 2, (FH + up - 1) // 2, (FH - up) // 2),
+                strict=True,
+            )
+        )  # fmt: skip
+    if down > 1:
+        x0, x1 = x0 + (FW - down + 1) // 2, x1 + (FW - down) // 2
+        y0, y1 = y0 + (FH - down + 1) // 2, y1 + (FH - down) // 2
+    w = w if flip_weight or up > 1 else w.flip([2, 3])
+    pads = (x0, x1, y0, y1)
+    resample = functools.partial(upfirdn2d, f=f, flip_filter=flip_filter, impl=impl)
+
+    if (kw, kh) == (1, 1) and up == 1 and down > 1:
+        return conv2d(resample(x, down=down, padding=pads), w, groups=groups)
+    if (kw, kh) == (1, 1) and up > 1 and down == 1:
+        return resample(conv2d(x, w, groups=groups), up=up, padding=pads, gain=up**2)
+    if up == 1 and down > 1:
+        return conv2d(resample(x, padding=pads), w, stride=down, groups=groups)
+    if up > 1:
+        # Stride `up` in a transposed convolution is the zeros and the full convolution at once,
+        # which pads by k - 1 before and k - up after; what is left of the padding goes to the
+        # filter, or, where it is negative, is cropped by the convolution.
+        O, I = w.shape[:2]
+        w = w.flip([2, 3]) if flip_weight else w
+        w = (
+            w.reshape(groups, O // groups, I, kh, kw)
+            .transpose(1, 2)
+            .reshape(-1, O // groups, kh, kw)
+        )
+        x0, x1, y0, y1 = x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up
+        crop = max(min(-y0, -y1), 0), max(min(-x0, -x1), 0)
+        x = conv_transpose2d(x, w, up, crop, groups=groups)
+        pads = (x0 + crop[1], x1 + crop[1], y0 + crop[0], y1 + crop[0])
+        x = resample(x, padding=pads, gain=up**2)
+        return x if down == 1 else upfirdn2d(x, f, 1, down, 0, flip_filter, impl=impl)
+    if x0 == x1 >= 0 and y0 == y1 >= 0:
+        return conv2d(x, w, padding=(y0, x0), groups=groups)
+    return conv2d(F.pad(x, pads), w, groups=groups)
+
+
+# =============================================================================
+# grid_sample
+# =============================================================================
+#   forward    bilinear, zeros outside, align_corners=False; linear in the image
+#   backward   aten::grid_sampler_2d_backward; its derivative by dy is grid_sample itself
+
+
+def grid_sample(x, grid):
+    """F.grid_sample(x, grid) of images x (N, C, H, W) at grid (N, OH, OW, 2), twice differentiable
+    in x on every torch; the grid gets no gradient."""
+    return GridSample.apply(x, grid)
+
+
+class GridSample(Function):
+    @staticmethod
+    def forward(ctx, x, grid):
+        ctx.save_for_backward(x, grid)
+        return F.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)
+
+    @staticmethod
+    def backward(ctx, gy):
+        return GridSampleGrad.apply(gy, *ctx.saved_tensors), None
+
+
+class GridSampleGrad(Function):
+    @staticmethod
+    def forward(ctx, gy, x, grid):
+        ctx.save_for_backward(grid)
+        backward = torch.ops.aten.grid_sampler_2d_backward
+        return backward(gy, x, grid, 0, 0, False, (True, False))[0]
+
+    @staticmethod
+    def backward(ctx, ggx):
+        return GridSample.apply(ggx, ctx.saved_tensors[0]), None, None

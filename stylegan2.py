@@ -1,0 +1,1203 @@
+"""StyleGAN2, "Analyzing and Improving the Image Quality of StyleGAN" (Karras, Laine, Aittala,
+Hellsten, Lehtinen, Aila 2019, arXiv:1912.04958).
+
+In this file, in the order of the signal              paper
+    MappingNetwork                                    StyleGAN sec. 2, Fig. 1b
+    modulated_conv2d, SynthesisLayer                  sec. 2.2, Eqs. (1)-(3), Fig. 2d
+    SynthesisNetwork, Discriminator                   sec. 4.1, Fig. 7 (orig, skip, resnet), Table 2
+    path_length_penalty                               sec. 3.2, Eq. (4), appendix B
+    r1_penalty and the logistic losses                StyleGAN2 keeps StyleGAN's
+    train                                             sec. 3.1 (lazy regularization), appendix B
+    project                                           sec. 5, appendix D
+
+    python stylegan2.py                               # toy faces, 2 CPU cores, minutes
+    python stylegan2.py --data FOLDER_OR_ZIP --size 256 --mirror
+    python stylegan2.py generate --checkpoint RUN --seeds 0-7 --psi 0.7
+    python stylegan2.py project --checkpoint RUN --input FACE.png
+    python stylegan2.py evaluate --checkpoint RUN
+
+Results: README. Differs from the paper, with the official PyTorch code (NVlabs/
+stylegan2-ada-pytorch): path length every 4 steps (paper: 8); fp16 in the four top resolutions on a
+GPU; labels are embedded and normalised apart from z, and D projects on them.
+"""
+
+import copy
+import functools
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import ops_cuda as ops
+from common import UserError
+
+# =============================================================================
+# The paper's numbers
+# =============================================================================
+
+CONFIGS = {  # Table 1: the last two rows
+    "E": dict(channel_base=16384, r1_gamma=100.0),
+    "F": dict(channel_base=32768, r1_gamma=10.0),
+}
+LR, BETAS = 0.002, (0.0, 0.99)  # Adam, appendix B
+R1_EVERY, PL_EVERY = 16, 4  # lazy regularization, sec. 3.1; G's interval is the official code's
+PL_WEIGHT, PL_DECAY, PL_SHRINK = 2.0, 0.01, 2  # appendix B; path lengths of half a batch
+MIXING = 0.9  # style mixing, StyleGAN sec. 3.1
+EMA_KIMG = 10.0  # half-life of the weights' average, thousands of images
+W_AVG_BETA = 0.995
+FP16_BLOCKS, CLAMP = 4, 256.0  # resolutions in half precision, and the limit of their values
+
+# What a plain `python stylegan2.py` trains: small enough for two CPU cores and a few minutes.
+TOY = dict(size=32, channel_base=1024, channel_max=64, z_dim=64, w_dim=64, map_layers=2)
+TOY |= dict(batch=16, mbstd_group=4, r1_gamma=1.0, kimg=60, lr=0.0025, ema_kimg=2.0, every=10)
+
+# =============================================================================
+# Networks
+# =============================================================================
+# Weights are N(0, 1) and scaled where they are used (equalized learning rate, Karras et al. 2017,
+# sec. 4.1). Names of parameters are those of the official PyTorch checkpoints.
+
+FIR = (1, 3, 3, 1)  # the resampling filter, along each axis
+
+
+def fir_filter():
+    """FIR as a separable filter of sum 1, for a buffer that no checkpoint holds."""
+    return ops.setup_filter(FIR, separable=True)
+
+
+class Linear(nn.Module):
+    """A dense layer with equalized learning rate. forward(x): (N, I) -> (N, O).
+
+    lr_mul: factor of the layer's learning rate; bias: initial value, None for no bias.
+    """
+
+    def __init__(self, I, O, act="linear", lr_mul=1.0, bias=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(O, I) / lr_mul)
+        self.bias = None if bias is None else nn.Parameter(torch.full((O,), float(bias)))
+        self.act, self.gain, self.lr_mul = act, lr_mul / math.sqrt(I), lr_mul
+
+    def forward(self, x):
+        w = self.weight.to(x.dtype) * self.gain
+        b = None if self.bias is None else self.bias.to(x.dtype) * self.lr_mul
+        if self.act == "linear":
+            return F.linear(x, w, b)
+        return ops.bias_act(F.linear(x, w), b, act=self.act)
+
+
+class Conv2d(nn.Module):
+    """A convolution of D (and of skips) with equalized learning rate, resampling and activation.
+
+    forward(x, gain=1): (N, I, H, W) -> (N, O, H * up / down, ...); gain scales result and clamp.
+    """
+
+    def __init__(self, I, O, k, act="linear", up=1, down=1, clamp=None, bias=True, fir=FIR):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(O, I, k, k))
+        self.bias = nn.Parameter(torch.zeros(O)) if bias else None
+        self.register_buffer("fir", ops.setup_filter(fir, separable=True), persistent=False)
+        self.gain, self.act, self.clamp = 1 / math.sqrt(I * k * k), act, clamp
+        self.up, self.down, self.pad = up, down, k // 2
+
+    def forward(self, x, gain=1.0):
+        w = (self.weight * self.gain).to(x.dtype)
+        # Like the official code, convolve where it upsamples and correlate elsewhere.
+        x = ops.conv2d_resample(
+            x, w, self.fir, self.up, self.down, self.pad, flip_weight=self.up == 1
+        )
+        if self.bias is None and self.act == "linear" and gain == 1 and self.clamp is None:
+            return x
+        clamp = None if self.clamp is None else self.clamp * gain
+        act_gain = ops.ACTIVATIONS[self.act][2] * gain
+        return ops.bias_act(x, self.bias, act=self.act, gain=act_gain, clamp=clamp)
+
+
+def normalize(x):
+    """Each row to mean square 1."""
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+class MappingNetwork(nn.Module):
+    """f: Z x C -> W (StyleGAN, Fig. 1b), an MLP with a running mean of its output for truncation.
+
+    forward(z, c=None, psi=1, cutoff=None) -> ws (N, num_ws, w_dim), or (N, w_dim) without num_ws
+        z: (N, z_dim), any scale, normalised inside, None if z_dim is 0; c: (N, c_dim), None if 0
+        psi: 1 = no truncation, 0 = mean image, in the first `cutoff` layers (None: all)
+    In training mode w_avg moves, unless update_avg=False (the second latents of style mixing).
+    Raises ValueError if a conditional model gets no c.
+    Source: StyleGAN sec. 2 and appendix B; labels: NVlabs/stylegan2-ada-pytorch.
+    """
+
+    def __init__(
+        self, z_dim, c_dim, w_dim, num_ws, num_layers=8, embed_features=None, layer_features=None,
+        lr_mul=0.01, w_avg_beta=W_AVG_BETA,
+    ):  # fmt: skip
+        super().__init__()
+        self.z_dim, self.c_dim, self.num_ws, self.w_avg_beta = z_dim, c_dim, num_ws, w_avg_beta
+        embed_features = (embed_features or w_dim) if c_dim else 0
+        if c_dim:
+            self.embed = Linear(c_dim, embed_features)
+        widths = [z_dim + embed_features] + [layer_features or w_dim] * (num_layers - 1) + [w_dim]
+        for i, (I, O) in enumerate(zip(widths, widths[1:], strict=False)):
+            self.add_module(f"fc{i}", Linear(I, O, "lrelu", lr_mul))
+        self.num_layers = num_layers
+        if num_ws is not None and w_avg_beta is not None:
+            self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    def forward(self, z, c=None, psi=1.0, cutoff=None, update_avg=True):
+        parts = [normalize(z)] if self.z_dim else []
+        if self.c_dim:
+            if c is None:
+                raise ValueError(f"this model is conditional: c (N, {self.c_dim}) is missing")
+            parts.append(normalize(self.embed(c)))
+        w = torch.cat(parts, 1)
+        for i in range(self.num_layers):
+            w = getattr(self, f"fc{i}")(w)
+        if self.num_ws is None:
+            return w
+        if self.training and update_avg and self.w_avg_beta is not None:
+            self.w_avg.copy_(w.detach().mean(0).lerp(self.w_avg, self.w_avg_beta))
+        ws = w[:, None].repeat(1, self.num_ws, 1)
+        if psi == 1:
+            return ws
+        truncated = self.w_avg.lerp(ws[:, :cutoff], psi)  # StyleGAN, appendix B
+        return torch.cat([truncated, ws[:, truncated.shape[1] :]], 1)
+
+
+def modulated_conv2d(
+    x, weight, style, up=1, down=1, pad=0, fir=None, demodulate=True, flip_weight=True
+):
+    """Weight modulation and demodulation, sec. 2.2.
+
+    x: (N, I, H, W); weight: (O, I, k, k); style: (N, I), around 1.
+    Returns (N, O, H * up / down, ...) and the factors (N, O) by which it must still be multiplied,
+    None without demodulation: the caller does so in one pass with noise, bias and activation.
+
+    Eq. (1), w' = style * w, is applied to the input channels and Eq. (3), the division by
+    |w'|, to the output channels instead of the weights: the same, since convolution is linear.
+    """
+    O, I, k, _ = weight.shape
+    if x.dtype == torch.float16 and demodulate:
+        # Demodulation cancels scales of weight and style; these keep x in the range of float16.
+        weight = weight / (weight.abs().amax([1, 2, 3], keepdim=True) * math.sqrt(I * k * k))
+        style = style / style.abs().amax(1, keepdim=True)
+    factors = None
+    if demodulate:
+        energy = weight.square().sum([2, 3])  # (O, I)
+        factors = (style.square() @ energy.T + 1e-8).rsqrt()  # Eq. (3)
+    x = ops.fused_act(x, scale=style)  # Eq. (1)
+    x = ops.conv2d_resample(x, weight.to(x.dtype), fir, up, down, pad, flip_weight=flip_weight)
+    return x, factors
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution, noise, bias, leaky ReLU (Fig. 2d).
+
+    forward(x, w, noise="random", gain=1): (N, I, H, W), (N, w_dim) -> (N, O, res, res)
+    noise: "random", "const" (the stored map), "none", or a function of a shape that draws it.
+    """
+
+    def __init__(self, I, O, w_dim, res, up=1, use_noise=True, clamp=None):
+        super().__init__()
+        self.affine = Linear(w_dim, I, bias=1.0)
+        self.weight = nn.Parameter(torch.randn(O, I, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(O))
+        if use_noise:
+            self.noise_strength = nn.Parameter(torch.zeros(()))
+            self.register_buffer("noise_const", torch.randn(res, res))
+        self.register_buffer("fir", fir_filter(), persistent=False)
+        self.up, self.use_noise, self.clamp = up, use_noise, clamp
+
+    def forward(self, x, w, noise="random", gain=1.0):
+        style = self.affine(w)
+        # The kernel of an upsampling layer is a true convolution's, the others correlate.
+        x, factors = modulated_conv2d(
+            x, self.weight, style, self.up, 1, 1, self.fir, flip_weight=self.up == 1
+        )
+        image, strength = None, None
+        if self.use_noise and noise != "none":
+            strength = self.noise_strength
+            if noise == "const":
+                image = self.noise_const
+            else:
+                shape = (len(x), 1, *x.shape[2:])
+                image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
+        clamp = None if self.clamp is None else self.clamp * gain
+        return ops.fused_act(
+            x, factors, image, strength, self.bias, "lrelu", gain=ops.SQRT2 * gain, clamp=clamp
+        )
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to an image, without demodulation, noise or activation.
+
+    forward(x, w): (N, I, H, W), (N, w_dim) -> (N, img_channels, H, W) float32
+    """
+
+    def __init__(self, I, O, w_dim, clamp=None):
+        super().__init__()
+        self.affine = Linear(w_dim, I, bias=1.0)
+        self.weight = nn.Parameter(torch.randn(O, I, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(O))
+        self.clamp = clamp
+
+    def forward(self, x, w):
+        style = self.affine(w) / math.sqrt(self.weight.shape[1])
+        # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
+        w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
+        img = (w @ x.flatten(2)).unflatten(2, x.shape[2:])
+        img = ops.bias_act(img, self.bias, clamp=self.clamp)
+        return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
+
+
+def block_type(block, x):
+    """The type that a block computes in: its half type on a GPU, else that of its weights."""
+    half = block.half if x.is_cuda else None
+    return half or block.conv1.weight.dtype
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution of G (Fig. 7). forward(x, img, ws, noise) -> x, img
+
+    x: (N, I, res / 2, res / 2), None in the first block, I = 0; img: RGB so far, or None;
+    ws: one (N, w_dim) for each convolution and one for the image, which the next block shares.
+    """
+
+    def __init__(self, I, O, w_dim, res, img_channels, architecture, last, half, use_noise, clamp):
+        super().__init__()
+        self.architecture, self.half = architecture, half
+        layer = dict(w_dim=w_dim, res=res, use_noise=use_noise, clamp=clamp)
+        if I == 0:
+            self.const = nn.Parameter(torch.randn(O, res, res))
+        else:
+            self.conv0 = SynthesisLayer(I, O, up=2, **layer)
+        self.conv1 = SynthesisLayer(O, O, **layer)
+        if last or architecture == "skip":
+            self.torgb = ToRGB(O, img_channels, w_dim, clamp)
+        if I and architecture == "resnet":
+            self.skip = Conv2d(I, O, 1, up=2, bias=False)
+        self.register_buffer("fir", fir_filter(), persistent=False)
+
+    def forward(self, x, img, ws, noise="random"):
+        if x is None:
+            x = self.const[None].to(block_type(self, self.const)).repeat(len(ws[0]), 1, 1, 1)
+            x = self.conv1(x, ws[0], noise)
+        else:
+            x = x.to(block_type(self, x))
+            if self.architecture == "resnet":
+                y = self.skip(x, gain=math.sqrt(0.5))
+                x = self.conv0(x, ws[0], noise)
+                x = y + self.conv1(x, ws[1], noise, gain=math.sqrt(0.5))
+            else:
+                x = self.conv1(self.conv0(x, ws[0], noise), ws[1], noise)
+        if img is not None:
+            img = ops.upsample2d(img, self.fir)
+        if hasattr(self, "torgb"):
+            y = self.torgb(x, ws[-1])
+            img = y if img is None else img + y
+        return x, img
+
+
+def channels(res, channel_base, channel_max):
+    """Feature maps at a resolution: the same whatever the size of the network."""
+    return min(channel_base // res, channel_max)
+
+
+def resolutions(res):
+    """4, 8, ..., res."""
+    return [2**i for i in range(2, int(math.log2(res)) + 1)]
+
+
+def half_type(res, img_resolution, half_res, half):
+    """The type of the `half_res` highest resolutions, from 8; None elsewhere."""
+    first = max(img_resolution * 2 >> half_res, 8)
+    return getattr(torch, half) if half_res and res >= first else None
+
+
+class SynthesisNetwork(nn.Module):
+    """g: W -> images (sec. 4.1, Fig. 7), architecture "skip" (default), "resnet" or "orig".
+
+    forward(ws, noise="random") -> img (N, img_channels, res, res), about [-1, 1]
+        ws: (N, num_ws, w_dim); noise: see SynthesisLayer
+    """
+
+    def __init__(
+        self, w_dim, img_resolution, img_channels=3, channel_base=32768, channel_max=512,
+        architecture="skip", half_res=0, half="float16", clamp=None, use_noise=True,
+    ):  # fmt: skip
+        super().__init__()
+        I, self.num_ws = 0, 2 * int(math.log2(img_resolution)) - 2
+        self.resolutions = resolutions(img_resolution)
+        for res in self.resolutions:
+            O, last = channels(res, channel_base, channel_max), res == img_resolution
+            kind = half_type(res, img_resolution, half_res, half)
+            block = SynthesisBlock(
+                I, O, w_dim, res, img_channels, architecture, last, kind, use_noise, clamp
+            )
+            self.add_module(f"b{res}", block)
+            I = O
+
+    def forward(self, ws, noise="random"):
+        x = img = None
+        ws, first = ws.unbind(1), 0
+        for res in self.resolutions:
+            convs = 1 if res == 4 else 2
+            block = getattr(self, f"b{res}")
+            x, img = block(x, img, ws[first : first + convs + 1], noise)
+            first += convs
+        return img
+
+
+class Generator(nn.Module):
+    """mapping and synthesis. forward(z, c=None, psi=1, cutoff=None, noise="random") -> img
+
+    Defaults are config F at 1024 pixels; see MappingNetwork and SynthesisNetwork.
+    """
+
+    def __init__(
+        self, z_dim=512, c_dim=0, w_dim=512, img_resolution=1024, img_channels=3, map_layers=8,
+        channel_base=32768, channel_max=512, architecture="skip", half_res=0, half="float16",
+        clamp=None, use_noise=True,
+    ):  # fmt: skip
+        super().__init__()
+        synthesis = dict(img_resolution=img_resolution, img_channels=img_channels)
+        synthesis |= dict(channel_base=channel_base, channel_max=channel_max)
+        synthesis |= dict(architecture=architecture, half_res=half_res, half=half)
+        synthesis |= dict(clamp=clamp, use_noise=use_noise)
+        self.config = dict(kind="G", z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, map_layers=map_layers)
+        self.config |= synthesis
+        self.synthesis = SynthesisNetwork(w_dim, **synthesis)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, map_layers)
+
+    def forward(self, z, c=None, psi=1.0, cutoff=None, noise="random"):
+        return self.synthesis(self.mapping(z, c, psi, cutoff), noise)
+
+
+def minibatch_std(x, group=4, features=1):
+    """Appends feature maps with the standard deviation over a group of samples (Karras et al.
+    2017, sec. 3), averaged over channels and pixels.
+
+    x: (N, C, H, W) -> (N, C + features, H, W). group: its size, at most N, None for all of N; its
+    members lie N / group apart.
+    """
+    N, C, H, W = x.shape
+    G = min(group or N, N)
+    if N % G:
+        raise ValueError(f"a batch of {N} does not fall into groups of {G} (minibatch std)")
+    y = x.reshape(G, N // G, features, C // features, H, W)
+    y = (y.var(0, correction=0) + 1e-8).sqrt().mean([2, 3, 4])  # (N / G, features)
+    y = y.reshape(N // G, features, 1, 1).repeat(G, 1, H, W)
+    return torch.cat([x, y.to(x.dtype)], 1)
+
+
+class DiscriminatorBlock(nn.Module):
+    """One resolution of D (Fig. 7). forward(x, img) -> x (N, O, res / 2, res / 2), img
+
+    x: (N, I, res, res), None in the first block; img: what FromRGB reads here, or None.
+    """
+
+    def __init__(self, I, O, res, img_channels, architecture, first, half, clamp):
+        super().__init__()
+        self.architecture, self.half = architecture, half
+        if first or architecture == "skip":
+            self.fromrgb = Conv2d(img_channels, I, 1, "lrelu", clamp=clamp)
+        self.conv0 = Conv2d(I, I, 3, "lrelu", clamp=clamp)
+        self.conv1 = Conv2d(I, O, 3, "lrelu", down=2, clamp=clamp)
+        if architecture == "resnet":
+            self.skip = Conv2d(I, O, 1, down=2, bias=False)
+        self.register_buffer("fir", fir_filter(), persistent=False)
+
+    def forward(self, x, img):
+        dtype = block_type(self, img if x is None else x)
+        x = None if x is None else x.to(dtype)
+        if hasattr(self, "fromrgb"):
+            y = self.fromrgb(img.to(dtype))
+            x = y if x is None else x + y
+            img = ops.downsample2d(img, self.fir) if self.architecture == "skip" else None
+        if self.architecture == "resnet":  # both branches times sqrt(1/2): variance stays 1
+            y = self.skip(x, gain=math.sqrt(0.5))
+            x = y + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
+        else:
+            x = self.conv1(self.conv0(x))
+        return x, img
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """The 4x4 end of D: minibatch standard deviation, convolution, two dense layers.
+
+    forward(x, img, cmap) -> logits (N, 1); cmap: (N, cmap_dim) of a conditional D, or None
+    """
+
+    def __init__(self, I, img_channels, architecture, cmap_dim, mbstd_group, mbstd_features, clamp):
+        super().__init__()
+        self.mbstd_group, self.mbstd_features, self.cmap_dim = mbstd_group, mbstd_features, cmap_dim
+        if architecture == "skip":
+            self.fromrgb = Conv2d(img_channels, I, 1, "lrelu", clamp=clamp)
+        self.conv = Conv2d(I + mbstd_features, I, 3, "lrelu", clamp=clamp)
+        self.fc = Linear(I * 16, I, "lrelu")
+        self.out = Linear(I, cmap_dim or 1)
+
+    def forward(self, x, img, cmap):
+        x = x.to(self.conv.weight.dtype)
+        if img is not None:
+            x = x + self.fromrgb(img)
+        if self.mbstd_features:
+            x = minibatch_std(x, self.mbstd_group, self.mbstd_features)
+        x = self.out(self.fc(self.conv(x).flatten(1)))
+        if cmap is None:
+            return x
+        return (x * cmap).sum(1, keepdim=True) / math.sqrt(self.cmap_dim)  # projection on labels
+
+
+class Discriminator(nn.Module):
+    """D (sec. 4.1, Fig. 7), architecture "resnet" (default), "skip" or "orig".
+
+    forward(img, c=None) -> logits (N, 1); img: (N, img_channels, res, res); c: (N, c_dim)
+    Labels: a mapping network and a projection (Miyato and Koyama 2018), as
+    NVlabs/stylegan2-ada-pytorch has them. Raises ValueError if a conditional model gets no c.
+    """
+
+    def __init__(
+        self, c_dim=0, img_resolution=1024, img_channels=3, channel_base=32768, channel_max=512,
+        architecture="resnet", half_res=0, half="float16", clamp=None, cmap_dim=None, map_layers=8,
+        mbstd_group=4, mbstd_features=1,
+    ):  # fmt: skip
+        super().__init__()
+        widths = {r: channels(r, channel_base, channel_max) for r in resolutions(img_resolution)}
+        cmap_dim = (cmap_dim or widths[4]) if c_dim else 0
+        self.config = dict(kind="D", c_dim=c_dim, img_resolution=img_resolution)
+        self.config |= dict(img_channels=img_channels, channel_base=channel_base)
+        self.config |= dict(channel_max=channel_max, architecture=architecture, half_res=half_res)
+        self.config |= dict(half=half, clamp=clamp, cmap_dim=cmap_dim, map_layers=map_layers)
+        self.config |= dict(mbstd_group=mbstd_group, mbstd_features=mbstd_features)
+        self.resolutions = resolutions(img_resolution)[:0:-1]  # res, ..., 8
+        for res in self.resolutions:
+            block = DiscriminatorBlock(
+                widths[res], widths[res // 2], res, img_channels, architecture,
+                res == img_resolution, half_type(res, img_resolution, half_res, half), clamp,
+            )  # fmt: skip
+            self.add_module(f"b{res}", block)
+        self.b4 = DiscriminatorEpilogue(
+            widths[4], img_channels, architecture, cmap_dim, mbstd_group, mbstd_features, clamp
+        )
+        if c_dim:
+            self.mapping = MappingNetwork(0, c_dim, cmap_dim, None, map_layers, w_avg_beta=None)
+
+    def forward(self, img, c=None):
+        cmap = self.mapping(None, c) if self.config["c_dim"] else None
+        x = None
+        for res in self.resolutions:
+            x, img = getattr(self, f"b{res}")(x, img)
+        return self.b4(x, img, cmap)
+
+
+def build(config):
+    """The network that a `config` describes: what its attribute of that name held."""
+    kind = dict(G=Generator, D=Discriminator)[config["kind"]]
+    return kind(**{k: v for k, v in config.items() if k != "kind"})
+
+
+# ---- official checkpoints: names of tensors, from which everything else is read off ------------
+
+
+def noise_name(m):
+    """Our name of noise map k: 0 belongs to b4.conv1, 1 and 2 to b8.conv0 and conv1, ..."""
+    k = int(m[1])
+    return f"synthesis.b{2 ** ((k + 5) // 2)}.conv{(k + 1) % 2}.noise_const"
+
+
+TENSORFLOW = (  # pattern in a variable's name, ours
+    (r"^dlatent_avg", "mapping.w_avg"),
+    (r"^synthesis/noise(\d+)", noise_name),
+    (r"^synthesis/4x4/Conv/", "synthesis/4x4/Conv1/"),
+    (r"(\d+)x\d+/", r"b\1."),
+    (r"Conv([01])(_up|_down)?/", r"conv\1."),
+    (r"(Conv|ToRGB|FromRGB|Skip)/", lambda m: f"{m[1].lower()}."),
+    (r"(mapping/Dense|Mapping)(\d+)/", r"mapping.fc\2."),
+    (r"(mapping/)?LabelEmbed/", "mapping.embed."),
+    (r"Dense0/", "fc."),
+    (r"^Output/", "b4.out."),
+    (r"Const/const", "const"),
+    (r"mod_(weight|bias)", r"affine.\1"),
+    (r"/", "."),
+)
+ROSINALITY_G = (
+    (r"^latent_avg", "mapping.w_avg"),
+    (r"^style\.(\d+)", lambda m: f"mapping.fc{int(m[1]) - 1}"),
+    (r"^input\.input", "synthesis.b4.const"),
+    (r"^noises\.noise_(\d+)", noise_name),
+    (r"^conv1", "synthesis.b4.conv1"),
+    (r"^convs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1]) // 2}.conv{int(m[1]) % 2}"),
+    (r"^to_rgb1", "synthesis.b4.torgb"),
+    (r"^to_rgbs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1])}.torgb"),
+    (r"\.conv\.modulation\.", ".affine."),
+    (r"\.conv\.weight", ".weight"),
+    (r"\.noise\.weight", ".noise_strength"),
+    (r"\.activate\.bias", ".bias"),
+)
+
+
+def rosinality_D(res):
+    return (
+        (r"^convs\.0\.\d", f"b{res}.fromrgb"),
+        (r"^convs\.(\d+)", lambda m: f"b{2 * res >> int(m[1])}"),
+        (r"conv([12])\.\d", lambda m: f"conv{int(m[1]) - 1}"),
+        (r"skip\.1", "skip"),
+        (r"^final_conv\.\d", "b4.conv"),
+        (r"^final_linear\.(\d)", lambda m: ("b4.fc", "b4.out")[int(m[1])]),
+    )
+
+
+def our_names(arrays):
+    """The tensors of an official network under our names, which are stylegan2-ada-pytorch's."""
+    arrays = {k: v for k, v in arrays.items() if not k.endswith(("_filter", ".kernel", "lod"))}
+    if any("LabelConcat" in name for name in arrays):
+        raise ValueError("its labels are concatenated to z, which is not supported")
+    rules = ()
+    if any("/" in name for name in arrays):
+        rules = TENSORFLOW
+        for name, t in arrays.items():
+            if name.endswith("weight"):  # (kh, kw, I, O), (I, O)
+                t = t.permute(3, 2, 0, 1) if t.ndim == 4 else t.T
+            t = t.flip([2, 3]) if "Conv0_up" in name else t  # the original correlates there
+            arrays[name] = t + 1 if name.endswith("mod_bias") else t
+    elif "input.input" in arrays:
+        rules = ROSINALITY_G
+    elif numbers := {int(m[1]) for name in arrays if (m := re.match(r"convs\.(\d+)", name))}:
+        rules = rosinality_D(4 << max(numbers))
+    found = {}
+    for name, t in arrays.items():
+        for pattern, ours in rules:
+            name = re.sub(pattern, ours, name)
+        found[name] = t
+    return found
+
+
+def from_official(arrays, options=None):
+    """A ready G or D from {official name: tensor} of stylegan2-ada-pytorch and stylegan3, of the
+    TensorFlow stylegan2 and stylegan2-ada, or of rosinality/stylegan2-pytorch.
+
+    Widths, depth and architecture are read off names and shapes; what leaves no trace there
+    (clamping, half precision, minibatch std group) off `options`, the official arguments, if given.
+    Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
+    """
+    arrays = our_names(arrays)
+    net = build(official_config(arrays, options or {}))
+    own = net.state_dict()
+    missing = {n for n in set(own) - set(arrays) if not n.endswith(("noise_const", "w_avg"))}
+    if wrong := sorted(missing | set(arrays) - set(own)):
+        raise ValueError(f"{', '.join(wrong[:3])} missing or unknown")
+    net.load_state_dict(own | {k: v.reshape(own[k].shape) for k, v in arrays.items()})
+    if "mapping.w_avg" in own and "mapping.w_avg" not in arrays:
+        net.mapping.w_avg.copy_(w_statistics(net)[0])
+    return net
+
+
+def official_config(arrays, options):
+    """The config of the network that holds these tensors."""
+    shape = {name: tuple(t.shape) for name, t in arrays.items()}
+    G = "synthesis." if "synthesis.b4.const" in shape else ""
+    found = (re.match(rf"{re.escape(G)}b(\d+)\.", name) for name in shape)
+    blocks = sorted({int(m[1]) for m in found if m})
+    if not blocks or blocks != resolutions(blocks[-1]):
+        raise ValueError("no blocks b4, b8, ... of a StyleGAN2 network")
+    res, rgb = blocks[-1], "torgb" if G else "fromrgb"
+    conv = {r: f"{G}b{r}.{'conv1' if G else 'conv0'}.weight" for r in blocks}
+    conv |= {} if G else {4: "b4.conv.weight"}
+    widths = {r: shape[name][-4] for r, name in conv.items()}
+    most = max(widths.values())
+    narrow = [r * w for r, w in widths.items() if w < most]
+    config = dict(channel_max=most, channel_base=max(narrow, default=res * most))
+    if widths != {r: channels(r, config["channel_base"], config["channel_max"]) for r in blocks}:
+        raise ValueError(f"{widths} channels are not those of a StyleGAN2 network")
+    architecture = "resnet" if any(".skip." in name for name in shape) else "orig"
+    config["architecture"] = "skip" if f"{G}b4.{rgb}.weight" in shape else architecture
+    img_channels = shape[f"{G}b{res}.{rgb}.weight"][-4 if G else -3]
+    map_layers = len([n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)])
+    config |= dict(img_resolution=res, img_channels=img_channels, map_layers=map_layers)
+    embed_dim, c_dim = shape.get("mapping.embed.weight", (0, 0))
+    config |= dict(c_dim=c_dim, clamp=option(options, "conv_clamp"))
+    config["half_res"] = option(options, "num_fp16_res") or 0
+    if not G:
+        group = option(options, "mbstd_group_size") or 4
+        extra = shape["b4.conv.weight"][1] - widths[4]
+        cmap_dim = shape["b4.out.weight"][0] if c_dim else None
+        return dict(kind="D", mbstd_group=group, mbstd_features=extra, cmap_dim=cmap_dim, **config)
+    w_dim = shape["synthesis.b4.conv1.affine.weight"][1]
+    z_dim = shape["mapping.fc0.weight"][1] - embed_dim
+    noisy = "synthesis.b4.conv1.noise_strength" in shape
+    return dict(kind="G", z_dim=z_dim, w_dim=w_dim, use_noise=noisy, **config)
+
+
+def option(options, name):
+    """The value of a name, wherever it stands in nested official arguments, or None."""
+    parts = [v for v in options.values() if isinstance(v, dict)]
+    return options.get(name, next((v for p in parts if (v := option(p, name)) is not None), None))
+
+
+@torch.no_grad()
+def w_statistics(G, c=None, n=10_000):
+    """Mean (w_dim,) and deviation (), sqrt(E |w - mean|^2), of w over z of seed 123 (appendix D)."""
+    device = next(G.parameters()).device
+    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["z_dim"])).float()
+    c = None if c is None else c.expand(n, -1)
+    w = G.mapping(z.to(device), c, update_avg=False)[:, 0]
+    return w.mean(0), (w - w.mean(0)).square().sum(1).mean().sqrt()
+
+
+# =============================================================================
+# Losses
+# =============================================================================
+
+
+def mixed_ws(G, z, c, z2=None, crossover=None):
+    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
+    sec. 3.1); crossover = num_ws mixes nothing."""
+    ws = G.mapping(z, c)
+    if z2 is None:
+        return ws
+    ws2 = G.mapping(z2, c, update_avg=False)
+    first = torch.arange(ws.shape[1], device=ws.device) < crossover
+    return torch.where(first[None, :, None], ws, ws2)
+
+
+def logistic_loss(logits, real):
+    """-log sigmoid of +-logits: how far D is from calling the images real (True) or not. (N,)
+
+    The non-saturating loss of G, and either half of D's (Goodfellow et al. 2014).
+    """
+    return F.softplus(-logits if real else logits).flatten()
+
+
+def r1_penalty(D, real, c):
+    """|grad_x D(x)|^2 of each real image (N,) (Mescheder et al. 2018). Weigh it by r1_gamma / 2."""
+    real = real.detach().requires_grad_(True)
+    with ops.no_weight_gradients():
+        (grads,) = torch.autograd.grad(D(real, c).sum(), real, create_graph=True)
+    return grads.square().sum([1, 2, 3])
+
+
+def path_lengths(G, ws, y, noise="random"):
+    """|J_w^T y| of each sample (N,), Eq. (4). ws: (N, num_ws, w_dim); y: (N, C, H, W) ~ N(0, 1).
+
+    y is divided by the image side and squares are averaged over layers, as in the official code
+    (NVlabs/stylegan2: training/loss.py), which makes the effective weight 2 / (res^2 num_ws).
+    """
+    img = G.synthesis(ws, noise)
+    y = y / math.sqrt(img.shape[2] * img.shape[3])
+    with ops.no_weight_gradients():
+        (J,) = torch.autograd.grad((img * y).sum(), ws, create_graph=True)
+    return J.square().sum(2).mean(1).sqrt()
+
+
+# =============================================================================
+# Training
+# =============================================================================
+# Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, which sum up.
+# All random choices are tensors, equal for any number of processes.
+
+
+def rounds(args, z, c):
+    """(z, c) in pieces of --batch-gpu samples."""
+    size = args.batch_gpu or len(z)
+    pieces = z.split(size)
+    return zip(pieces, [None] * len(pieces) if c is None else c.split(size), strict=True)
+
+
+def mix(G, z, c, args, run):
+    """ws of z, or with probability --mixing, of z up to a random layer and of fresh latents above;
+    one layer for all samples."""
+    if args.mixing == 0:
+        return mixed_ws(G, z, c)
+    gate, place = run.rand(2, shared=True)
+    layer = 1 + (place * (G.num_ws - 1)).floor()  # 1 ... num_ws - 1
+    crossover = torch.where(gate < args.mixing, layer, G.num_ws)
+    return mixed_ws(G, z, c, run.randn(*z.shape), crossover)
+
+
+def generator_phase(G, D, n, sample_c, args, run, noise):
+    """Gradients of G for n fakes: -log D(G(z)). Returns the loss of each round."""
+    losses = []
+    for z, c in rounds(args, run.randn(n, G.config["z_dim"]), sample_c(n)):
+        fake = G.synthesis(mix(G, z, c, args, run), noise)
+        loss = logistic_loss(D(fake, c), real=True).mean()
+        run.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
+    """Gradients of G for path length regularization (sec. 3.2), of 1 / PL_SHRINK of n samples."""
+    losses, n = [], n // PL_SHRINK
+    args = copy.copy(args)
+    args.batch_gpu = args.batch_gpu and args.batch_gpu // PL_SHRINK
+    res, C = G.config["img_resolution"], G.config["img_channels"]
+    for z, c in rounds(args, run.randn(n, G.config["z_dim"]), sample_c(n)):
+        ws = mix(G, z, c, args, run)
+        lengths = path_lengths(G, ws, run.randn(len(z), C, res, res), noise)
+        # The running mean includes these lengths and passes their gradients on, as officially.
+        mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
+        penalty = (lengths - mean).square().mean()
+        run.backward(penalty * args.pl_weight * args.pl_every)
+        pl_mean.copy_(mean.detach())
+        losses.append(penalty.detach())
+    return torch.stack(losses)
+
+
+def discriminator_phase(G, D, real, real_c, sample_c, args, run, noise):
+    """Gradients of D: -log(1 - D(G(z))) - log D(x). Returns the two losses of each round."""
+    losses, n = [], len(real)
+    latents = rounds(args, run.randn(n, G.config["z_dim"]), sample_c(n))
+    for (z, c), (x, x_c) in zip(latents, rounds(args, real, real_c), strict=True):
+        with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
+            fake = G.synthesis(mix(G, z, c, args, run), noise)
+        on_fake = logistic_loss(D(fake, c), real=False).mean()
+        run.backward(on_fake)
+        on_real = logistic_loss(D(x, x_c), real=True).mean()
+        run.backward(on_real)
+        losses.append(torch.stack([on_fake.detach(), on_real.detach()]))
+    return torch.stack(losses)
+
+
+def r1_phase(D, real, real_c, args, run):
+    """Gradients of D for R1 on the real images."""
+    losses = []
+    for x, c in rounds(args, real, real_c):
+        penalty = r1_penalty(D, x, c).mean()
+        run.backward(penalty * (args.r1_gamma / 2) * args.r1_every)
+        losses.append(penalty.detach())
+    return torch.stack(losses)
+
+
+def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noise="random"):
+    """One iteration: G, every --pl-every steps path length, D, every --r1-every steps R1, each with
+    an Adam step of its own (lazy regularization, sec. 3.1). Returns {name: loss}, unweighted.
+
+    opts: of G and D; pl_mean: (), moved in place; real: (N, C, H, W) in [-1, 1]; real_c: (N, c_dim)
+    or None; sample_c(n): labels of n fakes. `run` gives rand, randn, mean, backward and step.
+    """
+    losses, n, (opt_G, opt_D) = {}, len(real), opts
+
+    # ---- G; D only passes gradients on --------------------------------------------------------
+    D.requires_grad_(False)
+    losses["G"] = generator_phase(G, D, n, sample_c, args, run, noise).mean()
+    run.step(opt_G)
+    if args.pl_weight and step % args.pl_every == 0:
+        pl = path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
+        losses["reg/pl"], losses["reg/pl_mean"] = pl.mean(), pl_mean.clone()
+        run.step(opt_G)
+
+    # ---- D, on fakes of the new G -------------------------------------------------------------
+    D.requires_grad_(True)
+    both = discriminator_phase(G, D, real, real_c, sample_c, args, run, noise).mean(0)
+    losses["D_fake"], losses["D_real"] = both
+    run.step(opt_D)
+    if args.r1_gamma and step % args.r1_every == 0:
+        losses["reg/r1"] = r1_phase(D, real, real_c, args, run).mean()
+        run.step(opt_D)
+    return losses
+
+
+def lazy_adam(run, net, lr, every):
+    """Adam with the rate and betas to the power of k / (k + 1), since every k steps come with one
+    more, of the regularizer (appendix B)."""
+    share = every / (every + 1)
+    return run.adam([net], lr * share, tuple(beta**share for beta in BETAS))
+
+
+@torch.no_grad()
+def update_ema(G_ema, G, beta):
+    """G_ema = lerp(G, G_ema, beta); buffers (w_avg, noise maps) are copied."""
+    torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
+    for mine, new in zip(G_ema.buffers(), G.buffers(), strict=True):
+        mine.copy_(new)
+
+
+def new_networks(args, size, c_dim, half):
+    """{"G", "D"} with fresh weights; half: "float16", "bfloat16" or None."""
+    both = dict(c_dim=c_dim, img_resolution=size, img_channels=args.channels)
+    both |= dict(channel_base=args.channel_base, channel_max=args.channel_max)
+    if half:
+        both |= dict(half_res=FP16_BLOCKS, half=half, clamp=CLAMP)
+    G = dict(z_dim=args.z_dim, w_dim=args.w_dim, map_layers=args.map_layers, architecture=args.G)
+    D = dict(architecture=args.D, mbstd_group=args.mbstd_group)
+    return {"G": Generator(**both, **G), "D": Discriminator(**both, **D)}
+
+
+def train(args):
+    run = common.Run("stylegan2", args, __file__, own_half=True)
+    run.log_every = 1000
+    check_options(args, run.world)
+    toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
+    source = common.open_data(args.data, size=args.size, toy=toy)
+
+    # ---- data: image n is a pure function of (seed, n) ----------------------------------------
+    data, size = common.square_pictures(args, source, args.channels)
+    labels = common.one_hot(args, source) if args.cond else None
+
+    def image(n):
+        epoch, i = divmod(n, len(data))
+        k = common.shuffled(len(data), args.seed, epoch)[i]
+        rng = common.item_rng(args.seed, epoch, i)
+        pixels = common.crop_and_flip(data[k], None, args.mirror, rng)
+        return (pixels,) if labels is None else (pixels, labels[k])
+
+    def sample_c(n):
+        """Labels of n random images, for fakes."""
+        if labels is None:
+            return None
+        return all_labels[(run.rand(n) * len(all_labels)).long()]
+
+    # ---- networks, their average, optimisers --------------------------------------------------
+    half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
+    nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
+    nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
+    if args.checkpoint and not args.resume:
+        common.copy_matching(nets, load_networks(args.checkpoint))
+    order = torch.channels_last
+    G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
+    opts = {
+        "G": lazy_adam(run, G, args.lr, args.pl_every),
+        "D": lazy_adam(run, D, args.lr, args.r1_every),
+    }
+    pl_mean = torch.zeros((), device=run.device)
+    if labels is not None:
+        all_labels = torch.from_numpy(labels).to(run.device)
+
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
+    run.say(
+        f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
+        f" batch {args.batch}, {args.batch_gpu or args.batch // run.world} at a time on"
+        f" {run.world} processes"
+    )
+    examples = fixed_examples(G_ema, labels, args.seed)
+    if start == 0:
+        run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
+        scores(run, G_ema, data, labels, args)
+
+    for step, (real, *real_c) in run.batches(image, start, -(-args.kimg * 1000 // args.batch)):
+        real_c = real_c[0] if real_c else None
+        losses = train_step(
+            G, D, opts.values(), pl_mean, real, real_c, sample_c, step, args, run, run.randn
+        )
+
+        # ---- the average of G, of which samples and scores are made ---------------------------
+        half_life = args.ema_kimg * 1000
+        if args.ema_rampup:  # an average over less than was seen so far
+            half_life = min(half_life, step * args.batch * args.ema_rampup)
+        update_ema(G_ema, G, 0.5 ** (args.batch / max(half_life, 1e-8)))
+
+        run.log(losses, kimg=run.steps_done * args.batch / 1000)
+        keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
+        if keep or run.due(args.every * 1000):
+            run.save_picture(common.grid(sample(G_ema, *examples, args.batch), 8))
+            scores(run, G_ema, data, labels, args)
+            for net in (G, G_ema):
+                net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
+            run.save(keep=keep)
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+def check_options(args, world):
+    n = args.batch_gpu or args.batch // world
+    if args.batch // world % n:
+        raise UserError(f"--batch-gpu {n} does not divide the {args.batch // world} of a process.")
+    if n % min(args.mbstd_group, n):
+        raise UserError(
+            f"--mbstd-group {args.mbstd_group} does not divide the {n} images that D sees at once."
+        )
+    if args.pl_weight and n < PL_SHRINK:
+        raise UserError(f"path length needs {PL_SHRINK} images at once: or pass --pl-weight 0.")
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# =============================================================================
+# Pictures and scores
+# =============================================================================
+
+
+def latents(seeds, z_dim):
+    """z (N, z_dim) of seeds, as the official generate.py draws them."""
+    return torch.from_numpy(
+        np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds])
+    ).float()
+
+
+def fixed_examples(G, labels, seed, n=32):
+    """z and c of the sample grid."""
+    z = latents(range(seed, seed + n), G.config["z_dim"])
+    c = None if labels is None else torch.from_numpy(labels[np.arange(n) % len(labels)])
+    return z, c
+
+
+@torch.no_grad()
+def sample(G, z, c=None, batch=32, **options):
+    """uint8 images (N, C, H, W) of z, on the CPU; options: of Generator.forward."""
+    device = next(G.parameters()).device
+    options = {"noise": "const"} | options
+    images = []
+    for k in range(0, len(z), batch):
+        c_k = None if c is None else c[k : k + batch].to(device)
+        images.append(common.to_uint8(G(z[k : k + batch].to(device), c_k, **options)).cpu())
+    return torch.cat(images)
+
+
+def scores(run, G, data, labels, args, n=500):
+    """Prints and keeps fd8 of n fakes against as many real images."""
+    if run.rank > 0:
+        return
+    z, c = fixed_examples(G, labels, 10_000, n)
+    real = data.all(n)
+    fd8 = common.fd8(real, sample(G, z, c, args.batch))
+    run.save_scores({"fd8": fd8, "n_real": len(real), "n_fake": n})
+    run.say(f"fd8 {fd8:.3f} ({len(real)} real, {n} fake)")
+
+
+# =============================================================================
+# generate, project, evaluate
+# =============================================================================
+
+
+def load_networks(path):
+    """({"G", "D", "G_ema": network}, options of its training) of a checkpoint, a run, or an
+    official file."""
+    return common.load_gan(path, ("stylegan2", "stylegan2_ada"), build, from_official)
+
+
+def load_generator(args):
+    """G_ema (else G) of --checkpoint in evaluation mode on the device, the label c (1, c_dim) or
+    None of --class, and the options of its training."""
+    nets, saved = load_networks(args.checkpoint)
+    G = nets.get("G_ema") or nets.get("G")
+    if G is None:
+        raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
+    G = G.to(common.pick_device(args.device), memory_format=torch.channels_last)
+    c_dim, label = G.config["c_dim"], vars(args).get("label")
+    if label is not None and label >= c_dim:
+        raise UserError(f"--class {label}: the checkpoint has {c_dim} classes, from 0.")
+    c = torch.eye(c_dim)[[label or 0]] if c_dim else None
+    return G.eval().requires_grad_(False), c, saved
+
+
+@torch.no_grad()
+def synthesize(G, ws, noise="const", batch=16):
+    """uint8 images (N, C, H, W) of ws, on the CPU."""
+    ws = ws.to(next(G.parameters()).device)
+    return torch.cat([common.to_uint8(G.synthesis(w, noise)).cpu() for w in ws.split(batch)])
+
+
+def generate(args):
+    G, c, _ = load_generator(args)
+    out, device = Path(args.out), next(G.parameters()).device
+
+    def ws_of(seeds):
+        """ws (N, num_ws, w_dim) of seeds."""
+        z = latents(seeds, G.config["z_dim"]).to(device)
+        c_n = None if c is None else c.to(device).expand(len(z), -1)
+        with torch.no_grad():
+            return G.mapping(z, c_n, args.psi, args.cutoff)
+
+    if args.mix_rows:  # the style-mixing table of StyleGAN, Fig. 3
+        rows, columns = ws_of(args.mix_rows), ws_of(args.mix_cols)
+        layers = [k for k in args.mix_layers if k < G.num_ws]
+        table = {"": synthesize(G, rows, args.noise)}
+        for seed, w in zip(args.mix_cols, columns, strict=True):
+            mixed = rows.clone()
+            mixed[:, layers] = w[layers]
+            table[f"seed {seed}"] = synthesize(G, mixed, args.noise)
+        above = [torch.full_like(table[""][:1], 255), *synthesize(G, columns, args.noise).split(1)]
+        table = {k: torch.cat([a, v]) for a, (k, v) in zip(above, table.items(), strict=True)}
+        common.save_sheet(out / "mixing.png", table)
+        print(f"{out / 'mixing.png'}: layers {args.mix_layers} of the columns' seeds in the rows'")
+        return
+    if args.projected:
+        ws = common.load_array(args.projected, "w", (None, G.num_ws, G.config["w_dim"]))
+        ws, names = ws.to(device), [f"projected{k:04d}" for k in range(len(ws))]
+    else:
+        ws, names = ws_of(args.seeds), [f"seed{seed:04d}" for seed in args.seeds]
+    if args.film:
+        ends = zip(ws, ws.roll(-1, 0), strict=True)
+        path = [a.lerp(b, k / args.frames) for a, b in ends for k in range(args.frames)]
+        pictures = map(common.to_picture, synthesize(G, torch.stack(path), args.noise))
+        common.save_film(out / args.film, pictures)
+        print(f"{out / args.film}: {len(path)} frames through {len(ws)} latents and back")
+        return
+    images = synthesize(G, ws, args.noise)
+    for name, image in zip(names, images, strict=True):
+        common.save_png(out / f"{name}.png", common.to_picture(image))
+    common.save_png(out / "grid.png", common.grid(images, max(1, round(len(images) ** 0.5))))
+    common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
+    print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
+
+
+def project(args):
+    """Finds the ws whose image is nearest to a picture (sec. 5, appendix D)."""
+    G, c, _ = load_generator(args)
+    device, size, out = next(G.parameters()).device, G.config["img_resolution"], Path(args.out)
+    target = common.read_square(args.input, size, G.config["img_channels"])
+    real = common.to_float(target[None], device)
+    without = "LPIPS is replaced by a distance of pixels"
+    lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
+    distance = common.distance_to(real, lpips)
+    mean, std = w_statistics(G, None if c is None else c.to(device))
+    start = mean[None] if args.space == "w" else mean.repeat(G.num_ws, 1)
+    noises = [b for name, b in G.synthesis.named_buffers() if name.endswith("noise_const")]
+    frames = []
+
+    def show(step, image, d):
+        if step % args.film_every == 0 or step == args.steps - 1:
+            frames.append(common.grid(torch.stack([target, common.to_uint8(image[0]).cpu()]), 2))
+        if step % 100 == 0 or step == args.steps - 1:
+            print(f"step {step + 1}/{args.steps}: distance {d.item():.4f}", flush=True)
+
+    path, _ = common.project(
+        lambda ws: G.synthesis(ws, "const"), distance, start, std, G.num_ws, noises,
+        steps=args.steps, lr=args.lr, on_step=show,
+        generator=torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
+    w = path[-1].expand(G.num_ws, -1)[None]
+    common.save_arrays(out / "projected.npz", w=w.cpu().numpy())
+    common.save_png(out / "target.png", common.to_picture(target))
+    common.save_png(out / "projected.png", common.to_picture(synthesize(G, w)[0]))
+    common.save_film(out / "progress.webp", frames)
+    print(f"projected.npz, projected.png, target.png and progress.webp are in {out}")
+
+
+def evaluate(args):
+    """fd8, FID and KID, precision and recall, and path length of untruncated samples."""
+    G, _, saved = load_generator(args)
+    device = next(G.parameters()).device
+    data = args.data or saved.get("data")
+    if data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    args.data, args.size = data, G.config["img_resolution"]
+    toy = common.TOY_CLASSES if G.config["c_dim"] else common.TOY_FACES
+    source = common.open_data(data, size=args.size, toy=toy)
+    images, _ = common.square_pictures(args, source, G.config["img_channels"])
+    labels = common.one_hot(args, source) if G.config["c_dim"] else None
+    n = min(args.samples, len(images)) if data == "toy" else args.samples
+
+    n = args.samples
+
+    def reals():
+        for k in range(0, min(n, len(images)), args.batch):
+            yield common.stack([images[i] for i in range(k, min(k + args.batch, n, len(images)))])
+
+    def random_z(rng, m):
+        """z and the labels of random images."""
+        z = torch.from_numpy(rng.standard_normal((m, G.config["z_dim"]))).float()
+        of = None if labels is None else labels[rng.integers(len(labels), size=m)]
+        return z, None if of is None else torch.from_numpy(of)
+
+    def fakes():  # the same at every call
+        rng = np.random.default_rng(args.seed)
+        for k in range(0, n, args.batch):
+            torch.manual_seed(args.seed + k)  # of the noise maps
+            yield sample(G, *random_z(rng, min(args.batch, n - k)), args.batch, noise="random")
+
+    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False).to(device)
+    exact.load_state_dict(G.state_dict())
+    rng = np.random.default_rng(args.seed)
+
+    def pairs(m):
+        """Ends of m paths in W, and how to render points of them: one label, one noise for both."""
+        z, c = (None if t is None else t.to(device) for t in random_z(rng, 2 * m))
+        c = None if c is None else torch.cat([c[:m], c[:m]])
+        for name, noise in exact.synthesis.named_buffers():
+            if name.endswith("noise_const"):
+                noise.normal_()
+        a, b = exact.mapping(z, c).chunk(2)
+        return a, b, lambda ws: exact.synthesis(ws, "const")
+
+    print(
+        f"protocol: {n} untruncated samples of random noise against the first {n} pictures of"
+        f" {data} at {args.size}x{args.size}, not mirrored"
+    )
+    row = common.generator_scores(common.Again(reals), common.Again(fakes), pairs, n, args, device)
+    print(common.describe_scores(row))
+    if args.out:
+        common.write_json(args.out, row)
+
+
+def main(argv=None):
+    cli = common.CommandLine("stylegan2.py", __doc__, presets={"toy": TOY})
+    number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+
+    p = cli.command("train", train, "train on one set of pictures (default command)")
+    common.add_train_options(p, data="toy", batch=32, every="kimg")
+    p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
+    p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
+    p.add("--mirror", action="store_true", help="flip images at random")
+    p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
+    p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
+    p.add("--kimg", type=number, default=25000, help="length, in thousands of images")
+    p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
+    p.add("--G", choices=("skip", "resnet", "orig"), default="skip", help="architecture, Fig. 7")
+    p.add("--D", choices=("resnet", "skip", "orig"), default="resnet")
+    p.add("--lr", type=above_0, default=LR)
+    p.add("--r1-gamma", type=from_0, help="weight of R1: config F 10, E 100")
+    p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
+    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="of path length; 0: off")
+    p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
+    p.add("--mixing", type=from_0, default=MIXING, help="probability of style mixing")
+    p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
+    p.add("--ema-rampup", type=from_0, help="limit of it, as a share of the images seen")
+    p.add("--mbstd-group", type=number, default=4, help="of minibatch standard deviation")
+    p.add("--channel-base", type=number, help="channels times side: config F 32768, E 16384")
+    p.add("--channel-max", type=number, default=512)
+    p.add("--z-dim", type=number, default=512)
+    p.add("--w-dim", type=number, default=512)
+    p.add("--map-layers", type=number, default=8)
+    p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
+
+    p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")
+    common.add_generator_options(p)
+    p.add("--seeds", type=common.seeds, default="0-15", help="as in 0-7,42")
+    p.add("--psi", type=float, default=1.0, help="truncation: 1 is none, 0 the mean picture")
+    p.add("--cutoff", type=number, help="layers that are truncated: all")
+    p.add("--noise", choices=("const", "random", "none"), default="const")
+    p.add("--mix-rows", type=common.seeds, help="seeds: a table of these with --mix-cols")
+    p.add("--mix-cols", type=common.seeds, help="seeds whose layers replace those of the rows")
+    p.add("--mix-layers", type=common.seeds, default="0-6", help="which, of num_ws")
+    p.add("--film", metavar="FILE", help=".webp, .gif or .png: through the seeds and back")
+    p.add("--frames", type=number, default=30, help="of the film, from one seed to the next")
+    p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
+
+    p = cli.command("project", project, "find the latent of a picture, in W or W+")
+    common.add_generator_options(p)
+    p.add("--input", required=True, help="a picture: cropped and resized to the model's size")
+    p.add("--space", choices=("w", "w+"), default="w", help="w+: every layer its own w")
+    p.add("--steps", type=number, default=1000)
+    p.add("--lr", type=above_0, default=0.1)
+    p.add("--seed", type=common.not_negative_int, default=0)
+    p.add("--film-every", type=number, default=10, help="steps between frames of progress.webp")
+    common.add_vgg_options(p)
+
+    p = cli.command("evaluate", evaluate, "fd8, FID, KID, precision, recall and path length")
+    common.add_evaluate_options(p)
+    p.add("--samples", type=number, default=50_000, help="fakes, and at most as many reals")
+    p.add("--metrics", default="fd8,fid,pr,ppl", help="some of these")
+    p.add("--batch", type=number, default=32)
+    p.add("--seed", type=common.not_negative_int, default=0)
+    common.add_vgg_options(p)
+
+    args = cli.parse(argv)
+    if args.command == "train":
+        for name, value in CONFIGS[args.config].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(common.exit_status(main))

@@ -1,0 +1,537 @@
+"""The vectors of StyleGAN2 and its operators, for test_golden.py."""
+
+import copy
+import json
+import re
+import types
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import ops_cuda as ops
+import stylegan2
+
+BUFFERS = re.compile(r"(.*\.)?(noise_const|w_avg)$")
+
+
+def formula(name, shape, scale, offset, salt):
+    """A tensor of the weight formula: standard normal draws from a seed made of its name."""
+    rng = np.random.RandomState(zlib.crc32((salt + name).encode()))
+    return np.asarray(offset + scale * rng.standard_normal(tuple(shape)), np.float32)
+
+
+class Vectors:
+    """One file and how closely it must be met: in float64, or, on a GPU, in float32."""
+
+    def __init__(self, path, device="cpu", dtype=torch.float64, impl=None):
+        self.z = np.load(path)
+        self.meta = json.loads(str(self.z["meta"]))
+        self.device, self.dtype, self.impl = device, dtype, impl
+
+    def cases(self):
+        for name, case in self.meta["cases"].items():
+            yield Case(self, name, case)
+
+
+class Case:
+    def __init__(self, file, name, case):
+        self.file, self.name, self.kind, self.args = file, name, case["kind"], case["args"]
+        self.outputs, self.compared = case["outputs"], set()
+        salt = file.meta["salt"]
+        self.weights = {
+            tag: {e[0]: torch.from_numpy(formula(*e, salt)) for e in file.meta["weights"][wid]}
+            for tag, wid in case["weights"].items()
+        }
+        self.inputs = {k: self.fetch(spec) for k, spec in case["inputs"].items()}
+        for k, kinds in case.get("draws", {}).items():
+            sizes = [int(np.prod(shape)) for _, shape in kinds]
+            parts = self.inputs[k].split(sizes)
+            draws = [p.reshape(shape) for p, (_, shape) in zip(parts, kinds, strict=True)]
+            self.inputs[k] = list(zip([kind for kind, _ in kinds], draws, strict=True))
+
+    def fetch(self, spec):
+        if isinstance(spec, str):
+            array = self.file.z[spec]
+        else:
+            seed, shape, scale = spec["randn"]
+            array = (np.random.RandomState(seed).standard_normal(shape) * scale).astype(np.float32)
+        return self.to(torch.from_numpy(np.asarray(array)))
+
+    def to(self, t):
+        return t.to(self.file.device, self.file.dtype)
+
+    def get(self, name):
+        return self.inputs.get(name)
+
+    def equal(self, name, mine, rel=1e-6):
+        """|mine - stored| <= rel of the largest; float32: the looser rule of the vectors."""
+        out = self.outputs[name]
+        stored = torch.from_numpy(np.asarray(self.file.z[out["key"]])).double()
+        mine = torch.as_tensor(mine).detach().double().cpu()
+        assert mine.shape == stored.shape, f"{self.name}/{name}: {mine.shape} not {stored.shape}"
+        allowed = rel * out["absmax"] + 1e-30
+        worst = (mine - stored).abs().max().item() if stored.numel() else 0.0
+        if self.file.dtype == torch.float32:
+            allowed = max(20 * out["f32_err"], 1e-5 * out["absmax"])
+            if "gradnorm" in name or name.startswith(("grad.", "dparam.", "dws", "dimg")):
+                worst, allowed = (mine - stored).norm().item(), 1e-3 * stored.norm().item() + 1e-9
+        assert worst <= allowed, f"{self.name}/{name}: off by {worst:.3g}, allowed {allowed:.3g}"
+        self.compared.add(name)
+
+    def equal_present(self, **mine):
+        """Compares those of the outputs that the case has."""
+        for name, value in mine.items():
+            if name in self.outputs:
+                self.equal(name, value)
+
+    def finish(self):
+        missing = set(self.outputs) - self.compared
+        assert not missing, f"{self.name}: not compared: {sorted(missing)}"
+
+    def network(self, tag, net, prefix=""):
+        """Fills net with the formula weights; every one of its tensors must be listed."""
+        state = {k.removeprefix(prefix): self.to(v) for k, v in self.weights[tag].items()}
+        net = net.to(self.file.device, self.file.dtype)
+        net.load_state_dict(state)
+        return net
+
+    def order(self, tag):
+        return [k for k in self.weights[tag] if not BUFFERS.match(k)]
+
+    def gradients(self, net, tag, full, prefix="dparam."):
+        params = dict(net.named_parameters())
+        norms = [0.0 if params[k].grad is None else params[k].grad.norm() for k in self.order(tag)]
+        self.equal("gradnorm", torch.stack([torch.as_tensor(n) for n in norms]))
+        for name in full:
+            p = params[name]
+            self.equal(prefix + name, torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def grads(y, inputs, **options):
+    """{name: gradient of y}, zero where there is none."""
+    found = torch.autograd.grad(y, list(inputs.values()), allow_unused=True, **options)
+    return {
+        k: torch.zeros_like(t) if g is None else g
+        for (k, t), g in zip(inputs.items(), found, strict=True)
+    }
+
+
+def check_op(case, function, first, radius, second):
+    """y; gradients `first` of sum(y * v); gradients `second` of the squared norm of d<radius>."""
+    given = {k: t.requires_grad_(k != "f") for k, t in case.inputs.items()}
+    v = given["v"]
+    y = function({k: t for k, t in given.items() if k != "v"})
+    case.equal("y", y)
+    d = grads((y * v).sum(), {k: given[k] for k in first if k in given}, create_graph=True)
+    for k, g in d.items():
+        case.equal_present(**{f"d{k}": g})
+    r = d[radius].square().sum()
+    wanted = {k: given[k] for k in second if f"g2{k}" in case.outputs}
+    zero = not r.requires_grad
+    found = {k: torch.zeros_like(t) for k, t in wanted.items()} if zero else grads(r, wanted)
+    for k, g in found.items():
+        case.equal(f"g2{k}", g)
+
+
+def setup_filter(case):
+    args = dict(case.args)
+    f = ops.setup_filter(
+        case.get("f"), args.pop("normalize", True), args.pop("flip_filter", False),
+        args.pop("gain", 1), args.pop("separable", None),
+    )  # fmt: skip
+    assert not args
+    case.equal("f_out", f)
+
+
+def upfirdn2d(case):
+    args = dict(case.args)
+    function = getattr(ops, args.pop("func", "upfirdn2d"))
+    impl = case.file.impl
+
+    def run(t):
+        return function(t["x"], t.get("f"), **args, impl=impl)
+
+    check_op(case, run, ["x"], "x", ["v"])
+
+
+def bias_act(case):
+    def run(t):
+        return ops.bias_act(t["x"], t.get("b"), **case.args, impl=case.file.impl)
+
+    check_op(case, run, ["x", "b"], "x", ["x", "b", "v"])
+
+
+def conv2d_resample(case):
+    def run(t):
+        return ops.conv2d_resample(t["x"], t["w"], t.get("f"), **case.args, impl=case.file.impl)
+
+    check_op(case, run, ["x", "w"], "x", ["w", "v"])
+
+
+def modulated_conv2d(case):
+    args = dict(case.args)
+    args.pop("fused_modconv")  # the two ways of the original coincide
+    pad = args.pop("padding", 0)
+
+    def run(t):
+        x, factors = stylegan2.modulated_conv2d(
+            t["x"], t["weight"], t["styles"], fir=t.get("f"), pad=pad, **args
+        )
+        return ops.fused_act(x, factors, t.get("noise"), impl=case.file.impl)
+
+    first = ["x", "weight", "styles", "noise"]
+    check_op(case, run, first, "styles", ["x", "weight", "styles", "v"])
+
+
+MODULES = {
+    "FullyConnectedLayer": lambda a: stylegan2.Linear(
+        a["in_features"], a["out_features"], a.get("activation", "linear"),
+        a.get("lr_multiplier", 1), 0.0 if a.get("bias", True) else None,
+    ),
+    "Conv2dLayer": lambda a: stylegan2.Conv2d(
+        a["in_channels"], a["out_channels"], a["kernel_size"], a.get("activation", "linear"),
+        a.get("up", 1), a.get("down", 1), a.get("conv_clamp"), a.get("bias", True),
+        a.get("resample_filter", stylegan2.FIR),
+    ),
+    "SynthesisLayer": lambda a: stylegan2.SynthesisLayer(
+        a["in_channels"], a["out_channels"], a["w_dim"], a["resolution"], a.get("up", 1),
+        a.get("use_noise", True), a.get("conv_clamp"),
+    ),
+    "ToRGBLayer": lambda a: stylegan2.ToRGB(
+        a["in_channels"], a["out_channels"], a["w_dim"], a.get("conv_clamp")
+    ),
+}  # fmt: skip
+
+
+def module(case):
+    cls, ctor, forward = case.args["cls"], case.args["ctor"], dict(case.args.get("forward", {}))
+    forward.pop("fused_modconv", None)
+    if "noise_mode" in forward:
+        forward["noise"] = forward.pop("noise_mode")
+    given = {k: case.inputs[k].requires_grad_() for k in case.args["order"]}
+    if cls == "MinibatchStdLayer":
+        params = {}
+        y = stylegan2.minibatch_std(given["x"], ctor["group_size"], ctor.get("num_channels", 1))
+    else:
+        net = case.network("net", MODULES[cls](ctor))
+        params = dict(net.named_parameters())
+        y = net(*given.values(), **forward)
+    case.equal("y", y)
+    d = grads((y * case.inputs["v"]).sum(), given | params)
+    for k, g in d.items():
+        case.equal(("dparam." if k in params else "d") + k, g)
+
+
+def mapping(case):
+    ctor, forward = dict(case.args["ctor"]), dict(case.args["forward"])
+    ctor["lr_mul"] = ctor.pop("lr_multiplier", 0.01)
+    net = stylegan2.MappingNetwork(**ctor)
+    net = case.network("net", net).train(case.args["train"])
+    z, c = (None if t is None else t.requires_grad_() for t in (case.get("z"), case.get("c")))
+    psi, cutoff = forward.pop("truncation_psi", 1), forward.pop("truncation_cutoff", None)
+    update = not forward.pop("skip_w_avg_update", False)
+    assert not forward, forward
+    ws = net(z, c, psi, cutoff, update_avg=update)
+    case.equal("ws", ws)
+    (ws * case.inputs["v"]).sum().backward()
+    none = {k: torch.zeros_like(t) for k, t in case.inputs.items()}
+    case.equal_present(
+        dz=None if z is None else z.grad,
+        dc=none.get("c") if c is None or c.grad is None else c.grad,
+    )
+    case.gradients(net, "net", case.args["full"])
+    if "w_avg_after" in case.outputs:
+        case.equal("w_avg_after", net.w_avg)
+
+
+def synthesis_options(kwargs):
+    """Our constructor arguments for the official ones."""
+    names = {"num_fp16_res": "half_res", "conv_clamp": "clamp"}
+    return {names.get(k, k): v for k, v in kwargs.items()}
+
+
+def generator_of(a):
+    a = dict(a)
+    mapping = a.pop("mapping_kwargs", {})
+    assert set(mapping) <= {"num_layers"}, mapping
+    synthesis = synthesis_options(a.pop("synthesis_kwargs", {}))
+    return stylegan2.Generator(**a, map_layers=mapping.get("num_layers", 8), **synthesis)
+
+
+def discriminator_of(a):
+    a = synthesis_options(a)
+    names = {"mbstd_group_size": "mbstd_group", "mbstd_num_channels": "mbstd_features"}
+    mapping, epilogue = a.pop("mapping_kwargs", {}), a.pop("epilogue_kwargs", {})
+    assert set(mapping) <= {"num_layers"}, mapping
+    a |= {names[k]: v for k, v in epilogue.items()}
+    return stylegan2.Discriminator(**a, map_layers=mapping.get("num_layers", 8))
+
+
+def synthesis(case):
+    forward = case.args["forward"]
+    net = stylegan2.SynthesisNetwork(**synthesis_options(case.args["ctor"]))
+    net = case.network("net", net).eval()
+    ws = case.inputs["ws"].requires_grad_()
+    img = net(ws, forward.get("noise_mode", "random"))
+    case.equal("img", img)
+    (img * case.inputs["v"]).sum().backward()
+    case.equal("dws", ws.grad)
+    case.gradients(net, "net", case.args["full"])
+
+
+@torch.no_grad()
+def generator(case):
+    forward = case.args["forward"]
+    G = case.network("G", generator_of(case.args["ctor"])).eval()
+    psi, cutoff = forward.get("truncation_psi", 1), forward.get("truncation_cutoff")
+    case.equal("ws", G.mapping(case.inputs["z"], case.get("c"), psi, cutoff))
+    img = G(case.inputs["z"], case.get("c"), psi, cutoff, forward["noise_mode"])
+    case.equal("img", img)
+
+
+def discriminator(case):
+    D = case.network("D", discriminator_of(case.args["ctor"])).eval()
+    img = case.inputs["img"].requires_grad_()
+    logits = D(img, case.get("c"))
+    case.equal("logits", logits)
+    (logits * case.inputs["v"]).sum().backward()
+    case.equal("dimg", img.grad)
+    case.gradients(D, "D", case.args["full"])
+
+
+# ---- losses and training ----
+
+
+class Recorded:
+    """Stands in for common.Run: recorded draws in; per-sample values and gradients out."""
+
+    def __init__(self, case, L, batch_gpu=None):
+        self.case, self.L, self.batch_gpu = case, L, batch_gpu
+        self.draws = list(case.inputs.get("loss_draws", []))
+        self.z = None  # the latents of the phase, not yet handed out
+
+    def rand(self, n, shared):
+        (_, cutoff), (_, gate) = self.draws.pop(0), self.draws.pop(0)
+        return torch.stack([gate, (cutoff - 0.5) / (self.L - 1)])
+
+    def randn(self, *shape):
+        if self.z is not None:
+            z, self.z = self.z, None
+            if len(z) != shape[0]:  # path lengths are of the first part of every round
+                part = shape[0] * (self.batch_gpu or len(z)) // len(z)
+                z = torch.cat([piece[:part] for piece in z.split(self.batch_gpu or len(z))])
+            return z
+        kind, draw = self.draws.pop(0)
+        assert kind == "randn" and tuple(draw.shape) == shape
+        return draw
+
+    def mean(self, x):
+        return x
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, opt):
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.nan_to_num(p.grad, 0, 1e5, -1e5, out=p.grad)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
+
+class Watch:
+    """What the loss functions see and return, in the order in which they are called."""
+
+    def __init__(self, patch):
+        self.logits, self.r1, self.scores, self.lengths = {True: [], False: []}, [], [], []
+        logistic, r1, path = (
+            stylegan2.logistic_loss, stylegan2.r1_penalty, stylegan2.path_lengths
+        )  # fmt: skip
+
+        def logistic_loss(logits, real):
+            self.logits[real].append(logits.detach())
+            return logistic(logits, real)
+
+        def r1_penalty(D, real, c):
+            self.scores.append(D(real, c).detach())
+            self.r1.append(r1(D, real, c))
+            return self.r1[-1]
+
+        def path_lengths(*args):
+            self.lengths.append(path(*args))
+            return self.lengths[-1]
+
+        patch.setattr(stylegan2, "logistic_loss", logistic_loss)
+        patch.setattr(stylegan2, "r1_penalty", r1_penalty)
+        patch.setattr(stylegan2, "path_lengths", path_lengths)
+
+
+def options(a, loss):
+    """The options of the training that the phases read."""
+    assert loss["pl_decay"] == stylegan2.PL_DECAY and loss["pl_batch_shrink"] == stylegan2.PL_SHRINK
+    return types.SimpleNamespace(
+        mixing=loss["style_mixing_prob"], r1_gamma=loss["r1_gamma"], pl_weight=loss["pl_weight"],
+        pl_every=a.get("G_reg_interval", 1), r1_every=a.get("D_reg_interval", 1),
+        batch_gpu=a.get("batch_gpu"),
+    )  # fmt: skip
+
+
+def networks(case):
+    G = case.network("G", generator_of(case.args["G"])).train()
+    D = case.network("D", discriminator_of(case.args["D"])).train()
+    return G, D
+
+
+def label_source(case, c):
+    return (lambda n: c[:n]) if c is not None and c.shape[-1] else lambda n: None
+
+
+def loss(case):
+    """One phase: per-sample values, gradients of the network being trained."""
+    a, phase = case.args, case.args["phase"]
+    args = options({}, a["loss_kwargs"])
+    args.pl_every = args.r1_every = a["gain"]
+    G, D = networks(case)
+    run = Recorded(case, G.num_ws)
+    pl_mean = case.to(torch.tensor(float(a["pl_mean"])))
+    real, c = case.inputs["real_img"], case.get("real_c")
+    c = c if c is not None and c.shape[1] else None
+    sample_c, n, noise = label_source(case, case.get("gen_c")), len(real), a["noise_mode"]
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        if phase in ("Gmain", "Gboth"):
+            D.requires_grad_(False)
+            run.z = case.inputs["gen_z"]
+            stylegan2.generator_phase(G, D, n, sample_c, args, run, noise)
+            report(case, scores_fake=watch.logits[True][0])
+            case.equal("report.Loss.G.loss", softplus(-watch.logits[True][0]))
+        if phase in ("Greg", "Gboth"):
+            run.z = case.inputs["gen_z"]
+            stylegan2.path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
+            penalty = (watch.lengths[0] - pl_mean).square()
+            case.equal("report.Loss.pl_penalty", penalty)
+            case.equal("report.Loss.G.reg", args.pl_weight * penalty)
+        if phase in ("Dmain", "Dboth"):
+            run.z = case.inputs["gen_z"]
+            stylegan2.discriminator_phase(G, D, real, c, sample_c, args, run, noise)
+            fake, on_real = watch.logits[False][0], watch.logits[True][0]
+            report(case, scores_fake=fake, scores_real=on_real)
+            case.equal("report.Loss.D.loss", softplus(fake) + softplus(-on_real))
+        if phase in ("Dreg", "Dboth"):
+            stylegan2.r1_phase(D, real, c, args, run)
+            case.equal("report.Loss.r1_penalty", watch.r1[0])
+            case.equal("report.Loss.D.reg", args.r1_gamma / 2 * watch.r1[0])
+            report(case, scores_real=watch.scores[0])
+    assert not run.draws
+    trained, tag = (G, "G") if phase[0] == "G" else (D, "D")
+    case.gradients(trained, tag, a["full"], prefix="grad.")
+    case.equal("pl_mean_after", pl_mean)
+    case.equal("w_avg_after", G.mapping.w_avg)
+
+
+def softplus(x):
+    return torch.nn.functional.softplus(x)
+
+
+def report(case, **scores):
+    for name, value in scores.items():
+        kind = name.removeprefix("scores_")
+        case.equal(f"report.Loss.scores.{kind}", value)
+        case.equal_present(**{f"report.Loss.signs.{kind}": value.sign()})
+
+
+def trajectory(case):
+    """Eight steps of train_step with recorded draws; losses at 1e-5, movements at 1e-5."""
+    a = case.args
+    args = options(a, a["loss_kwargs"])
+    G, D = networks(case)
+    G_ema = copy.deepcopy(G).eval()
+    start = {tag: copy.deepcopy(net) for tag, net in (("G", G), ("D", D))}
+    run = Recorded(case, G.num_ws, a["batch_gpu"])
+    run.adam = lambda nets, lr, betas: torch.optim.Adam(nets[0].parameters(), lr, betas, a["eps"])
+    assert tuple(a["betas"]) == stylegan2.BETAS
+    opts = (
+        stylegan2.lazy_adam(run, G, a["lr"], args.pl_every),
+        stylegan2.lazy_adam(run, D, a["lr"], args.r1_every),
+    )
+    pl_mean, means, averages, images = case.to(torch.zeros(())), [], [], 0
+    N = a["batch_size"]
+    for it in range(a["steps"]):
+        z = list(case.inputs["gen_z"][it])
+        real = case.inputs["reals"][it] / 127.5 - 1
+        phases = iter([z[0], *([z[1]] if it % args.pl_every == 0 else []), z[2]])
+        with pytest.MonkeyPatch.context() as patch:
+            watch = Watch(patch)
+            for name in ("generator_phase", "path_length_phase", "discriminator_phase"):
+                phase = getattr(stylegan2, name)
+
+                def with_z(*args, phase=phase, phases=phases):
+                    run.z = next(phases)
+                    return phase(*args)
+
+                patch.setattr(stylegan2, name, with_z)
+            before = pl_mean.clone()
+            stylegan2.train_step(
+                G, D, opts, pl_mean, real, None, lambda n: None, it, args, run, a["noise_mode"]
+            )
+        rounds = N // a["batch_gpu"]
+        on_G, on_real = watch.logits[True][:rounds], watch.logits[True][rounds:]
+        step = {"Gmain.Loss.scores.fake": cat(on_G), "Gmain.Loss.G.loss": softplus(-cat(on_G))}
+        if watch.lengths:
+            penalties, mean = [], before
+            for lengths in watch.lengths:
+                mean = mean.lerp(lengths.mean(), stylegan2.PL_DECAY)
+                penalties.append((lengths - mean).square())
+            step["Greg.Loss.pl_penalty"] = cat(penalties)
+            step["Greg.Loss.G.reg"] = args.pl_weight * cat(penalties)
+        fake = cat(watch.logits[False])
+        step |= {"Dmain.Loss.scores.fake": fake, "Dmain.Loss.scores.real": cat(on_real)}
+        step["Dmain.Loss.D.loss"] = softplus(fake) + softplus(-cat(on_real))
+        if watch.r1:
+            step["Dreg.Loss.scores.real"] = cat(watch.scores)
+            step["Dreg.Loss.r1_penalty"] = cat(watch.r1)
+            step["Dreg.Loss.D.reg"] = args.r1_gamma / 2 * cat(watch.r1)
+        for name, value in step.items():
+            case.equal(f"step{it}.{name}", value, 1e-5)
+        half_life = a["ema_kimg"] * 1000
+        if a["ema_rampup"] is not None:
+            half_life = min(half_life, images * a["ema_rampup"])
+        stylegan2.update_ema(G_ema, G, 0.5 ** (N / max(half_life, 1e-8)))
+        images += N
+        means.append(pl_mean.clone())
+        averages.append(G.mapping.w_avg.clone())
+    assert not run.draws
+    case.equal("pl_mean", torch.stack(means), 1e-5)
+    case.equal("w_avg", torch.stack(averages), 1e-5)
+    case.equal("augment_p", torch.zeros(a["steps"]))
+    for tag, net in (("G", G), ("D", D), ("G_ema", G_ema)):
+        first, weights = start[tag[0]], tag[0]
+        now, then = dict(net.named_parameters()), dict(first.named_parameters())
+        moves = {k: now[k].detach() - then[k].detach() for k in case.order(weights)}
+        case.equal(f"{tag}.norm", torch.stack([now[k].norm() for k in moves]), 1e-5)
+        case.equal(f"{tag}.move_norm", torch.stack([m.norm() for m in moves.values()]), 1e-5)
+        case.equal(f"{tag}.move_sum", torch.stack([m.sum() for m in moves.values()]), 1e-5)
+        for name in a["full"][weights]:
+            case.equal(f"{tag}.move.{name}", moves[name], 1e-5)
+
+
+def cat(pieces):
+    return torch.cat([p.detach().flatten() for p in pieces])
+
+
+KINDS = {
+    f.__name__: f
+    for f in (
+        setup_filter, upfirdn2d, bias_act, conv2d_resample, modulated_conv2d, module, mapping,
+        synthesis, generator, discriminator, loss, trajectory,
+    )
+}  # fmt: skip
+
+
+def check(path, **how):
+    for case in Vectors(path, **how).cases():
+        KINDS[case.kind](case)
+        case.finish()
