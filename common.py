@@ -264,9 +264,33 @@ def add_generator_options(p):
     add_device_option(p)
 
 
+def add_generate_options(p):
+    """The options of `generate`."""
+    add_generator_options(p)
+    p.add("--seeds", type=seeds, default="0-15", help="as in 0-7,42")
+    p.add("--psi", type=float, default=1.0, help="truncation: 1 is none, 0 the mean picture")
+    p.add("--cutoff", type=positive_int, help="layers that are truncated: all")
+    p.add("--noise", choices=("const", "random", "none"), default="const")
+    p.add("--mix-rows", type=seeds, help="seeds: a table of these with --mix-cols")
+    p.add("--mix-cols", type=seeds, help="seeds whose layers replace those of the rows")
+    p.add("--mix-layers", type=seeds, default="0-6", help="which, of num_ws")
+    p.add("--film", metavar="FILE", help=".webp, .gif or .png: through the seeds and back")
+    p.add("--frames", type=positive_int, default=30, help="of the film, from one seed to the next")
+    p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
+
+
 def add_vgg_options(p):
     p.add("--vgg", help="vgg16-397923af.pth, where it cannot be fetched")
     p.add("--lpips", help="the LPIPS weights of VGG16, likewise")
+
+
+def add_sample_scores_options(p):
+    """The options of an `evaluate` of samples, beside those of add_evaluate_options."""
+    p.add("--samples", type=positive_int, default=50_000, help="fakes, and at most as many reals")
+    p.add("--metrics", default="fd8,fid,pr,ppl", help="some of these")
+    p.add("--batch", type=positive_int, default=32)
+    p.add("--seed", type=not_negative_int, default=0)
+    add_vgg_options(p)
 
 
 def add_device_option(p):
@@ -2543,6 +2567,91 @@ def read_official(path):
     return nets
 
 
+def official_option(options, name):
+    """The value of a name, wherever it stands in nested official arguments, or None."""
+    parts = [v for v in options.values() if isinstance(v, dict)]
+    return options.get(
+        name, next((v for p in parts if (v := official_option(p, name)) is not None), None)
+    )
+
+
+# ---- names of StyleGAN2's tensors: the form of stylegan2-ada-pytorch stands for all -----------
+
+
+def noise_name(m):
+    """Our name of noise map k: 0 belongs to b4.conv1, 1 and 2 to b8.conv0 and conv1, ..."""
+    k = int(m[1])
+    return f"synthesis.b{2 ** ((k + 5) // 2)}.conv{(k + 1) % 2}.noise_const"
+
+
+TENSORFLOW = (  # pattern in a variable's name, ours
+    (r"^dlatent_avg", "mapping.w_avg"),
+    (r"^synthesis/noise(\d+)", noise_name),
+    (r"^synthesis/4x4/Conv/", "synthesis/4x4/Conv1/"),
+    (r"(\d+)x\d+/", r"b\1."),
+    (r"Conv([01])(_up|_down)?/", r"conv\1."),
+    (r"(Conv|ToRGB|FromRGB|Skip)/", lambda m: f"{m[1].lower()}."),
+    (r"(mapping/Dense|Mapping)(\d+)/", r"mapping.fc\2."),
+    (r"(mapping/)?LabelEmbed/", "mapping.embed."),
+    (r"Dense0/", "fc."),
+    (r"^Output/", "b4.out."),
+    (r"Const/const", "const"),
+    (r"mod_(weight|bias)", r"affine.\1"),
+    (r"/", "."),
+)
+ROSINALITY_G = (
+    (r"^latent_avg", "mapping.w_avg"),
+    (r"^style\.(\d+)", lambda m: f"mapping.fc{int(m[1]) - 1}"),
+    (r"^input\.input", "synthesis.b4.const"),
+    (r"^noises\.noise_(\d+)", noise_name),
+    (r"^conv1", "synthesis.b4.conv1"),
+    (r"^convs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1]) // 2}.conv{int(m[1]) % 2}"),
+    (r"^to_rgb1", "synthesis.b4.torgb"),
+    (r"^to_rgbs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1])}.torgb"),
+    (r"\.conv\.modulation\.", ".affine."),
+    (r"\.conv\.weight", ".weight"),
+    (r"\.noise\.weight", ".noise_strength"),
+    (r"\.activate\.bias", ".bias"),
+)
+
+
+def rosinality_D(res):
+    return (
+        (r"^convs\.0\.\d", f"b{res}.fromrgb"),
+        (r"^convs\.(\d+)", lambda m: f"b{2 * res >> int(m[1])}"),
+        (r"conv([12])\.\d", lambda m: f"conv{int(m[1]) - 1}"),
+        (r"skip\.1", "skip"),
+        (r"^final_conv\.\d", "b4.conv"),
+        (r"^final_linear\.(\d)", lambda m: ("b4.fc", "b4.out")[int(m[1])]),
+    )
+
+
+def stylegan2_names(arrays):
+    """The tensors of an official StyleGAN2 network of any kind, named and laid out as those of
+    stylegan2-ada-pytorch are, but for sides of 1. Raises ValueError if that cannot be."""
+    arrays = {k: v for k, v in arrays.items() if not k.endswith(("_filter", ".kernel", "lod"))}
+    if any("LabelConcat" in name for name in arrays):
+        raise ValueError("its labels are concatenated to z, which is not supported")
+    rules = ()
+    if any("/" in name for name in arrays):
+        rules = TENSORFLOW
+        for name, t in arrays.items():
+            if name.endswith("weight"):  # (kh, kw, I, O), (I, O)
+                t = t.permute(3, 2, 0, 1) if t.ndim == 4 else t.T
+            t = t.flip([2, 3]) if "Conv0_up" in name else t  # the original correlates there
+            arrays[name] = t + 1 if name.endswith("mod_bias") else t
+    elif "input.input" in arrays:
+        rules = ROSINALITY_G
+    elif numbers := {int(m[1]) for name in arrays if (m := re.match(r"convs\.(\d+)", name))}:
+        rules = rosinality_D(4 << max(numbers))
+    found = {}
+    for name, t in arrays.items():
+        for pattern, ours in rules:
+            name = re.sub(pattern, ours, name)
+        found[name] = t
+    return found
+
+
 # =============================================================================
 # Scores: FID, KID, fd8
 # =============================================================================
@@ -3466,3 +3575,164 @@ def project(
     if not (path.isfinite().all() and distances.isfinite().all()):
         raise UserError("the projection diverged (NaN or infinite): take a smaller learning rate.")
     return path, distances
+
+
+# =============================================================================
+# Generators: what the StyleGANs' commands share
+# =============================================================================
+# A generator G here has config (z_dim, c_dim, img_resolution, ...), num_ws, mapping(z, c, psi,
+# cutoff) -> ws (N, num_ws, w_dim) and synthesis(ws, noise) -> images in [-1, 1].
+
+
+def latents(seeds, z_dim):
+    """z (N, z_dim) of seeds, as the official generate.py draws them."""
+    return torch.from_numpy(
+        np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds])
+    ).float()
+
+
+def sample_inputs(G, labels, seed, n=32):
+    """z and c of the sample grid."""
+    z = latents(range(seed, seed + n), G.config["z_dim"])
+    return z, None if labels is None else torch.from_numpy(labels[np.arange(n) % len(labels)])
+
+
+@torch.no_grad()
+def sample(G, z, c=None, batch=32, **options):
+    """uint8 images (N, C, H, W) of z, on the CPU; options: of Generator.forward."""
+    device = next(G.parameters()).device
+    options = {"noise": "const"} | options
+    images = []
+    for k in range(0, len(z), batch):
+        c_k = None if c is None else c[k : k + batch].to(device)
+        images.append(to_uint8(G(z[k : k + batch].to(device), c_k, **options)).cpu())
+    return torch.cat(images)
+
+
+def score_samples(run, G, data, labels, batch, n=500):
+    """Prints and keeps fd8 of n samples against as many of the pictures."""
+    if run.rank == 0:
+        real, fake = data.all(n), sample(G, *sample_inputs(G, labels, 10_000, n), batch)
+        row = {"n_real": len(real), "n_fake": n, "fd8": fd8(real, fake)}
+        run.save_scores(row)
+        run.say(describe_scores(row))
+
+
+def load_generator(args, load_networks):
+    """G_ema (else G) of --checkpoint in evaluation mode on the device, the label c (1, c_dim) or
+    None of --class, and the options of its training. load_networks(path): as load_gan."""
+    nets, saved = load_networks(args.checkpoint)
+    G = nets.get("G_ema") or nets.get("G")
+    if G is None:
+        raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
+    G = G.to(pick_device(args.device), memory_format=torch.channels_last)
+    c_dim, label = G.config["c_dim"], vars(args).get("label")
+    if label is not None and label >= c_dim:
+        raise UserError(f"--class {label}: the checkpoint has {c_dim} classes, from 0.")
+    c = torch.eye(c_dim)[[label or 0]] if c_dim else None
+    return G.eval().requires_grad_(False), c, saved
+
+
+@torch.no_grad()
+def synthesize(G, ws, noise="const", batch=16):
+    """uint8 images (N, C, H, W) of ws, on the CPU."""
+    ws = ws.to(next(G.parameters()).device)
+    return torch.cat([to_uint8(G.synthesis(w, noise)).cpu() for w in ws.split(batch)])
+
+
+def generate(args, G, c):
+    """The command `generate`: pictures of seeds or of a file, a style-mixing table, or a film."""
+    out, device = Path(args.out), next(G.parameters()).device
+
+    def ws_of(seeds):
+        """ws (N, num_ws, w_dim) of seeds."""
+        z = latents(seeds, G.config["z_dim"]).to(device)
+        c_n = None if c is None else c.to(device).expand(len(z), -1)
+        with torch.no_grad():
+            return G.mapping(z, c_n, args.psi, args.cutoff)
+
+    if args.mix_rows:  # the style-mixing table of StyleGAN, Fig. 3
+        rows, columns = ws_of(args.mix_rows), ws_of(args.mix_cols)
+        layers = [k for k in args.mix_layers if k < G.num_ws]
+        table = {"": synthesize(G, rows, args.noise)}
+        for seed, w in zip(args.mix_cols, columns, strict=True):
+            mixed = rows.clone()
+            mixed[:, layers] = w[layers]
+            table[f"seed {seed}"] = synthesize(G, mixed, args.noise)
+        above = [torch.full_like(table[""][:1], 255), *synthesize(G, columns, args.noise).split(1)]
+        table = {k: torch.cat([a, v]) for a, (k, v) in zip(above, table.items(), strict=True)}
+        save_sheet(out / "mixing.png", table)
+        print(f"{out / 'mixing.png'}: layers {args.mix_layers} of the columns' seeds in the rows'")
+        return
+    if args.projected:
+        ws = load_array(args.projected, "w", (None, G.num_ws, G.config["w_dim"]))
+        ws, names = ws.to(device), [f"projected{k:04d}" for k in range(len(ws))]
+    else:
+        ws, names = ws_of(args.seeds), [f"seed{seed:04d}" for seed in args.seeds]
+    if args.film:
+        ends = zip(ws, ws.roll(-1, 0), strict=True)
+        path = [a.lerp(b, k / args.frames) for a, b in ends for k in range(args.frames)]
+        pictures = map(to_picture, synthesize(G, torch.stack(path), args.noise))
+        save_film(out / args.film, pictures)
+        print(f"{out / args.film}: {len(path)} frames through {len(ws)} latents and back")
+        return
+    images = synthesize(G, ws, args.noise)
+    for name, image in zip(names, images, strict=True):
+        save_png(out / f"{name}.png", to_picture(image))
+    save_png(out / "grid.png", grid(images, max(1, round(len(images) ** 0.5))))
+    save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
+    print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
+
+
+def evaluate_generator(args, G, exact, saved):
+    """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout."""
+    device = next(G.parameters()).device
+    exact.to(device)
+    data = args.data or saved.get("data")
+    if data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    args.data, args.size = data, G.config["img_resolution"]
+    toy = TOY_CLASSES if G.config["c_dim"] else TOY_FACES
+    source = open_data(data, size=args.size, toy=toy)
+    images, _ = square_pictures(args, source, G.config["img_channels"])
+    labels = one_hot(args, source) if G.config["c_dim"] else None
+    n = min(args.samples, len(images)) if data == "toy" else args.samples
+
+    n = args.samples
+
+    def reals():
+        for k in range(0, min(n, len(images)), args.batch):
+            yield stack([images[i] for i in range(k, min(k + args.batch, n, len(images)))])
+
+    def random_z(rng, m):
+        """z and the labels of random images."""
+        z = torch.from_numpy(rng.standard_normal((m, G.config["z_dim"]))).float()
+        of = None if labels is None else labels[rng.integers(len(labels), size=m)]
+        return z, None if of is None else torch.from_numpy(of)
+
+    def fakes():  # the same at every call
+        rng = np.random.default_rng(args.seed)
+        for k in range(0, n, args.batch):
+            torch.manual_seed(args.seed + k)  # of the noise maps
+            yield sample(G, *random_z(rng, min(args.batch, n - k)), args.batch, noise="random")
+
+    rng = np.random.default_rng(args.seed)
+
+    def pairs(m):
+        """Ends of m paths in W, and how to render points of them: one label, one noise for both."""
+        z, c = (None if t is None else t.to(device) for t in random_z(rng, 2 * m))
+        c = None if c is None else torch.cat([c[:m], c[:m]])
+        for name, noise in exact.synthesis.named_buffers():
+            if name.endswith("noise_const"):
+                noise.normal_()
+        a, b = exact.mapping(z, c).chunk(2)
+        return a, b, lambda ws: exact.synthesis(ws, "const")
+
+    print(
+        f"protocol: {n} untruncated samples of random noise against the first {n} pictures of"
+        f" {data} at {args.size}x{args.size}, not mirrored"
+    )
+    row = generator_scores(Again(reals), Again(fakes), pairs, n, args, device)
+    print(describe_scores(row))
+    if args.out:
+        write_json(args.out, row)

@@ -44,7 +44,8 @@ SOURCE = r"""
 #include <cuda_runtime.h>
 #include <stdint.h>
 #ifndef LAUNCH
-#define LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+    kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #endif
 
 // V neighbours in memory, moved by one instruction of up to 16 bytes; computed with as floats.
@@ -139,7 +140,8 @@ template <class T> struct Tensors {
     T *out, *gx;
     float* sums;
 };
-template <int K> __device__ __forceinline__ void channels(float* to, const float* from, float none) {
+template <int K>
+__device__ __forceinline__ void channels(float* to, const float* from, float none) {
 #pragma unroll
     for (int j = 0; j < K; j++) to[j] = from ? from[j] : none;
 }
@@ -207,6 +209,7 @@ __global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tens
     constexpr int K = CL ? V : 1;
     float scale[K] = {}, b[K] = {}, gscale[K] = {}, gb[K] = {}, gs[K] = {};
     float acc[3][K] = {};
+    if (t.y && a.clamp >= 0) a.clamp = to_float(from_float<T>(a.clamp));  // as y holds it
     if (p.inside) {
         channels<K>(scale, t.scale ? t.scale + p.sample * g.C + p.c : nullptr, 1);
         channels<K>(b, t.b ? t.b + p.c : nullptr, 0);
@@ -261,7 +264,7 @@ static void fused_act_order(int order, dim3 grid, int threads, cudaStream_t stre
     auto k = fused_act_kernel<T, V, CL>;
     if (order == 1) k = fused_act_grad_kernel<T, V, CL, 1>;
     if (order == 2) k = fused_act_grad_kernel<T, V, CL, 2>;
-    LAUNCH(k, grid, threads, stream, g, a, t);
+    LAUNCH(k, grid, threads, 0, stream, g, a, t);
 }
 template <class T>
 static void fused_act_type(int order, int vector, int cl, dim3 grid, int threads, cudaStream_t s,
@@ -426,11 +429,11 @@ static void fir_launch(Fir p, cudaStream_t stream, const T* x, const float* f, T
     int wide = min(columns, CL ? max(128 / p.lanes, 1) : 64);
     p.tiles = (columns + wide - 1) / wide;
     p.steps = 16;  // enough to spread the first fill; fewer where the GPU would stand idle
-    while (p.steps > 4 && p.groups * p.tiles * ((total + p.steps - 1) / p.steps) < 1024) p.steps /= 2;
+    while (p.steps > 4 && p.groups * p.tiles * (total / p.steps + 1) < 1024) p.steps /= 2;
     p.bands = (total + p.steps - 1) / p.steps;
     dim3 grid((unsigned)(p.groups * p.tiles * p.bands), CL ? (p.C / V + p.lanes - 1) / p.lanes : 1);
     auto k = fir_kernel<T, V, CL, TAPS, UP, DOWN, RX>;
-    LAUNCH(k, grid, wide * p.lanes, stream, p, x, f, y);
+    LAUNCH(k, grid, wide * p.lanes, 0, stream, p, x, f, y);
 }
 template <class T, int TAPS>
 static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const float* f, T* y) {
@@ -450,7 +453,7 @@ static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void*
     int64_t blocks = (p.groups * p.OH * p.OW * (cl ? p.C : 1) + 255) / 256;
     auto k = fir_any_kernel<T, false>;
     if (cl) k = fir_any_kernel<T, true>;
-    LAUNCH(k, dim3((unsigned)blocks), 256, s, p, (const T*)x, f, (T*)y);
+    LAUNCH(k, dim3((unsigned)blocks), 256, 0, s, p, (const T*)x, f, (T*)y);
 }
 extern "C" int upfirdn2d(int type, int cl, int taps, int64_t groups, const int* s, float gain,
                          const void* x, const void* f, void* y, void* stream) {
@@ -474,30 +477,39 @@ def build(capability):
     Every process builds in a folder of its own and moves the result into place at once: a build
     that is killed leaves no lock, and two that race leave one good file.
     """
-    # The nvcc of this PATH may be older than the GPU: it then compiles for what it knows, as PTX.
-    arch = "{}{}".format(*capability)
-    flags = ["-O3", f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"]
-    digest = hashlib.sha256(f"{SOURCE} {flags} {torch.version.cuda}".encode()).hexdigest()[:16]
+    digest = f"{SOURCE} {flags(capability)} {torch.version.cuda}"
+    digest = hashlib.sha256(digest.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("GANS_CACHE") or Path.home() / ".cache" / "gans", "kernels")
     library = cache / f"ops_cuda-{digest}.so"
     try:
         if not library.is_file():
-            compile_to(library, flags)
+            compile_to(library, flags(capability))
         found = ctypes.CDLL(str(library))
     except (BuildError, OSError) as e:
         print(
-            f"ops_cuda: {e}, using the PyTorch expressions (same results, slower). Mend it, or set"
+            f"ops_cuda: {e}; using the PyTorch expressions (same results, slower). Mend it, or set"
             " GAN_OPS=ref.",
             file=sys.stderr,
         )
         return None
+    return declare(found)
+
+
+def flags(capability):
+    """nvcc's options for a GPU."""
+    arch = "{}{}".format(*capability)
+    return ["-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+
+
+def declare(library):
+    """The library, its functions' arguments declared."""
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     integer, real = ctypes.c_int, ctypes.c_float
-    found.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
-    found.fused_act.argtypes += [ctypes.POINTER(pointer), number, pointer]
-    found.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
-    found.upfirdn2d.argtypes += [pointer] * 4
-    return found
+    library.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
+    library.fused_act.argtypes += [ctypes.POINTER(pointer), number, pointer]
+    library.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
+    library.upfirdn2d.argtypes += [pointer] * 4
+    return library
 
 
 class BuildError(Exception):
@@ -671,14 +683,7 @@ class FusedAct(Function):
         x, y, scale, noise, strength, b = ctx.saved_tensors
         y = None if y is None else y.detach()  # dy/du of the piecewise linear kinds is constant
         dx, sums = FusedActGrad.apply(gy, x, y, scale, noise, strength, b, ctx.spec)
-        return (
-            dx,
-            None if scale is None else sums[:, 1],
-            None,
-            None if strength is None else sums[:, 2].sum(),
-            None if b is None else sums[:, 0].sum(0),
-            None,
-        )
+        return dx, *gradients_of_sums(sums, scale, strength, b)
 
 
 class FusedActGrad(Function):
@@ -707,16 +712,16 @@ class FusedActGrad(Function):
             2, ctx.spec, gy, gdx=like(gdx, gy), gb=gb, gscale=gscale, gstrength=gstrength, out=ggy,
             gx=gx, **given,
         )  # fmt: skip
-        return (
-            ggy,
-            gx,
-            None,
-            None if scale is None else sums[:, 1],
-            None,
-            None if strength is None else sums[:, 2].sum(),
-            None if b is None else sums[:, 0].sum(0),
-            None,
-        )
+        if sums is None:
+            return ggy, gx, *[None] * 6
+        return ggy, gx, None, *gradients_of_sums(sums, scale, strength, b)
+
+
+def gradients_of_sums(sums, scale, strength, b):
+    """What the backward passes return for scale, noise, strength, b and spec."""
+    dscale = None if scale is None else sums[:, 1]
+    dstrength = None if strength is None else sums[:, 2].sum()
+    return dscale, None, dstrength, None if b is None else sums[:, 0].sum(0), None
 
 
 def run_fused_act(order, spec, reference, **tensors):

@@ -22,7 +22,6 @@ GPU; labels are embedded and normalised apart from z, and D projects on them.
 """
 
 import copy
-import functools
 import math
 import re
 import sys
@@ -365,14 +364,14 @@ class Generator(nn.Module):
         channel_base=32768, channel_max=512, architecture="skip", half_res=0, half="float16",
         clamp=None, use_noise=True,
     ):  # fmt: skip
+        self_and = ("self", "__class__")
+        config = dict(kind="G", **{k: v for k, v in locals().items() if k not in self_and})
         super().__init__()
-        synthesis = dict(img_resolution=img_resolution, img_channels=img_channels)
-        synthesis |= dict(channel_base=channel_base, channel_max=channel_max)
-        synthesis |= dict(architecture=architecture, half_res=half_res, half=half)
-        synthesis |= dict(clamp=clamp, use_noise=use_noise)
-        self.config = dict(kind="G", z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, map_layers=map_layers)
-        self.config |= synthesis
-        self.synthesis = SynthesisNetwork(w_dim, **synthesis)
+        self.config = config
+        self.synthesis = SynthesisNetwork(
+            w_dim, img_resolution, img_channels, channel_base, channel_max, architecture, half_res,
+            half, clamp, use_noise,
+        )  # fmt: skip
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, map_layers)
 
@@ -472,11 +471,6 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = {r: channels(r, channel_base, channel_max) for r in resolutions(img_resolution)}
         cmap_dim = (cmap_dim or widths[4]) if c_dim else 0
-        self.config = dict(kind="D", c_dim=c_dim, img_resolution=img_resolution)
-        self.config |= dict(img_channels=img_channels, channel_base=channel_base)
-        self.config |= dict(channel_max=channel_max, architecture=architecture, half_res=half_res)
-        self.config |= dict(half=half, clamp=clamp, cmap_dim=cmap_dim, map_layers=map_layers)
-        self.config |= dict(mbstd_group=mbstd_group, mbstd_features=mbstd_features)
         self.resolutions = resolutions(img_resolution)[:0:-1]  # res, ..., 8
         for res in self.resolutions:
             block = DiscriminatorBlock(
@@ -504,82 +498,6 @@ def build(config):
     return kind(**{k: v for k, v in config.items() if k != "kind"})
 
 
-# ---- official checkpoints: names of tensors, from which everything else is read off ------------
-
-
-def noise_name(m):
-    """Our name of noise map k: 0 belongs to b4.conv1, 1 and 2 to b8.conv0 and conv1, ..."""
-    k = int(m[1])
-    return f"synthesis.b{2 ** ((k + 5) // 2)}.conv{(k + 1) % 2}.noise_const"
-
-
-TENSORFLOW = (  # pattern in a variable's name, ours
-    (r"^dlatent_avg", "mapping.w_avg"),
-    (r"^synthesis/noise(\d+)", noise_name),
-    (r"^synthesis/4x4/Conv/", "synthesis/4x4/Conv1/"),
-    (r"(\d+)x\d+/", r"b\1."),
-    (r"Conv([01])(_up|_down)?/", r"conv\1."),
-    (r"(Conv|ToRGB|FromRGB|Skip)/", lambda m: f"{m[1].lower()}."),
-    (r"(mapping/Dense|Mapping)(\d+)/", r"mapping.fc\2."),
-    (r"(mapping/)?LabelEmbed/", "mapping.embed."),
-    (r"Dense0/", "fc."),
-    (r"^Output/", "b4.out."),
-    (r"Const/const", "const"),
-    (r"mod_(weight|bias)", r"affine.\1"),
-    (r"/", "."),
-)
-ROSINALITY_G = (
-    (r"^latent_avg", "mapping.w_avg"),
-    (r"^style\.(\d+)", lambda m: f"mapping.fc{int(m[1]) - 1}"),
-    (r"^input\.input", "synthesis.b4.const"),
-    (r"^noises\.noise_(\d+)", noise_name),
-    (r"^conv1", "synthesis.b4.conv1"),
-    (r"^convs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1]) // 2}.conv{int(m[1]) % 2}"),
-    (r"^to_rgb1", "synthesis.b4.torgb"),
-    (r"^to_rgbs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1])}.torgb"),
-    (r"\.conv\.modulation\.", ".affine."),
-    (r"\.conv\.weight", ".weight"),
-    (r"\.noise\.weight", ".noise_strength"),
-    (r"\.activate\.bias", ".bias"),
-)
-
-
-def rosinality_D(res):
-    return (
-        (r"^convs\.0\.\d", f"b{res}.fromrgb"),
-        (r"^convs\.(\d+)", lambda m: f"b{2 * res >> int(m[1])}"),
-        (r"conv([12])\.\d", lambda m: f"conv{int(m[1]) - 1}"),
-        (r"skip\.1", "skip"),
-        (r"^final_conv\.\d", "b4.conv"),
-        (r"^final_linear\.(\d)", lambda m: ("b4.fc", "b4.out")[int(m[1])]),
-    )
-
-
-def our_names(arrays):
-    """The tensors of an official network under our names, which are stylegan2-ada-pytorch's."""
-    arrays = {k: v for k, v in arrays.items() if not k.endswith(("_filter", ".kernel", "lod"))}
-    if any("LabelConcat" in name for name in arrays):
-        raise ValueError("its labels are concatenated to z, which is not supported")
-    rules = ()
-    if any("/" in name for name in arrays):
-        rules = TENSORFLOW
-        for name, t in arrays.items():
-            if name.endswith("weight"):  # (kh, kw, I, O), (I, O)
-                t = t.permute(3, 2, 0, 1) if t.ndim == 4 else t.T
-            t = t.flip([2, 3]) if "Conv0_up" in name else t  # the original correlates there
-            arrays[name] = t + 1 if name.endswith("mod_bias") else t
-    elif "input.input" in arrays:
-        rules = ROSINALITY_G
-    elif numbers := {int(m[1]) for name in arrays if (m := re.match(r"convs\.(\d+)", name))}:
-        rules = rosinality_D(4 << max(numbers))
-    found = {}
-    for name, t in arrays.items():
-        for pattern, ours in rules:
-            name = re.sub(pattern, ours, name)
-        found[name] = t
-    return found
-
-
 def from_official(arrays, options=None):
     """A ready G or D from {official name: tensor} of stylegan2-ada-pytorch and stylegan3, of the
     TensorFlow stylegan2 and stylegan2-ada, or of rosinality/stylegan2-pytorch.
@@ -588,7 +506,7 @@ def from_official(arrays, options=None):
     (clamping, half precision, minibatch std group) off `options`, the official arguments, if given.
     Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
     """
-    arrays = our_names(arrays)
+    arrays = common.stylegan2_names(arrays)
     net = build(official_config(arrays, options or {}))
     own = net.state_dict()
     missing = {n for n in set(own) - set(arrays) if not n.endswith(("noise_const", "w_avg"))}
@@ -623,10 +541,10 @@ def official_config(arrays, options):
     map_layers = len([n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)])
     config |= dict(img_resolution=res, img_channels=img_channels, map_layers=map_layers)
     embed_dim, c_dim = shape.get("mapping.embed.weight", (0, 0))
-    config |= dict(c_dim=c_dim, clamp=option(options, "conv_clamp"))
-    config["half_res"] = option(options, "num_fp16_res") or 0
+    config |= dict(c_dim=c_dim, clamp=common.official_option(options, "conv_clamp"))
+    config["half_res"] = common.official_option(options, "num_fp16_res") or 0
     if not G:
-        group = option(options, "mbstd_group_size") or 4
+        group = common.official_option(options, "mbstd_group_size") or 4
         extra = shape["b4.conv.weight"][1] - widths[4]
         cmap_dim = shape["b4.out.weight"][0] if c_dim else None
         return dict(kind="D", mbstd_group=group, mbstd_features=extra, cmap_dim=cmap_dim, **config)
@@ -634,12 +552,6 @@ def official_config(arrays, options):
     z_dim = shape["mapping.fc0.weight"][1] - embed_dim
     noisy = "synthesis.b4.conv1.noise_strength" in shape
     return dict(kind="G", z_dim=z_dim, w_dim=w_dim, use_noise=noisy, **config)
-
-
-def option(options, name):
-    """The value of a name, wherever it stands in nested official arguments, or None."""
-    parts = [v for v in options.values() if isinstance(v, dict)]
-    return options.get(name, next((v for p in parts if (v := option(p, name)) is not None), None))
 
 
 @torch.no_grad()
@@ -860,7 +772,7 @@ def train(args):
     nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if args.checkpoint and not args.resume:
-        common.copy_matching(nets, load_networks(args.checkpoint))
+        common.copy_matching(nets, load_networks(args.checkpoint)[0])
     order = torch.channels_last
     G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
     opts = {
@@ -877,10 +789,10 @@ def train(args):
         f" batch {args.batch}, {args.batch_gpu or args.batch // run.world} at a time on"
         f" {run.world} processes"
     )
-    examples = fixed_examples(G_ema, labels, args.seed)
+    examples = common.sample_inputs(G_ema, labels, args.seed)
     if start == 0:
         run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
-        scores(run, G_ema, data, labels, args)
+        common.score_samples(run, G_ema, data, labels, args.batch)
 
     for step, (real, *real_c) in run.batches(image, start, -(-args.kimg * 1000 // args.batch)):
         real_c = real_c[0] if real_c else None
@@ -897,8 +809,8 @@ def train(args):
         run.log(losses, kimg=run.steps_done * args.batch / 1000)
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due(args.every * 1000):
-            run.save_picture(common.grid(sample(G_ema, *examples, args.batch), 8))
-            scores(run, G_ema, data, labels, args)
+            run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
+            common.score_samples(run, G_ema, data, labels, args.batch)
             for net in (G, G_ema):
                 net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
             run.save(keep=keep)
@@ -922,48 +834,6 @@ def count(net):
 
 
 # =============================================================================
-# Pictures and scores
-# =============================================================================
-
-
-def latents(seeds, z_dim):
-    """z (N, z_dim) of seeds, as the official generate.py draws them."""
-    return torch.from_numpy(
-        np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds])
-    ).float()
-
-
-def fixed_examples(G, labels, seed, n=32):
-    """z and c of the sample grid."""
-    z = latents(range(seed, seed + n), G.config["z_dim"])
-    c = None if labels is None else torch.from_numpy(labels[np.arange(n) % len(labels)])
-    return z, c
-
-
-@torch.no_grad()
-def sample(G, z, c=None, batch=32, **options):
-    """uint8 images (N, C, H, W) of z, on the CPU; options: of Generator.forward."""
-    device = next(G.parameters()).device
-    options = {"noise": "const"} | options
-    images = []
-    for k in range(0, len(z), batch):
-        c_k = None if c is None else c[k : k + batch].to(device)
-        images.append(common.to_uint8(G(z[k : k + batch].to(device), c_k, **options)).cpu())
-    return torch.cat(images)
-
-
-def scores(run, G, data, labels, args, n=500):
-    """Prints and keeps fd8 of n fakes against as many real images."""
-    if run.rank > 0:
-        return
-    z, c = fixed_examples(G, labels, 10_000, n)
-    real = data.all(n)
-    fd8 = common.fd8(real, sample(G, z, c, args.batch))
-    run.save_scores({"fd8": fd8, "n_real": len(real), "n_fake": n})
-    run.say(f"fd8 {fd8:.3f} ({len(real)} real, {n} fake)")
-
-
-# =============================================================================
 # generate, project, evaluate
 # =============================================================================
 
@@ -974,75 +844,9 @@ def load_networks(path):
     return common.load_gan(path, ("stylegan2", "stylegan2_ada"), build, from_official)
 
 
-def load_generator(args):
-    """G_ema (else G) of --checkpoint in evaluation mode on the device, the label c (1, c_dim) or
-    None of --class, and the options of its training."""
-    nets, saved = load_networks(args.checkpoint)
-    G = nets.get("G_ema") or nets.get("G")
-    if G is None:
-        raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
-    G = G.to(common.pick_device(args.device), memory_format=torch.channels_last)
-    c_dim, label = G.config["c_dim"], vars(args).get("label")
-    if label is not None and label >= c_dim:
-        raise UserError(f"--class {label}: the checkpoint has {c_dim} classes, from 0.")
-    c = torch.eye(c_dim)[[label or 0]] if c_dim else None
-    return G.eval().requires_grad_(False), c, saved
-
-
-@torch.no_grad()
-def synthesize(G, ws, noise="const", batch=16):
-    """uint8 images (N, C, H, W) of ws, on the CPU."""
-    ws = ws.to(next(G.parameters()).device)
-    return torch.cat([common.to_uint8(G.synthesis(w, noise)).cpu() for w in ws.split(batch)])
-
-
-def generate(args):
-    G, c, _ = load_generator(args)
-    out, device = Path(args.out), next(G.parameters()).device
-
-    def ws_of(seeds):
-        """ws (N, num_ws, w_dim) of seeds."""
-        z = latents(seeds, G.config["z_dim"]).to(device)
-        c_n = None if c is None else c.to(device).expand(len(z), -1)
-        with torch.no_grad():
-            return G.mapping(z, c_n, args.psi, args.cutoff)
-
-    if args.mix_rows:  # the style-mixing table of StyleGAN, Fig. 3
-        rows, columns = ws_of(args.mix_rows), ws_of(args.mix_cols)
-        layers = [k for k in args.mix_layers if k < G.num_ws]
-        table = {"": synthesize(G, rows, args.noise)}
-        for seed, w in zip(args.mix_cols, columns, strict=True):
-            mixed = rows.clone()
-            mixed[:, layers] = w[layers]
-            table[f"seed {seed}"] = synthesize(G, mixed, args.noise)
-        above = [torch.full_like(table[""][:1], 255), *synthesize(G, columns, args.noise).split(1)]
-        table = {k: torch.cat([a, v]) for a, (k, v) in zip(above, table.items(), strict=True)}
-        common.save_sheet(out / "mixing.png", table)
-        print(f"{out / 'mixing.png'}: layers {args.mix_layers} of the columns' seeds in the rows'")
-        return
-    if args.projected:
-        ws = common.load_array(args.projected, "w", (None, G.num_ws, G.config["w_dim"]))
-        ws, names = ws.to(device), [f"projected{k:04d}" for k in range(len(ws))]
-    else:
-        ws, names = ws_of(args.seeds), [f"seed{seed:04d}" for seed in args.seeds]
-    if args.film:
-        ends = zip(ws, ws.roll(-1, 0), strict=True)
-        path = [a.lerp(b, k / args.frames) for a, b in ends for k in range(args.frames)]
-        pictures = map(common.to_picture, synthesize(G, torch.stack(path), args.noise))
-        common.save_film(out / args.film, pictures)
-        print(f"{out / args.film}: {len(path)} frames through {len(ws)} latents and back")
-        return
-    images = synthesize(G, ws, args.noise)
-    for name, image in zip(names, images, strict=True):
-        common.save_png(out / f"{name}.png", common.to_picture(image))
-    common.save_png(out / "grid.png", common.grid(images, max(1, round(len(images) ** 0.5))))
-    common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
-    print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
-
-
 def project(args):
     """Finds the ws whose image is nearest to a picture (sec. 5, appendix D)."""
-    G, c, _ = load_generator(args)
+    G, c, _ = common.load_generator(args, load_networks)
     device, size, out = next(G.parameters()).device, G.config["img_resolution"], Path(args.out)
     target = common.read_square(args.input, size, G.config["img_channels"])
     real = common.to_float(target[None], device)
@@ -1068,65 +872,22 @@ def project(args):
     w = path[-1].expand(G.num_ws, -1)[None]
     common.save_arrays(out / "projected.npz", w=w.cpu().numpy())
     common.save_png(out / "target.png", common.to_picture(target))
-    common.save_png(out / "projected.png", common.to_picture(synthesize(G, w)[0]))
+    common.save_png(out / "projected.png", common.to_picture(common.synthesize(G, w)[0]))
     common.save_film(out / "progress.webp", frames)
     print(f"projected.npz, projected.png, target.png and progress.webp are in {out}")
 
 
+def generate(args):
+    """Pictures of seeds, the style-mixing table of StyleGAN's Fig. 3, or an interpolation film."""
+    common.generate(args, *common.load_generator(args, load_networks)[:2])
+
+
 def evaluate(args):
     """fd8, FID and KID, precision and recall, and path length of untruncated samples."""
-    G, _, saved = load_generator(args)
-    device = next(G.parameters()).device
-    data = args.data or saved.get("data")
-    if data is None:
-        raise UserError("--data is missing: an official file does not say what it was trained on.")
-    args.data, args.size = data, G.config["img_resolution"]
-    toy = common.TOY_CLASSES if G.config["c_dim"] else common.TOY_FACES
-    source = common.open_data(data, size=args.size, toy=toy)
-    images, _ = common.square_pictures(args, source, G.config["img_channels"])
-    labels = common.one_hot(args, source) if G.config["c_dim"] else None
-    n = min(args.samples, len(images)) if data == "toy" else args.samples
-
-    n = args.samples
-
-    def reals():
-        for k in range(0, min(n, len(images)), args.batch):
-            yield common.stack([images[i] for i in range(k, min(k + args.batch, n, len(images)))])
-
-    def random_z(rng, m):
-        """z and the labels of random images."""
-        z = torch.from_numpy(rng.standard_normal((m, G.config["z_dim"]))).float()
-        of = None if labels is None else labels[rng.integers(len(labels), size=m)]
-        return z, None if of is None else torch.from_numpy(of)
-
-    def fakes():  # the same at every call
-        rng = np.random.default_rng(args.seed)
-        for k in range(0, n, args.batch):
-            torch.manual_seed(args.seed + k)  # of the noise maps
-            yield sample(G, *random_z(rng, min(args.batch, n - k)), args.batch, noise="random")
-
-    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False).to(device)
+    G, _, saved = common.load_generator(args, load_networks)
+    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
     exact.load_state_dict(G.state_dict())
-    rng = np.random.default_rng(args.seed)
-
-    def pairs(m):
-        """Ends of m paths in W, and how to render points of them: one label, one noise for both."""
-        z, c = (None if t is None else t.to(device) for t in random_z(rng, 2 * m))
-        c = None if c is None else torch.cat([c[:m], c[:m]])
-        for name, noise in exact.synthesis.named_buffers():
-            if name.endswith("noise_const"):
-                noise.normal_()
-        a, b = exact.mapping(z, c).chunk(2)
-        return a, b, lambda ws: exact.synthesis(ws, "const")
-
-    print(
-        f"protocol: {n} untruncated samples of random noise against the first {n} pictures of"
-        f" {data} at {args.size}x{args.size}, not mirrored"
-    )
-    row = common.generator_scores(common.Again(reals), common.Again(fakes), pairs, n, args, device)
-    print(common.describe_scores(row))
-    if args.out:
-        common.write_json(args.out, row)
+    common.evaluate_generator(args, G, exact, saved)
 
 
 def main(argv=None):
@@ -1161,17 +922,7 @@ def main(argv=None):
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")
-    common.add_generator_options(p)
-    p.add("--seeds", type=common.seeds, default="0-15", help="as in 0-7,42")
-    p.add("--psi", type=float, default=1.0, help="truncation: 1 is none, 0 the mean picture")
-    p.add("--cutoff", type=number, help="layers that are truncated: all")
-    p.add("--noise", choices=("const", "random", "none"), default="const")
-    p.add("--mix-rows", type=common.seeds, help="seeds: a table of these with --mix-cols")
-    p.add("--mix-cols", type=common.seeds, help="seeds whose layers replace those of the rows")
-    p.add("--mix-layers", type=common.seeds, default="0-6", help="which, of num_ws")
-    p.add("--film", metavar="FILE", help=".webp, .gif or .png: through the seeds and back")
-    p.add("--frames", type=number, default=30, help="of the film, from one seed to the next")
-    p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
+    common.add_generate_options(p)
 
     p = cli.command("project", project, "find the latent of a picture, in W or W+")
     common.add_generator_options(p)
@@ -1185,11 +936,7 @@ def main(argv=None):
 
     p = cli.command("evaluate", evaluate, "fd8, FID, KID, precision, recall and path length")
     common.add_evaluate_options(p)
-    p.add("--samples", type=number, default=50_000, help="fakes, and at most as many reals")
-    p.add("--metrics", default="fd8,fid,pr,ppl", help="some of these")
-    p.add("--batch", type=number, default=32)
-    p.add("--seed", type=common.not_negative_int, default=0)
-    common.add_vgg_options(p)
+    common.add_sample_scores_options(p)
 
     args = cli.parse(argv)
     if args.command == "train":

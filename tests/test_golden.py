@@ -13,13 +13,13 @@ import types
 import zlib
 from pathlib import Path
 
+import golden_stylegan2
 import numpy as np
 import pytest
 import torch
 
 import common
 import cyclegan
-import golden_stylegan2
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 READY = ("cyclegan", "fid", "stylegan2")

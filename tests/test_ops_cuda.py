@@ -1,0 +1,332 @@
+"""ops_cuda.py: derivatives, the kernels (on a GPU, and emulated on the CPU), their compilation."""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import emulated_cuda
+import ops_cuda as ops
+
+ROOT = Path(__file__).parent.parent
+F4, F12 = [1, 3, 3, 1], list(range(1, 13))
+
+
+def double(*shape, seed=0, grad=True):
+    torch.manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=grad)
+
+
+def twice(function, *inputs):
+    assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
+
+
+# ---- the references: exact first and second derivatives, in float64 ----
+
+
+@pytest.mark.parametrize("act", ops.ACTIVATIONS)
+@pytest.mark.parametrize("clamp", [None, 0.9])
+def test_fused_act_is_twice_differentiable(act, clamp):
+    x, scale, noise = double(2, 3, 4, 3), double(2, 3, seed=1), double(2, 1, 4, 3, seed=2)
+    strength, b = double(seed=3), double(3, seed=4)
+    twice(lambda *t: ops.fused_act(*t, act=act, clamp=clamp), x, scale, noise, strength, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"up": 2}, {"down": 2}, {"up": (2, 1), "down": (1, 2)}])
+@pytest.mark.parametrize("f", [F4, [[1.0, 2.0], [0.5, -1.0], [0.0, 3.0]]])
+def test_upfirdn2d_is_twice_differentiable(options, f):
+    f = ops.setup_filter(f).double()
+    twice(lambda x: ops.upfirdn2d(x, f, padding=(2, 1, -1, 3), **options), double(1, 2, 5, 6))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_are_twice_differentiable(stride, groups):
+    x, w = double(2, 4, 6, 5), double(6, 4 // groups, 3, 3, seed=1)
+    twice(lambda x, w: ops.conv2d(x, w, stride, 1, groups), x, w)
+    w = double(4, 6 // groups, 3, 3, seed=1)
+    twice(lambda x, w: ops.conv_transpose2d(x, w, stride, 1, stride - 1, groups), x, w)
+
+
+@pytest.mark.parametrize(("up", "down", "k"), [*itertools.product((1, 2), (1, 2), (1, 3))])
+def test_conv2d_resample_is_twice_differentiable(up, down, k):
+    f = ops.setup_filter(F4, separable=True).double()
+    x, w = double(1, 2, 4, 6), double(3, 2, k, k, seed=1)
+    twice(lambda x, w: ops.conv2d_resample(x, w, f, up, down, k // 2), x, w)
+
+
+def test_grid_sample_is_twice_differentiable_and_equals_torch():
+    x, grid = double(2, 2, 5, 4), double(2, 3, 6, 2, seed=1, grad=False).tanh() * 1.2
+    twice(lambda x: ops.grid_sample(x, grid), x)
+    assert torch.equal(ops.grid_sample(x, grid), F.grid_sample(x, grid, align_corners=False))
+
+
+def test_no_weight_gradients_leaves_out_those_and_nothing_else():
+    x, w = double(1, 2, 5, 5), double(3, 2, 3, 3, seed=1)
+    with ops.no_weight_gradients():
+        gx, gw = torch.autograd.grad(ops.conv2d(x, w).sum(), (x, w), allow_unused=True)
+    assert gw is None and torch.equal(gx, torch.autograd.grad(F.conv2d(x, w).sum(), x)[0])
+    assert torch.autograd.grad(ops.conv2d(x, w).sum(), w)[0] is not None
+
+
+def test_an_empty_batch_passes():
+    x, f = torch.zeros(0, 3, 8, 8, requires_grad=True), ops.setup_filter(F4)
+    y = ops.bias_act(ops.upsample2d(x, f), torch.zeros(3, requires_grad=True), act="lrelu")
+    y.sum().backward()
+    assert y.shape == (0, 3, 16, 16) and x.grad.shape == x.shape
+
+
+def test_upsampling_keeps_brightness_and_downsampling_undoes_it():
+    f = ops.setup_filter(F4)
+    x = torch.full((1, 1, 8, 8), 3.0)
+    torch.testing.assert_close(ops.upsample2d(x, f)[..., 2:-2, 2:-2], x.new_full((1, 1, 12, 12), 3))
+    torch.testing.assert_close(
+        ops.downsample2d(ops.upsample2d(x, f), f)[..., 2:-2, 2:-2], x[..., 2:-2, 2:-2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "options"), [((1, 1, 2, 2), {"padding": -1}), ((1, 1, 3, 3), {"padding": (-3, 0, 0, 0)})]
+)
+def test_what_is_smaller_than_its_filter_is_refused(x, options):
+    with pytest.raises(ValueError, match="filter"):
+        ops.upfirdn2d(torch.zeros(x), ops.setup_filter(F4), **options)
+
+
+def test_impl_cuda_is_refused_where_there_is_no_kernel():
+    with pytest.raises(RuntimeError, match="no kernels"):
+        ops.bias_act(torch.zeros(1, 1, 2, 2), impl="cuda")
+    with pytest.raises(ValueError, match="impl"):
+        ops.bias_act(torch.zeros(1, 1, 2, 2), impl="fast")
+
+
+# ---- kernels against references: on a GPU, else the same source emulated on the CPU ----
+
+
+@pytest.fixture(scope="module", params=["gpu", "emulated", "emulated backwards"])
+def device(request, tmp_path_factory):
+    """Where the kernels run. The emulation runs all threads of the source, compiled by g++."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        yield "cuda"
+        return
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    folder = tmp_path_factory.mktemp("emulated")
+    path = emulated_cuda.build(ops.SOURCE, folder, reverse=request.param.endswith("backwards"))
+    library = ops.declare(ctypes.CDLL(str(path)))
+
+    def call(function, x, *args):
+        assert function(*args, None) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "kernels", lambda x, impl: None if impl == "ref" else library)
+        patch.setattr(ops, "launch", call)
+        yield "cpu"
+
+
+TYPES = {
+    torch.float32: 2e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}  # tolerance, of the largest
+
+
+def second_order(function, inputs, v):
+    """y, first gradients of sum(y v), and gradients of their weighted squares, by v, too."""
+    inputs = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
+    v = v.to(inputs["x"].dtype).requires_grad_()
+    y = function(**inputs)
+    first = torch.autograd.grad(y, list(inputs.values()), v, create_graph=True)
+    # Of sizes that float16 holds, and with a different weight for every one.
+    energy = sum((g.double() ** 2).mean() * (1 + k) for k, g in enumerate(first))
+    second = torch.autograd.grad(energy, [v, *inputs.values()], allow_unused=True)
+    found = {"y": y} | {f"d{k}": g for k, g in zip(inputs, first, strict=True)}
+    found |= {f"dd{k}": g for k, g in zip(["v", *inputs], second, strict=True) if g is not None}
+    return found
+
+
+def compare(function, inputs, dtype, device, last):
+    """The kernel against the reference, which computes in float64 from the same rounded x."""
+    order = torch.channels_last if last else torch.contiguous_format
+    given = {k: t.to(device) for k, t in inputs.items()}
+    given["x"] = given["x"].to(dtype).contiguous(memory_format=order)
+    with torch.no_grad():
+        v = torch.randn(function("ref", **given).shape, device=device).to(dtype)
+    mine = second_order(lambda **t: function("cuda", **t), given, v)
+    exact = {k: t.double() for k, t in given.items()}
+    wanted = second_order(lambda **t: function("ref", **t), exact, v)
+    assert mine["y"].dtype == dtype
+    if min(given["x"].shape[1:]) > 1:
+        assert mine["y"].is_contiguous(memory_format=order)
+    for name, value in wanted.items():
+        if name not in mine:
+            assert value.abs().max() == 0, f"{name} is missing"
+            continue
+        worst = (mine[name].double() - value).abs().max().item()
+        allowed = TYPES[dtype] * max(value.abs().max().item(), 1e-3)
+        assert worst <= allowed, f"{name}: off by {worst:.3g} of {value.abs().max():.3g}"
+
+
+SHAPES = [(2, 16, 4, 4), (3, 5, 7, 3), (1, 8, 1, 1), (2, 24, 9, 8), (1, 1, 33, 40), (2, 300, 3, 2)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_of_fused_act_equals_its_reference(device, shape, dtype, last):
+    torch.manual_seed(0)
+    N, C, H, W = shape
+    x = torch.randn(shape)
+    full = dict(x=x, scale=torch.rand(N, C) + 0.5, strength=torch.tensor(0.7), b=torch.randn(C))
+    noise = torch.randn(N, 1, H, W)
+
+    def run(impl, act="lrelu", clamp=None, noise=noise, **t):
+        return ops.fused_act(
+            t["x"], t.get("scale"), noise.to(t["x"].device) if noise is not None else None,
+            t.get("strength"), t.get("b"), act, clamp=clamp, impl=impl,
+        )  # fmt: skip
+
+    compare(run, full, dtype, device, last)
+    compare(lambda impl, **t: run(impl, noise=noise[0, 0], **t), full, dtype, device, last)
+    del full["strength"]
+    few = {"x": x, "b": full["b"]}
+    compare(lambda impl, **t: run(impl, noise=None, **t), few, dtype, device, last)
+    compare(lambda impl, **t: run(impl, "linear", noise=None, **t), {"x": x}, dtype, device, last)
+    scaled = {"x": x, "scale": full["scale"]}
+    compare(lambda impl, **t: run(impl, "linear", noise=None, **t), scaled, dtype, device, last)
+    compare(lambda impl, **t: run(impl, "relu", 0.8, None, **t), few, dtype, device, last)
+
+
+@pytest.mark.parametrize("act", ops.ACTIVATIONS)
+@pytest.mark.parametrize("clamp", [None, 0.7])
+def test_the_kernel_knows_every_activation(device, act, clamp):
+    torch.manual_seed(1)
+    inputs = dict(x=2 * torch.randn(2, 6, 5, 4), scale=torch.rand(2, 6) + 0.5, b=torch.randn(6))
+    noise = torch.randn(2, 1, 5, 4, device=device)
+
+    def run(impl, **t):
+        return ops.fused_act(
+            t["x"], t["scale"], noise, None, t["b"], act, gain=1.3, clamp=clamp, impl=impl
+        )
+
+    compare(run, inputs, torch.float32, device, True)
+
+
+@pytest.mark.parametrize("act", ["lrelu", "swish"])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((5, 7), 1), ((4, 3, 6), 2), ((6, 2, 2), 0), ((2, 3, 2, 2, 2), 1)]
+)
+def test_bias_act_takes_any_shape_and_dimension(device, shape, dim, act):
+    x, b = torch.randn(shape), torch.randn(shape[dim])
+    mine = ops.bias_act(x.to(device), b.to(device), dim, act).cpu()
+    b = b.reshape([-1 if k == dim else 1 for k in range(len(shape))])
+    u = x + b
+    wanted = {"lrelu": F.leaky_relu(u, 0.2), "swish": F.silu(u)}[act] * 2**0.5
+    torch.testing.assert_close(mine, wanted)
+
+
+FILTERS = {
+    "4 taps": ([1.0, 3.0, 3.5, 1.0], True),
+    "12 taps": ([0.5, 1, 2, 3, 4, 5, 6, 5, 3, 2, 1, -1.0], None),
+    "4x4": ([1, 3, 3, 1], None),
+    "3 taps": ([1.0, 2.0, 3.0], True),
+    "2x3": ([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]], None),
+}
+FACTORS = [(1, 1), (2, 1), (1, 2), ((2, 1), (1, 3)), (2, 2)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("f", FILTERS)
+@pytest.mark.parametrize(("up", "down"), FACTORS, ids=str)
+def test_the_kernel_of_upfirdn2d_equals_its_reference(device, f, up, down, dtype, last):
+    torch.manual_seed(0)
+    taps, separable = FILTERS[f]
+    taps = ops.setup_filter(taps, separable=separable).to(device)
+    shapes = [(2, 8, 11, 6), (1, 3, 8, 8), (1, 40, 3, 37)]
+    paddings = [(7, 6, 5, 8), (6, 6, 6, 6), (11, -2, 12, 3)]
+    for (shape, pad), flip in zip(zip(shapes, paddings, strict=True), (0, 1, 0), strict=True):
+
+        def run(impl, x, pad=pad, flip=flip):
+            return ops.upfirdn2d(x, taps.to(x.dtype), up, down, pad, bool(flip), 1.7, impl)
+
+        compare(run, {"x": torch.randn(shape)}, dtype, device, last)
+
+
+def test_long_columns_are_walked_in_bands(device):
+    f, x = ops.setup_filter(F4, separable=True).to(device), torch.randn(1, 4, 133, 5, device=device)
+    for options in ({}, {"up": 2}, {"down": 2}):
+        mine = ops.upfirdn2d(x, f, padding=(2, 1, 2, 1), impl="cuda", **options)
+        torch.testing.assert_close(
+            mine, ops.upfirdn2d(x, f, padding=(2, 1, 2, 1), impl="ref", **options)
+        )
+
+
+def test_tensors_that_are_not_dense_and_gradients_that_are_expanded(device):
+    x = torch.randn(2, 6, 8, 10, device=device)[:, ::2, :, 1:9].requires_grad_()
+    b = torch.randn(3, device=device, requires_grad=True)
+    results = []
+    for impl in ("cuda", "ref"):
+        y = ops.bias_act(x, b, act="lrelu", impl=impl)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, b))])  # an expanded gradient of ones
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_more_than_2_31_elements_on_a_gpu():
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB")
+    x = torch.zeros(2, 64, 4100, 4100, dtype=torch.float16, device="cuda")
+    x[-1, -1, -1, -1] = 1
+    y = ops.bias_act(x, torch.zeros(64, device="cuda"), act="lrelu", impl="cuda")
+    assert y[-1, -1, -1, -1].item() == pytest.approx(2**0.5, rel=1e-3) and y.count_nonzero() == 1
+    f = ops.setup_filter(F4, separable=True).cuda()
+    y = ops.upfirdn2d(x, f, padding=(2, 1, 2, 1), impl="cuda")
+    assert y[-1, -1, -1, -1].item() == pytest.approx(9 / 64, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_kernels_can_be_captured_in_a_cuda_graph():
+    x, b = torch.randn(2, 8, 16, 16, device="cuda"), torch.randn(8, device="cuda")
+    f = ops.setup_filter(F4, separable=True).cuda()
+
+    def run():
+        return ops.upsample2d(ops.bias_act(x, b, act="lrelu", impl="cuda"), f, impl="cuda")
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(y, run())
+
+
+# ---- compilation ----
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_kernels_compile_with_nvcc(tmp_path):
+    (tmp_path / "kernels.cu").write_text(ops.SOURCE)
+    began = time.monotonic()
+    done = subprocess.run(
+        ["nvcc", "-c", *ops.flags((9, 0)), "kernels.cu", "-o", "kernels.o"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr and "warning" not in done.stderr, done.stderr
+    print(f"{time.monotonic() - began:.0f} s")
