@@ -364,10 +364,9 @@ class Generator(nn.Module):
         channel_base=32768, channel_max=512, architecture="skip", half_res=0, half="float16",
         clamp=None, use_noise=True,
     ):  # fmt: skip
-        self_and = ("self", "__class__")
-        config = dict(kind="G", **{k: v for k, v in locals().items() if k not in self_and})
+        given = dict(locals())
         super().__init__()
-        self.config = config
+        self.config = {"kind": "G"} | {k: given[k] for k in given if k not in ("self", "__class__")}
         self.synthesis = SynthesisNetwork(
             w_dim, img_resolution, img_channels, channel_base, channel_max, architecture, half_res,
             half, clamp, use_noise,
@@ -468,7 +467,9 @@ class Discriminator(nn.Module):
         architecture="resnet", half_res=0, half="float16", clamp=None, cmap_dim=None, map_layers=8,
         mbstd_group=4, mbstd_features=1,
     ):  # fmt: skip
+        given = dict(locals())
         super().__init__()
+        self.config = {"kind": "D"} | {k: given[k] for k in given if k not in ("self", "__class__")}
         widths = {r: channels(r, channel_base, channel_max) for r in resolutions(img_resolution)}
         cmap_dim = (cmap_dim or widths[4]) if c_dim else 0
         self.resolutions = resolutions(img_resolution)[:0:-1]  # res, ..., 8
