@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -201,7 +202,7 @@ __device__ __forceinline__ void reduce(const Place<V, CL>& p, const Grid& g, flo
 //   first derivative    out = s * scale;   sums of s, s * x, s * noise
 // ORDER 2, given the gradients gdx of out and gb, gscale, gstrength (N, C) of those sums: with
 // q = gdx * scale + gscale * x + gb + gstrength * noise and h = q * gy * d2y/du2 (smooth kinds),
-//   out = q * dy/du (for gy);   gx = s * gscale + h * scale;   sums of h, s * gdx + h * x, h * noise
+//   out = q * dy/du (for gy);   gx = s * gscale + h * scale;  sums of h, s * gdx + h * x, h * noise
 // x is null where neither a scale nor a smooth kind needs it; y is, for smooth kinds.
 template <class T, int V, bool CL, int ORDER>
 __global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tensors<T> t) {
@@ -1099,3 +1100,157 @@ class GridSampleGrad(Function):
     @staticmethod
     def backward(ctx, ggx):
         return GridSample.apply(ggx, ctx.saved_tensors[0]), None, None
+
+
+# =============================================================================
+# python ops_cuda.py: checks and measurements
+# =============================================================================
+
+ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value
+SHAPES = [(2, 16, 9, 8), (3, 5, 7, 3), (2, 24, 33, 40), (1, 8, 1, 1)]
+TRAINING = [  # 256 pixels with batch 32, 1024 pixels with batch 8
+    *((32, 64, 256, 256), (32, 128, 128, 128), (32, 256, 64, 64)),
+    *((8, 32, 1024, 1024), (8, 64, 512, 512), (8, 128, 256, 256)),
+]
+ORDERS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+def operators(N, C, H, W, device):
+    """{name: (function of x and impl, further tensors that it trains)}."""
+    b, scale, noise = torch.randn(C), torch.rand(N, C) + 0.5, torch.randn(N, 1, H, W)
+    small = [t.to(device) for t in (scale, noise, torch.tensor(0.7), b)]
+    f4 = setup_filter([1, 3, 3, 1], separable=True, device=device)
+    f12 = setup_filter([1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1], device=device)
+
+    def fir(f, **options):
+        edge = len(f) // 2
+        pad = (edge, edge - 1, edge, edge - 1)
+        return lambda x, impl, *_: upfirdn2d(x, f.to(x.dtype), padding=pad, impl=impl, **options)
+
+    return {
+        "bias_act": (lambda x, impl, b: bias_act(x, b, act="lrelu", impl=impl), small[3:]),
+        "fused_act": (
+            lambda x, impl, s, t, b: fused_act(x, s, small[1], t, b, "lrelu", clamp=256, impl=impl),
+            [small[0], *small[2:]],
+        ),
+        "filter, 4 taps": (fir(f4), []),
+        "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
+        "downsample, 4 taps": (fir(f4, down=2), []),
+        "filter, 12 taps": (fir(f12), []),
+        "upsample, 12 taps": (fir(f12, up=2, gain=4), []),
+        "downsample, 12 taps": (fir(f12, down=2), []),
+    }
+
+
+def derivatives(function, impl, tensors, v):
+    """y, the gradients of sum(y v), and those of the sum of their mean squares."""
+    tensors = [t.detach().clone().requires_grad_() for t in (*tensors, v.to(tensors[0].dtype))]
+    *inputs, v = tensors
+    y = function(inputs[0], impl, *inputs[1:])
+    first = torch.autograd.grad(y, inputs, v, create_graph=True)
+    energy = sum(g.double().square().mean() for g in first)
+    second = torch.autograd.grad(energy, tensors, allow_unused=True)
+    return [
+        torch.zeros_like(t) if g is None else g
+        for t, g in zip([y, *inputs, *tensors], [y, *first, *second], strict=True)
+    ]
+
+
+def check(device):
+    """Compares every kernel with its reference in float64, to second order. Returns the number of
+    kernels that are off, and prints them."""
+    wrong, count = 0, 0
+    for shape in SHAPES:
+        for name, (function, more) in operators(*shape, device).items():
+            for dtype, allowed in ROUNDING.items():
+                for order, memory in ORDERS.items():
+                    x = torch.randn(shape, device=device).to(dtype)
+                    x = x.contiguous(memory_format=memory)
+                    v = torch.randn(function(x, "ref", *more).shape, device=device).to(dtype)
+                    mine = derivatives(function, "cuda", [x, *more], v)
+                    exact = [t.double() for t in (x, *more)]
+                    wanted = derivatives(function, "ref", exact, v)
+                    off = max(
+                        ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
+                        for a, b in zip(mine, wanted, strict=True)
+                    )
+                    count += 1
+                    if not off <= allowed:
+                        wrong += 1
+                        print(f"WRONG {name} {tuple(shape)} {dtype} {order}: off by {off:.2g}")
+    print(f"{count - wrong} of {count} kernels agree with float64: values, first and second"
+          " gradients")  # fmt: skip
+    return wrong
+
+
+def milliseconds(function, repeats=20):
+    """Median time of a call on the GPU."""
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[repeats // 2]
+
+
+def copy_speed(device):
+    """GB/s of a copy of 1 GB, read and written."""
+    x = torch.empty(2**28, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) / 1e6
+
+
+def measure(device, shapes=TRAINING):
+    """Prints time, GB/s and percent of a copy's GB/s for forward and backward passes."""
+    copy = copy_speed(device)
+    print(f"copy: {copy:.0f} GB/s\n")
+    print("| operator | shape | type | order | pass | ms | GB/s | of copy |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in shapes:
+        for name, (function, more) in operators(*shape, device).items():
+            for dtype in (torch.float16, torch.float32):
+                for order in ORDERS:
+                    what = f"{name} | {'x'.join(map(str, shape))} | {str(dtype)[6:]} | {order}"
+                    x = torch.randn(shape, device=device).to(dtype, memory_format=ORDERS[order])
+                    for kind, ms, size in passes(name, function, x, more):
+                        speed = size / ms / 1e6
+                        print(f"| {what} | {kind} | {ms:.3f} | {speed:.0f} | {speed / copy:.0%} |")
+
+
+def passes(name, function, x, more):
+    """(forward or backward, milliseconds, bytes that have to be moved at least)."""
+    inputs = [t.requires_grad_() for t in (x, *more)]
+    y = function(x, "cuda", *more)
+    v = torch.randn_like(y)
+    ms = milliseconds(lambda: function(x, "cuda", *more))
+    yield "forward", ms, x.nbytes + y.nbytes
+    ms = milliseconds(lambda: torch.autograd.grad(y, inputs, v, retain_graph=True))
+    also = {"bias_act": y.nbytes, "fused_act": x.nbytes + y.nbytes}  # what derivatives depend on
+    yield "backward", ms, x.nbytes + y.nbytes + also.get(name, 0)
+
+
+def main():
+    if not torch.cuda.is_available():
+        print(
+            "ops_cuda.py: no CUDA device. On a CPU the PyTorch expressions are used; there is"
+            " nothing to check.",
+            file=sys.stderr,
+        )
+        return 2
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    began = time.monotonic()
+    if build(torch.cuda.get_device_capability()) is None:
+        return 1
+    print(f"kernels ready after {time.monotonic() - began:.1f} s")
+    torch.manual_seed(0)
+    wrong = check(device)
+    measure(device)
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,23 +1,22 @@
 """ops_cuda.py: derivatives, the kernels (on a GPU, and emulated on the CPU), their compilation."""
 
-import contextlib
 import ctypes
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
+import emulated_cuda
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-import emulated_cuda
 import ops_cuda as ops
 
 ROOT = Path(__file__).parent.parent
@@ -330,3 +329,119 @@ def test_the_kernels_compile_with_nvcc(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr and "warning" not in done.stderr, done.stderr
     print(f"{time.monotonic() - began:.0f} s")
+
+
+def test_the_self_check_passes_and_finds_a_wrong_kernel(device, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "SHAPES", [(2, 16, 5, 4)])
+    assert ops.check(device) == 0
+    assert "48 of 48 kernels agree" in capsys.readouterr().out
+    monkeypatch.setattr(ops, "SQRT2", 1.0)
+    right = ops.fused_act_ref
+    monkeypatch.setattr(ops, "fused_act_ref", lambda x, *rest: right(x, *rest[:-2], 1.2, rest[-1]))
+    assert ops.check(device) == 12
+    assert "WRONG bias_act" in capsys.readouterr().out
+
+
+def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsys):
+    if device == "cpu":
+        monkeypatch.setattr(ops, "milliseconds", lambda function: function() is None or 1.0)
+        empty = torch.empty
+        small = lambda *a, **k: empty(8) if a == (2**28,) else empty(*a, **k)  # noqa: E731
+        monkeypatch.setattr(torch, "empty", small)
+    ops.measure(device, [(1, 16, 8, 8)])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 8 * 2 * 2 * 2
+
+
+def test_without_a_gpu_the_self_check_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, ROOT / "ops_cuda.py"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "no CUDA device" in done.stderr and not done.stdout
+
+
+@pytest.fixture
+def fake_build(tmp_path, tmp_path_factory, monkeypatch):
+    """ops.build without a GPU or nvcc: g++ makes the library, in the way of load_inline."""
+    from torch.utils import cpp_extension
+
+    made, emulated = [], emulated_cuda.build(ops.SOURCE, tmp_path_factory.getbasetemp())
+
+    def load_inline(name, cpp, cuda, build_directory, **options):
+        (Path(build_directory) / "lock").touch()  # torch's own lock, which a kill leaves behind
+        library = Path(build_directory) / f"{name}.so"
+        shutil.copy(emulated, library)
+        made.append(library)
+        return str(library)
+
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("nvcc", "ninja", "c++", "g++"):
+        (tools / tool).symlink_to(shutil.which("true"))
+    monkeypatch.setattr(cpp_extension, "load_inline", load_inline)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("GANS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.delenv("CXX", raising=False)
+    ops.build.cache_clear()
+    yield types.SimpleNamespace(made=made, tools=tools, cache=tmp_path / "cache" / "kernels")
+    ops.build.cache_clear()
+
+
+def test_a_build_is_cached_and_leaves_nothing_else(fake_build):
+    assert ops.build((9, 0)) is not None
+    ops.build.cache_clear()
+    assert ops.build((9, 0)) is not None
+    assert len(fake_build.made) == 1 and len(list(fake_build.cache.iterdir())) == 1
+    assert ops.build((8, 0)) is not None and len(fake_build.made) == 2  # another GPU
+
+
+def test_what_a_killed_build_left_does_not_stop_the_next(fake_build):
+    left = fake_build.cache / "build-killed"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    assert ops.build((9, 0)) is not None
+
+
+def test_two_builds_at_once_both_end_well(fake_build):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(ops.build.__wrapped__((9, 0))))
+        for _ in range(2)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 2 and None not in found and len(list(fake_build.cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("tool", ["nvcc", "ninja"])
+def test_a_missing_tool_is_named_once(fake_build, monkeypatch, capsys, tool):
+    (fake_build.tools / tool).unlink()
+    monkeypatch.setenv("PATH", str(fake_build.tools))
+    assert ops.build((9, 0)) is None and ops.build((9, 0)) is None
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"no {tool} on PATH" in err and "PyTorch expressions" in err
+
+
+def test_a_failing_build_names_its_log(fake_build, monkeypatch, capsys):
+    from torch.utils import cpp_extension
+
+    def fail(*args, **options):
+        raise RuntimeError("nvcc: line 7: error")
+
+    monkeypatch.setattr(cpp_extension, "load_inline", fail)
+    assert ops.build((9, 0)) is None
+    err = capsys.readouterr().err
+    (log,) = fake_build.cache.glob("*.log")
+    assert err.count("\n") == 1 and str(log) in err and "line 7" in log.read_text()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(fake_build, monkeypatch, capsys):
+    fake_build.cache.parent.mkdir()
+    fake_build.cache.write_text("a file where the folder should be")
+    assert ops.build((9, 0)) is None
+    assert capsys.readouterr().err.count("\n") == 1
