@@ -1229,8 +1229,9 @@ class Toy(Source):
 
 
 def open_data(data, root="data", size=None, toy=TOY_PARTS):
-    """The source for --data: toy (faces of size x size pixels, in these folders), the name of a public set (fetched
-    once, to ROOT/NAME), a folder or a .zip. One's own folder of such a name is given as ./NAME."""
+    """The source for --data: toy (faces of size x size pixels, in folders of these names), the name
+    of a public set (fetched once, to ROOT/NAME), a folder or a .zip. One's own folder of such a
+    name is given as ./NAME."""
     if data == "toy":
         return Toy(size, toy)
     path = Path(data).expanduser()
@@ -1427,11 +1428,9 @@ def one_hot(args, source):
     if labels is None:
         raise UserError(f"--cond: {args.data} has no labels; a dataset.json holds them.")
     values = np.array([labels[name] for name in source.names])
-    return (
-        values.astype(np.float32)
-        if values.ndim == 2
-        else np.eye(values.max() + 1, dtype=np.float32)[values]
-    )
+    if values.ndim == 1:
+        values = np.eye(values.max() + 1)[values]
+    return values.astype(np.float32)
 
 
 def bicubic(img, size):
@@ -3629,7 +3628,9 @@ def load_generator(args, load_networks):
     c_dim, label = G.config["c_dim"], vars(args).get("label")
     if label is not None and label >= c_dim:
         raise UserError(f"--class {label}: the checkpoint has {c_dim} classes, from 0.")
-    c = torch.eye(c_dim)[[label or 0]] if c_dim else None
+    if c_dim and label is None and "label" in vars(args):
+        raise UserError(f"the checkpoint is conditional: pass --class, 0 to {c_dim - 1}.")
+    c = torch.eye(c_dim)[[label]] if label is not None else None
     return G.eval().requires_grad_(False), c, saved
 
 

@@ -53,8 +53,8 @@ W_AVG_BETA = 0.995
 FP16_BLOCKS, CLAMP = 4, 256.0  # resolutions in half precision, and the limit of their values
 
 # What a plain `python stylegan2.py` trains: small enough for two CPU cores and a few minutes.
-TOY = dict(size=32, channel_base=1024, channel_max=64, z_dim=64, w_dim=64, map_layers=2)
-TOY |= dict(batch=16, mbstd_group=4, r1_gamma=1.0, kimg=60, lr=0.0025, ema_kimg=2.0, every=10)
+TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64, map_layers=2)
+TOY |= dict(kimg=60, lr=0.005, r1_gamma=0.1, ema_kimg=2.0, ema_rampup=0.05, every=10)
 
 # =============================================================================
 # Networks
@@ -557,7 +557,7 @@ def official_config(arrays, options):
 
 @torch.no_grad()
 def w_statistics(G, c=None, n=10_000):
-    """Mean (w_dim,) and deviation (), sqrt(E |w - mean|^2), of w over z of seed 123 (appendix D)."""
+    """Mean (w_dim,) of w over n z of seed 123, and deviation, sqrt(E |w - mean|^2) (appendix D)."""
     device = next(G.parameters()).device
     z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["z_dim"])).float()
     c = None if c is None else c.expand(n, -1)

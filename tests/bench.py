@@ -15,6 +15,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import cyclegan
+import stylegan2
 
 
 def seconds(function, device, repeats):
@@ -104,6 +106,47 @@ def bench_cyclegan(options, device):
         yield name, batch / t, f"{1000 * t:.1f}", memory(device)
 
 
+def bench_stylegan2(options, device):
+    """Rows: training, by phase, with both regularizers counted at their intervals; generation."""
+    full = options.full or device.type == "cuda"
+    for size, batch in [(256, 32), (1024, 8)] if full else [(32, 32)]:
+        preset = dict(data="toy", device=device, size=size, batch=batch)
+        preset |= dict(channel_base=32768, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
+        preset |= {} if full else stylegan2.TOY
+        preset |= {"precision": options.precision} if options.precision else {}
+        argv = [f"--{name.replace('_', '-')}={value}" for name, value in preset.items()]
+        with mock.patch.object(stylegan2, "train") as train:  # for the options that it is given
+            stylegan2.main(argv)
+        yield from bench_stylegan2_at(*train.call_args.args, device, options.repeats)
+
+
+def bench_stylegan2_at(args, device, repeats):
+    run, size, batch = common.Run("stylegan2", args, "", own_half=True), args.size, args.batch
+    half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
+    nets = stylegan2.new_networks(args, size, 0, half).values()
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
+    opt_G, opt_D = (stylegan2.lazy_adam(run, net, args.lr, 4) for net in (G, D))
+    pl_mean, x = torch.zeros((), device=device), torch.randn(batch, 3, size, size, device=device)
+    rest = (lambda n: None, args, run, run.randn)
+
+    def phase(function, *arguments, opt):
+        return seconds(lambda: (function(*arguments), run.step(opt)), device, repeats)
+
+    D.requires_grad_(False)
+    g = phase(stylegan2.generator_phase, G, D, batch, *rest, opt=opt_G)
+    pl = phase(stylegan2.path_length_phase, G, pl_mean, batch, *rest, opt=opt_G)
+    D.requires_grad_(True)
+    d = phase(stylegan2.discriminator_phase, G, D, x, None, *rest, opt=opt_D)
+    r1 = phase(stylegan2.r1_phase, D, x, None, args, run, opt=opt_D)
+    t = g + pl / args.pl_every + d + r1 / args.r1_every
+    ms = f"G {1000 * g:.1f}, pl {1000 * pl:.1f}, D {1000 * d:.1f}, R1 {1000 * r1:.1f}"
+    name = f"train {size} px, channel base {args.channel_base}, batch {batch}, {run.precision}"
+    yield name, batch / t, ms, memory(device)
+    z, G = torch.randn(batch, args.z_dim), G.eval()
+    t = seconds(lambda: common.sample(G, z, None, batch), device, repeats)
+    yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
+
+
 def bench_loader(options, n=400, size=256):
     """Images/s of one thread: 256 px JPEGs decoded and resized to 286; the same from memory."""
     preset = types.SimpleNamespace(
@@ -149,7 +192,7 @@ def memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
 
 
-ROWS = {"cyclegan": bench_cyclegan}
+ROWS = {"cyclegan": bench_cyclegan, "stylegan2": bench_stylegan2}
 
 
 def main():
