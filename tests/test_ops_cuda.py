@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import ops_cuda as ops
+import stylegan2
 
 ROOT = Path(__file__).parent.parent
 F4, F12 = [1, 3, 3, 1], list(range(1, 13))
@@ -445,3 +446,78 @@ def test_a_cache_that_cannot_be_written_is_one_line(fake_build, monkeypatch, cap
     fake_build.cache.write_text("a file where the folder should be")
     assert ops.build((9, 0)) is None
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- whole networks on the kernels ----
+
+
+class Draws:
+    """Stands in for common.Run in the training phases."""
+
+    def __init__(self, device):
+        self.device, self.generator = device, torch.Generator().manual_seed(1)
+
+    def rand(self, n, shared=False):
+        return torch.rand(n, generator=self.generator).to(self.device)
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def mean(self, x):
+        return x
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def gradients_of_phases(G, D, device):
+    """The gradients of each training phase of StyleGAN2, as one vector each."""
+    args = types.SimpleNamespace(
+        mixing=0.9, pl_weight=2, pl_every=4, r1_gamma=1, r1_every=16, batch_gpu=None
+    )
+    run = Draws(device)
+    real, pl_mean = run.randn(4, 3, 32, 32), torch.tensor(0.1, device=device)
+    rest, found = (lambda n: None, args, run, run.randn), {}
+
+    def keep(name, net):
+        found[name] = torch.cat(
+            [(p.grad if p.grad is not None else p * 0).flatten() for p in net.parameters()]
+        )
+        net.zero_grad()
+
+    D.requires_grad_(False)
+    stylegan2.generator_phase(G, D, 4, *rest)
+    keep("G", G)
+    stylegan2.path_length_phase(G, pl_mean, 4, *rest)
+    keep("path length", G)
+    D.requires_grad_(True)
+    stylegan2.discriminator_phase(G, D, real, None, *rest)
+    keep("D", D)
+    stylegan2.r1_phase(D, real, None, args, run)
+    keep("R1", D)
+    return found
+
+
+@pytest.mark.parametrize(("half", "allowed"), [(None, 1e-4), ("float16", 0.1), ("bfloat16", 0.2)])
+@pytest.mark.parametrize(
+    "architectures", [("skip", "resnet"), ("resnet", "skip"), ("orig", "orig")]
+)
+def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, architectures):
+    torch.manual_seed(0)
+    both = dict(img_resolution=32, channel_base=256, channel_max=16)
+    both |= dict(half_res=4, half=half, clamp=256.0) if half else {}
+    G = stylegan2.Generator(16, 0, 16, map_layers=2, architecture=architectures[0], **both)
+    D = stylegan2.Discriminator(architecture=architectures[1], mbstd_group=2, **both)
+    for name, p in G.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(0.3)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    if device == "cpu":  # where the networks would stay in float32
+        of_weights = stylegan2.block_type
+        monkeypatch.setattr(stylegan2, "block_type", lambda b, x: b.half or of_weights(b, x))
+    mine = gradients_of_phases(G, D, device)
+    monkeypatch.setattr(stylegan2, "block_type", lambda b, x: b.conv1.weight.dtype)
+    monkeypatch.setattr(ops, "kernels", lambda x, impl: None)
+    for name, wanted in gradients_of_phases(G, D, device).items():
+        off = (mine[name] - wanted).norm() / wanted.norm()
+        assert off <= allowed, f"{name}: off by {off:.2g}"

@@ -1,0 +1,1046 @@
+"""stylegan2.py: networks, losses, official files, and its commands run as a user runs them."""
+
+import argparse
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import official_files
+import pytest
+import torch
+from PIL import Image
+
+import common
+import stylegan2
+
+ROOT = Path(__file__).parent.parent
+TINY = (  # 20 steps
+    "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2 --batch 50"
+    " --mbstd-group 2 --kimg 1 --every 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def no_stray_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def script(*args, launcher=()):
+    """The command line of a real process."""
+    return [sys.executable, *launcher, str(ROOT / "stylegan2.py"), *map(str, args)]
+
+
+def run(*args, launcher=()):
+    done = subprocess.run(
+        script(*args, launcher=launcher), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def main(*args):
+    stylegan2.main([str(a) for a in args])
+
+
+def fails(capsys, *args):
+    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
+    capsys.readouterr()
+    assert common.exit_status(lambda: main(*args)) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+def faces(folder, n=6, size=(10, 10), suffix="jpg"):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        common.toy_face(i, 0, 32).resize(size).save(f"{folder}/{i}.{suffix}")
+    return folder
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def shuffled_weights(net, seed=0):
+    """The net with all of its tensors random, biases and noise strengths too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, t in net.state_dict().items():
+        draw = torch.randn(t.shape, generator=generator)
+        if name.endswith(("bias", "strength", "w_avg")):
+            draw = 0.3 * draw + name.endswith("affine.bias")
+        t.copy_(100 * draw if re.search(r"mapping\.fc\d+\.weight", name) else draw)
+    return net.eval().requires_grad_(False)
+
+
+SMALL = dict(img_resolution=16, channel_base=64, channel_max=8)
+
+
+def small_G(**options):
+    kinds = SMALL | dict(z_dim=6, w_dim=8, map_layers=2) | options
+    return shuffled_weights(stylegan2.Generator(**kinds))
+
+
+def small_D(**options):
+    return shuffled_weights(stylegan2.Discriminator(**SMALL | options))
+
+
+# ---- networks ----
+
+AUTO = dict(channel_base=16384, map_layers=2)
+CIFAR = dict(map_layers=2, architecture="orig")
+
+
+@pytest.mark.parametrize(
+    ("kind", "res", "options", "parameters"),
+    [
+        ("G", 1024, {}, 30_370_060),
+        ("G", 1024, {"channel_base": 16384}, 24_900_764),
+        ("G", 512, {}, 30_276_583),
+        ("G", 256, {}, 30_034_338),
+        ("G", 256, {"channel_base": 16384}, 24_767_458),
+        ("G", 256, AUTO, 23_191_522),
+        ("G", 32, {"map_layers": 2}, 19_947_539),
+        ("G", 32, {"map_layers": 2, "c_dim": 10}, 20_215_315),
+        ("D", 1024, {}, 29_012_513),
+        ("D", 1024, {"channel_base": 16384}, 24_038_161),
+        ("D", 512, {}, 28_982_849),
+        ("D", 256, {}, 28_864_129),
+        ("D", 256, {"channel_base": 16384}, 24_001_089),
+        ("D", 32, {"architecture": "orig"}, 20_720_641),
+        ("D", 32, {"architecture": "orig", "c_dim": 10}, 23_089_664),
+    ],
+)
+def test_networks_have_the_published_numbers_of_parameters(kind, res, options, parameters):
+    with torch.device("meta"):
+        net = stylegan2.build({"kind": kind, "img_resolution": res, **options})
+    assert stylegan2.count(net) == parameters
+    if kind == "G" and "map_layers" not in options:
+        assert stylegan2.count(net.mapping) == 2_101_248
+
+
+GOLDEN = {  # of the official code with these weights
+    0: dict(
+        sizes=[44_635, 54_889],
+        ws=[2.345269, -0.618849, 1.418828, 0.453159, 1.011959],
+        img=[-0.278609, -0.313439, -0.222318, -0.352432, 1.376800],
+        logits=[-0.201545, -0.594083, -0.179548, -0.112521],
+        truncated=[-0.398471, 1.342843],
+        lengths=[1.039009, 1.362372, 1.131636, 1.418869],
+        real=[-0.013117, -0.077824, -0.053910, -0.076305],
+        r1=[0.006270, 0.006019, 0.005152, 0.006333],
+    ),
+    3: dict(
+        sizes=[45_307, 64_488],
+        ws=[-0.325841, -0.428862, 2.215288, 0.407950, 0.914628],
+        img=[0.221932, 0.269162, 0.344078, 0.044722, 1.042303],
+        logits=[-1.268173, -2.711876, -1.706815, -0.862850],
+        truncated=[-0.023055, 0.954224],
+        lengths=[0.805694, 1.854348, 1.219034, 1.053647],
+        real=[-0.731760, -0.465564, -0.397442, -0.742226],
+        r1=[0.009735, 0.007310, 0.006910, 0.010496],
+    ),
+}
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_numbers_are_those_of_the_official_networks(c_dim):
+    both = dict(c_dim=c_dim, img_resolution=32, channel_base=256, channel_max=32, clamp=256.0)
+    G = stylegan2.Generator(z_dim=16, w_dim=24, map_layers=2, **both)
+    D = stylegan2.Discriminator(mbstd_group=2, **both)
+    for net in (G.double().eval(), D.double()):
+        for name, t in net.state_dict().items():
+            r = np.asarray(np.random.RandomState(zlib.crc32(name.encode())).randn(*t.shape))
+            if name.endswith(("bias", "noise_strength")):
+                r = 0.1 * r + name.endswith("affine.bias")
+            elif re.fullmatch(r"mapping\.fc\d+\.weight", name):
+                r = 100 * r
+            t.copy_(torch.from_numpy(r))
+
+    def draw(seed, *shape):
+        return torch.from_numpy(np.random.RandomState(seed).randn(*shape))
+
+    def moments(x):
+        return [x.mean().item(), x.std(correction=0).item()]
+
+    c = torch.eye(3).double()[[0, 1, 2, 0]] if c_dim else None
+    z, x = draw(0, 4, 16), 0.5 * draw(2, 4, 3, 32, 32)
+    ws = G.mapping(z, c)
+    img = G.synthesis(ws, "const")
+    found = dict(
+        sizes=[stylegan2.count(G), stylegan2.count(D)],
+        ws=[*ws[0, 0, :3], *moments(ws)],
+        img=[*img[0, 0, 0, :3], *moments(img)],
+        logits=D(img, c).flatten(),
+        truncated=moments(G(z, c, psi=0.7, cutoff=4, noise="const")),
+        lengths=stylegan2.path_lengths(G, ws, draw(1, 4, 3, 32, 32), "const"),
+        real=D(x, c).flatten(),
+        r1=stylegan2.r1_penalty(D, x, c),
+    )
+    for name, expected in GOLDEN[c_dim].items():
+        np.testing.assert_allclose([float(v) for v in found[name]], expected, 1e-5, 2e-6, name)
+
+
+@pytest.mark.parametrize("res", [8, 16])
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+def test_every_architecture_runs_at_every_size(architecture, res):
+    for C in (1, 3):
+        options = dict(architecture=architecture, img_resolution=res, img_channels=C)
+        img = small_G(**options)(torch.randn(4, 6))
+        assert img.shape == (4, C, res, res) and small_D(**options)(img).shape == (4, 1)
+
+
+def test_psi_0_and_constant_noise_give_one_picture_for_all_z():
+    G = small_G()
+    img = G(torch.randn(3, 6), psi=0, noise="const")
+    torch.testing.assert_close(img, img[:1].expand(3, -1, -1, -1))
+    assert not torch.allclose(*G(torch.randn(2, 6), noise="const"))
+
+
+def test_a_cutoff_limits_truncation_to_the_first_layers():
+    mapping, z = small_G().mapping, torch.randn(3, 6)
+    ws, all_layers = mapping(z), mapping(z, psi=0.5)
+    some = mapping(z, psi=0.5, cutoff=2)
+    assert torch.equal(some[:, :2], all_layers[:, :2]) and torch.equal(some[:, 2:], ws[:, 2:])
+    torch.testing.assert_close(all_layers, (ws + mapping.w_avg) / 2)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_a_demodulated_convolution_does_not_know_the_scale_of_its_style(up):
+    x, weight, style = (torch.randn(*s).double() for s in ((2, 4, 8, 8), (5, 4, 3, 3), (2, 4)))
+
+    def outcome(style):
+        y, factors = stylegan2.modulated_conv2d(
+            x, weight, style, up, pad=1, fir=stylegan2.fir_filter()
+        )
+        return y * factors[:, :, None, None]
+
+    torch.testing.assert_close(outcome(3 * style), outcome(style), rtol=1e-6, atol=1e-6)
+    w = weight * style[0, None, :, None, None]
+    w = w / w.square().sum([1, 2, 3], keepdim=True).sqrt()
+    if up == 1:
+        direct = torch.nn.functional.conv2d(x[:1], w, padding=1)
+        torch.testing.assert_close(outcome(style)[:1], direct)
+
+
+def test_noise_matters_by_its_strength_and_only_random_noise_varies():
+    layer, x, w = stylegan2.SynthesisLayer(4, 5, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 8)
+    assert torch.equal(layer(x, w, "random"), layer(x, w, "none"))
+    layer.noise_strength.data.fill_(0.5)
+    assert torch.equal(layer(x, w, "const"), layer(x, w, "const"))
+    assert not torch.equal(layer(x, w, "random"), layer(x, w, "random"))
+    assert not torch.equal(layer(x, w, "const"), layer(x, w, "none"))
+
+
+def test_a_conditional_model_asks_for_labels():
+    with pytest.raises(ValueError, match="conditional"):
+        small_G(c_dim=3)(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="conditional"):
+        small_D(c_dim=3)(torch.randn(2, 3, 16, 16))
+
+
+def test_minibatch_std_of_equal_images_is_the_root_of_its_epsilon():
+    x = torch.randn(1, 3, 4, 4).repeat(4, 1, 1, 1)
+    y = stylegan2.minibatch_std(x, group=2)
+    assert torch.equal(y[:, :3], x)
+    torch.testing.assert_close(y[:, 3:], torch.full((4, 1, 4, 4), 1e-4))
+    with pytest.raises(ValueError, match="groups of 3"):
+        stylegan2.minibatch_std(x, group=3)
+
+
+def test_groups_of_minibatch_std_are_strided():
+    x = torch.tensor([0.0, 5.0, 2.0, 5.0]).reshape(4, 1, 1, 1)
+    y = stylegan2.minibatch_std(x, group=2)[:, 1].flatten()
+    torch.testing.assert_close(y, torch.tensor([1, 1e-4, 1, 1e-4]))
+
+
+def test_half_precision_blocks_compute_in_float32_on_a_cpu():
+    z, exact, half = torch.randn(4, 6), {}, dict(half_res=4, half="float16")
+    G, G_half, D, D_half = small_G(), small_G(**half), small_D(), small_D(**half)
+    assert G_half.synthesis.b16.half == D_half.b8.half == torch.float16
+    exact = G(z, noise="const")
+    assert torch.equal(G_half(z, noise="const"), exact)
+    assert torch.equal(D_half(exact), D(exact))
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_a_layer_in_float16_agrees_with_float32(up):
+    layer = stylegan2.SynthesisLayer(4, 5, 8, 8 * up, up, clamp=256)
+    layer.noise_strength.data.fill_(0.5)
+    x, w = 1000 * torch.randn(2, 4, 8, 8), torch.randn(2, 8)
+    try:
+        y = layer(x.half(), w, "const")
+    except RuntimeError as e:
+        pytest.skip(f"no half precision on this CPU: {e}")
+    exact = layer(x.half().float(), w, "const")
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
+
+
+# ---- losses and one step ----
+
+
+def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_weights():
+    a, x = torch.randn(3, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
+    r1 = stylegan2.r1_penalty(lambda x, c: (x * a).sum([1, 2, 3]), x, None)
+    torch.testing.assert_close(r1, a.square().sum().expand(2))
+
+
+def test_path_lengths_of_a_linear_generator_are_those_of_its_matrix():
+    A, y = torch.randn(5, 4, 3, 8, 8).double(), torch.randn(2, 3, 8, 8).double()
+    G = types.SimpleNamespace(synthesis=lambda ws, noise: torch.einsum("nlw,lwchv->nchv", ws, A))
+    ws = torch.randn(2, 5, 4).double().requires_grad_(True)
+    J = torch.einsum("lwchv,nchv->nlw", A, y) / 8
+    expected = J.square().sum(2).mean(1).sqrt()
+    torch.testing.assert_close(stylegan2.path_lengths(G, ws, y), expected)
+
+
+class Runner:
+    """What train_step needs of common.Run."""
+
+    def __init__(self, seed=0, on_step=None):
+        self.generator, self.on_step = torch.Generator().manual_seed(seed), on_step
+
+    def rand(self, n, shared=False):
+        return torch.rand(n, generator=self.generator)
+
+    def randn(self, n, *shape):
+        return torch.randn(n, *shape, generator=self.generator)
+
+    def mean(self, x):
+        return x
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, opt):
+        self.on_step(opt)
+        opt.step()
+        opt.zero_grad()
+
+
+def options_of_a_step(**options):
+    defaults = dict(batch_gpu=None, mixing=0.9, pl_weight=2.0, pl_every=4)
+    return types.SimpleNamespace(**defaults | dict(r1_gamma=10.0, r1_every=16) | options)
+
+
+def test_each_phase_leaves_the_other_network_and_its_gradients_untouched():
+    G, D = (net.train().requires_grad_(True) for net in (small_G(), small_D()))
+    opts = [torch.optim.SGD(net.parameters(), 1e-3) for net in (G, D)]
+    steps = []
+
+    def on_step(opt):
+        other = D if opt is opts[0] else G
+        assert all(p.grad is None for p in other.parameters())
+        mine = dict((G, D)[opts.index(opt)].named_parameters())
+        steps.append(("GD"[opts.index(opt)], {k for k, p in mine.items() if p.grad is None}))
+
+    real, pl_mean = torch.randn(4, 3, 16, 16), torch.zeros(())
+    for step in (16, 17):
+        losses = stylegan2.train_step(
+            G, D, opts, pl_mean, real, None, lambda n: None, step, options_of_a_step(),
+            Runner(on_step=on_step),
+        )  # fmt: skip
+        assert {"G", "D_fake", "D_real"} <= set(losses)
+        assert ("reg/r1" in losses) == ("reg/pl" in losses) == (step == 16)
+    assert [name for name, _ in steps] == list("GGDDGD")
+    assert steps[0][1] == steps[2][1] == set() and pl_mean > 0
+
+
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_rounds_of_half_a_batch_sum_the_gradients_of_both(c_dim):
+    G, D = (net(c_dim=c_dim).double().requires_grad_(True) for net in (small_G, small_D))
+    args = options_of_a_step(batch_gpu=2, mixing=0, pl_every=1, r1_every=1)
+    z, y = torch.randn(4, 6).double(), torch.randn(2, 3, 16, 16).double()
+    c = torch.eye(3).double()[[0, 1, 2, 0]] if c_dim else None
+    real, halves = torch.randn(4, 3, 16, 16).double(), [slice(0, 2), slice(2, 4)]
+    left = iter(y.split(1))
+    runner = Runner()
+    runner.randn = lambda n, *shape: next(left) if len(shape) == 3 else z[:n]
+
+    def gradients(function):
+        for net in (G, D):
+            net.zero_grad()
+        function()
+        params = [*G.named_parameters(), *D.named_parameters()]
+        return {k: torch.zeros_like(p) if p.grad is None else p.grad.clone() for k, p in params}
+
+    def label(s):
+        return None if c is None else c[s]
+
+    def expected(kind):
+        for s in halves:
+            fake = G(z[s], label(s), noise="const")
+            if kind == "G":
+                stylegan2.logistic_loss(D(fake, label(s)), real=True).mean().backward()
+            elif kind == "D":
+                on_fake = stylegan2.logistic_loss(D(fake.detach(), label(s)), real=False)
+                on_real = stylegan2.logistic_loss(D(real[s], label(s)), real=True)
+                (on_fake + on_real).mean().backward()
+            else:
+                (5 * stylegan2.r1_penalty(D, real[s], label(s)).mean()).backward()
+        if kind == "pl":
+            G.zero_grad(), D.zero_grad()
+            mean = 0
+            for k in range(2):
+                ws = G.mapping(z[k : k + 1], label(slice(k, k + 1)))
+                lengths = stylegan2.path_lengths(G, ws, y[k : k + 1], "const")
+                mean = 0.99 * mean + 0.01 * lengths.mean()
+                (2 * (lengths - mean).square().mean()).backward()
+                mean = mean.detach()
+
+    def labels(n):
+        return label(slice(0, n))
+
+    phases = {
+        "G": lambda: stylegan2.generator_phase(G, D, 4, labels, args, runner, "const"),
+        "D": lambda: stylegan2.discriminator_phase(G, D, real, c, labels, args, runner, "const"),
+        "r1": lambda: stylegan2.r1_phase(D, real, c, args, runner),
+        "pl": lambda: stylegan2.path_length_phase(
+            G, torch.zeros(()).double(), 4, labels, args, runner, "const"
+        ),
+    }
+    for kind, phase in phases.items():
+        mine = gradients(phase)
+        for name, grad in gradients(lambda kind=kind: expected(kind)).items():
+            torch.testing.assert_close(mine[name], grad, msg=f"{kind} {name}")
+
+
+def test_lazy_regularization_has_the_official_rates_and_betas():
+    runner = types.SimpleNamespace(adam=lambda nets, lr, betas: (lr, *betas))
+    for every, expected in ((4, (0.0016, 0, 0.99199197)), (16, (0.00188235, 0, 0.99058561))):
+        assert stylegan2.lazy_adam(runner, None, 0.002, every) == pytest.approx(expected, abs=5e-9)
+
+
+def test_the_average_of_g_reaches_the_middle_after_its_half_life():
+    G, G_ema = small_G(), small_G()
+    for p, q in zip(G.parameters(), G_ema.parameters(), strict=True):
+        p.data.fill_(1), q.data.fill_(0)
+    G.mapping.w_avg.fill_(3)
+    for _ in range(20):
+        stylegan2.update_ema(G_ema, G, 0.5 ** (100 / 2000))
+    assert all(torch.allclose(p, torch.tensor(0.5)) for p in G_ema.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(G.buffers(), G_ema.buffers(), strict=True))
+
+
+def test_style_mixing_replaces_the_layers_from_the_crossover_on():
+    G = small_G()
+    z, z2 = torch.randn(2, 3, 6)
+    ws, ws2 = G.mapping(z), G.mapping(z2)
+    for k in (1, 3, G.num_ws):
+        mixed = stylegan2.mixed_ws(G, z, None, z2, torch.tensor(k))
+        assert torch.equal(mixed[:, :k], ws[:, :k]) and torch.equal(mixed[:, k:], ws2[:, k:])
+
+
+def test_crossovers_are_uniform_over_the_layers_and_one_in_ten_batches_is_not_mixed(monkeypatch):
+    G, runner, seen = small_G(), Runner(), []
+    monkeypatch.setattr(stylegan2, "mixed_ws", lambda G, z, c, z2, k: seen.append(int(k)))
+    for _ in range(3000):
+        stylegan2.mix(G, torch.zeros(1, 6), None, options_of_a_step(), runner)
+    shares = np.bincount(seen, minlength=7) / 3000
+    np.testing.assert_allclose(shares, [0, *[0.18] * (G.num_ws - 1), 0.1], atol=0.03)
+
+
+# ---- train ----
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The run folder of a short toy run by the command line."""
+    out = tmp_path_factory.mktemp("trained")
+    options = "--size 16 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --map-layers 2"
+    options += " --batch 32 --mbstd-group 4 --r1-gamma 0.5 --ema-kimg 0.5 --lr 0.004 --seed 0"
+    run("--data", "toy", "--out", out, *options.split(), "--kimg", 2, "--every", 1)
+    return out / "stylegan2-toy-000"
+
+
+@pytest.fixture(scope="session")
+def conditional(tmp_path_factory):
+    out = tmp_path_factory.mktemp("conditional")
+    main("--data", "toy", "--cond", "--out", out, *TINY, "--batch", 100)
+    return out / "stylegan2-toy-000"
+
+
+def loaded(folder):
+    return stylegan2.load_networks(folder)[0]["G_ema"].eval().requires_grad_(False)
+
+
+def test_training_learns(trained):
+    scores = [line["fd8"] for line in jsonl(trained / "metrics.jsonl")]
+    assert len(scores) == 3 and scores[-1] < scores[0] / 2
+
+
+def test_train_leaves_a_run_folder(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {"args.json", "stylegan2.py", "log.jsonl", "metrics.jsonl", "samples"} <= names
+    assert {"checkpoint.pt", "checkpoint-0000063.pt"} <= names
+    assert json.loads((trained / "args.json").read_text())["channel_base"] == 256
+    samples = sorted(p.name for p in (trained / "samples").iterdir())
+    assert samples == ["0000032.png", "0000063.png", "reals.png"]
+    log = jsonl(trained / "log.jsonl")
+    expected = {"kimg", "loss/G", "loss/D_fake", "loss/D_real", "reg/r1", "reg/pl", "reg/pl_mean"}
+    assert expected <= set(log[0]) and log[-1]["step"] == 63 and log[-1]["kimg"] == 2.016
+
+
+def test_a_checkpoint_needs_no_unpickling_of_code(trained):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    assert state["model"] == "stylegan2" and state["step"] == 63
+    assert set(state["nets"]) == {"G", "D", "G_ema"}
+    assert state["config"]["G_ema"]["img_resolution"] == 16
+
+
+def test_a_folder_of_photographs_trains_with_its_options(tmp_path):
+    faces("photos", size=(14, 11))
+    text = run("--data", "photos", *TINY, "--mirror", "--precision", "fp32", "--out", tmp_path)
+    assert "6 images of 8x8" in text and "in fp32" in text and "batch 50" in text
+    assert len(jsonl(tmp_path / "stylegan2-photos-000/log.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ("--channels 1", {"img_channels": 1}),
+        ("--G resnet --D skip", {"architecture": "resnet"}),
+        ("--G orig --D orig --pl-weight 0 --mixing 0 --r1-gamma 0", {"architecture": "orig"}),
+        ("--batch-gpu 10 --ema-rampup 0.05", {}),
+        ("--precision bf16 --cache off --workers 0", {"clamp": 256.0, "half": "bfloat16"}),
+        ("--config E --channel-max 4", {"channel_max": 4}),
+    ],
+)
+def test_variants_train(tmp_path, options, config):
+    main("--data", faces("d"), *TINY, "--out", tmp_path, *options.split())
+    folder = tmp_path / "stylegan2-d-000"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert config.items() <= state["config"]["G"].items()
+    assert all(math.isfinite(v) for v in jsonl(folder / "log.jsonl")[0].values())
+    if "--config" in options:
+        assert state["args"]["r1_gamma"] == 100
+    main("generate", "--checkpoint", folder, "--seeds", 1)
+    assert Image.open("out/seed0001.png").mode == ("L" if "--channels" in options else "RGB")
+
+
+def labelled_zip(path, labels):
+    with zipfile.ZipFile(path, "w") as z:
+        for picture in sorted(Path(faces("pictures", len(labels), suffix="png")).iterdir()):
+            z.write(picture, picture.name)
+        pairs = [[f"{i}.png", label] for i, label in enumerate(labels) if label is not None]
+        z.writestr("dataset.json", json.dumps({"labels": pairs}))
+    return path
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 1], [[0.5, 1.0], [1.0, 0.0], [0.0, 0.0]]])
+def test_labels_of_a_zip_train_a_conditional_model(tmp_path, labels):
+    main("--data", labelled_zip("d.zip", labels), *TINY, "--cond", "--out", tmp_path)
+    G = loaded(tmp_path / "stylegan2-d-000")
+    assert G.config["c_dim"] == (4 if labels[1] == 1 else 2)
+
+
+def test_transfer_says_what_was_copied(trained, tmp_path, capsys):
+    options = [*TINY, "--data", faces("d"), "--checkpoint", trained, "--size", 32]
+    options += "--channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --lr 1e-12".split()
+    main(*options, "--out", tmp_path, "--ema-kimg", 1000)
+    said = capsys.readouterr().out
+    for name in ("G", "D", "G_ema"):
+        assert re.search(rf"^{name}: \d+ of \d+ tensors copied; new: ", said, re.M), said
+    start, end = (
+        stylegan2.load_networks(f)[0]["D"].state_dict()
+        for f in (trained, tmp_path / "stylegan2-d-000")
+    )
+    assert all(torch.allclose(start[k], end[k], atol=1e-6) for k in start if "fromrgb" not in k)
+
+
+RESUMED = "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2".split()
+RESUMED += "--batch 40 --mbstd-group 2 --kimg 4 --every 1 --r1-every 4 --pl-every 3".split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts, and its data."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = faces(folder / "d", 30)
+    run("--data", data, *RESUMED, "--mirror", "--out", folder)
+    return data, folder / "stylegan2-d-000"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path, workers):
+    folder, draw = tmp_path / "stylegan2-d-000", random.Random(workers)
+    options = ["--data", whole[0], *RESUMED, "--mirror", "--out", tmp_path, "--workers", workers]
+    command = script(*options)
+    for kill_after in (25, 50):  # of 100 steps
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and logged_steps(folder) < kill_after:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        command = script("--resume", folder)
+    run("--resume", folder)
+
+    expected, actual = (
+        torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole[1], folder)
+    )
+    assert expected["step"] == actual["step"] == 100
+    for name, net in expected["nets"].items():
+        assert all(torch.equal(actual["nets"][name][k], v) for k, v in net.items()), name
+    pl_mean = [s["ranks"][0]["pools"]["pl"]["mean"] for s in (expected, actual)]
+    assert torch.equal(*pl_mean) and pl_mean[0] > 0
+    logs = [jsonl(f / "log.jsonl") for f in (whole[1], folder)]
+    for line in logs[0] + logs[1]:
+        del line["sec"], line["mem_gb"]
+    assert logs[0] == logs[1]
+    assert jsonl(whole[1] / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
+
+
+def logged_steps(folder):
+    """Steps of a run so far, as far as its log says."""
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    try:
+        return json.loads(lines[-1])["step"] if lines else 0
+    except ValueError:  # half a line
+        return 0
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    options = ["--data", faces(tmp_path / "d"), *TINY, "--batch", 200, "--mbstd-group", 1]
+    options += ["--pl-every", 2, "--r1-every", 2, "--device", "cpu"]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run(*options, "--out", tmp_path / "one")
+    run(*options, "--out", tmp_path / "two", launcher=two)
+    one, two = (
+        torch.load(tmp_path / n / "stylegan2-d-000/checkpoint.pt", weights_only=True)
+        for n in ("one", "two")
+    )
+    assert one["step"] == two["step"] == 5 and len(two["ranks"]) == 2
+    for name, net in one["nets"].items():
+        for key, t in net.items():
+            torch.testing.assert_close(
+                t, two["nets"][name][key], rtol=1e-4, atol=2e-5, msg=f"{name}.{key}"
+            )
+
+
+# ---- generate, project, evaluate ----
+
+
+def test_generate_writes_pictures_a_grid_and_latents(trained):
+    text = run("generate", "--checkpoint", trained, "--seeds", "0-2,7", "--psi", 0.7)
+    assert "4 pictures" in text
+    names = {p.name for p in Path("out").iterdir()}
+    assert names == {*(f"seed{k:04}.png" for k in (0, 1, 2, 7)), "grid.png", "latents.npz"}
+    G, latents = loaded(trained), np.load("out/latents.npz")
+    ws = G.mapping(common.latents([0, 1, 2, 7], 16), psi=0.7)
+    np.testing.assert_allclose(latents["w"], ws, atol=1e-6)
+    picture = common.to_uint8(G.synthesis(ws, "const"))[3].permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(Image.open("out/seed0007.png"), int) - picture).max() <= 1
+    main("generate", "--checkpoint", trained, "--projected", "out/latents.npz", "--out", "again")
+    assert pixels("again/projected0003.png") == pixels("out/seed0007.png")
+
+
+def pixels(path):
+    return Image.open(path).tobytes()
+
+
+@pytest.mark.parametrize(("psi", "distinct"), [(0, 1), (1.5, 3), (-0.5, 3)])
+def test_psi_may_be_any_number(trained, psi, distinct):
+    main("generate", "--checkpoint", trained, "--seeds", "0-2", "--psi", psi)
+    assert len({pixels(p) for p in Path("out").glob("seed*.png")}) == distinct
+
+
+def test_a_mixing_table_has_the_rows_picture_where_seeds_are_equal(trained):
+    options = "--mix-rows 1,2 --mix-cols 2,3 --mix-layers 0-2".split()
+    main("generate", "--checkpoint", trained, *options)
+    sheet = np.asarray(Image.open("out/mixing.png"))
+
+    def cell(row, column):
+        y, x = 18 + 132 * row, 4 + 132 * column
+        return sheet[y : y + 128, x : x + 128]
+
+    assert sheet.shape == (18 + 3 * 132, 3 * 132 + 4, 3) and (cell(0, 0) == 255).all()
+    assert (cell(2, 1) == cell(2, 0)).all() and (cell(2, 1) == cell(0, 1)).all()
+    assert (cell(1, 1) != cell(1, 0)).any() and (cell(1, 1) != cell(0, 1)).any()
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif", "png"])
+def test_a_film_goes_through_all_seeds(trained, suffix):
+    options = ["--seeds", "0-2", "--film", f"f.{suffix}", "--frames", 4]
+    main("generate", "--checkpoint", trained, *options)
+    film = Image.open(f"out/f.{suffix}")
+    assert film.n_frames == 12 and film.size == (16, 16)
+
+
+def test_classes_of_a_conditional_model_differ(conditional, capsys):
+    for k in range(2):
+        main("generate", "--checkpoint", conditional, "--class", k, "--seeds", 0, "--out", k)
+    latents = [np.load(f"{k}/latents.npz")["w"] for k in range(2)]
+    assert not np.allclose(*latents)
+    c_dim = loaded(conditional).config["c_dim"]
+    line = fails(capsys, "generate", "--checkpoint", conditional, "--class", c_dim)
+    assert f"--class {c_dim}" in line and f"{c_dim} classes" in line
+
+
+@pytest.mark.parametrize("space", ["w", "w+"])
+def test_project_approaches_a_picture_of_g_itself(trained, capsys, space):
+    main("generate", "--checkpoint", trained, "--seeds", 5)
+    capsys.readouterr()
+    options = ["--input", "out/seed0005.png", "--space", space, "--steps", 60, "--out", "p"]
+    main("project", "--checkpoint", trained, *options)
+    said = capsys.readouterr().out
+    first, *_, last = (float(d) for d in re.findall(r"distance ([\d.]+)", said))
+    assert last < first / 2 and "LPIPS is replaced" in said
+    names = {"projected.npz", "projected.png", "target.png", "progress.webp"}
+    assert {p.name for p in Path("p").iterdir()} == names
+    w = np.load("p/projected.npz")["w"]
+    assert w.shape == (1, 6, 16) and (w[0] == w[0, 0]).all() == (space == "w")
+    assert pixels("p/target.png") == pixels("out/seed0005.png")
+    main("generate", "--checkpoint", trained, "--projected", "p/projected.npz", "--out", "g")
+    assert Image.open("g/projected0000.png").size == (16, 16)
+
+
+def test_project_takes_pictures_of_other_sizes_and_with_alpha(trained, conditional, capsys):
+    Image.new("RGBA", (20, 30), (200, 30, 30, 128)).save("a.png")
+    for checkpoint in (trained, conditional):
+        main("project", "--checkpoint", checkpoint, "--input", "a.png", "--steps", 3)
+    said = capsys.readouterr().out
+    assert "a.png is 20x30: its centre square is resized to 16x16" in said
+    assert Image.open("out/projected.png").size == (8, 8)
+
+
+def test_evaluate_without_downloads_says_what_is_left_out(trained, conditional):
+    options = ["--samples", 100, "--out", "scores.json"]
+    text = run("evaluate", "--checkpoint", trained, *options)
+    for line in ("FID and KID", "precision and recall", "path length"):
+        assert len(re.findall(f"^{line} (?:are|is) left out: .*$", text, re.M)) == 1, text
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores["n_real"] == scores["n_fake"] == 100 and f"fd8 {scores['fd8']:.3f}" in text
+    main("evaluate", "--checkpoint", conditional, *options, "--metrics", "fd8")
+    assert json.loads(Path("scores.json").read_text())["fd8"] > 0
+
+
+# ---- official files ----
+# The tables of names and layouts, from ours to theirs.
+
+
+def to_tensorflow(net):
+    """StyleGAN2's and ADA's variables."""
+    found = {}
+    leaves = {"affine.weight": "mod_weight", "affine.bias": "mod_bias"}
+    layers = {"conv0": "Conv0_up", "torgb": "ToRGB", "skip": "Skip", "fromrgb": "FromRGB"}
+    layers |= {"fc": "Dense0"}
+    in_G = net.config["kind"] == "G"
+    for name, t in net.state_dict().items():
+        if name == "mapping.w_avg":
+            found["dlatent_avg"] = t
+        elif name.startswith("mapping."):
+            _, layer, leaf = name.split(".")
+            dense = "mapping/Dense" if in_G else "Mapping"
+            label = "mapping/LabelEmbed" if in_G else "LabelEmbed"
+            found[f"{layer.replace('fc', dense).replace('embed', label)}/{leaf}"] = t.T
+        elif name.endswith("noise_const"):
+            res, k = re.search(r"b(\d+)\.conv(\d)", name).groups()
+            number = 0 if res == "4" else 2 * int(math.log2(int(res))) - 5 + int(k)
+            found[f"synthesis/noise{number}"] = t[None, None]
+        elif name == "synthesis.b4.const":
+            found["synthesis/4x4/Const/const"] = t[None]
+        else:
+            block, layer, leaf = name.removeprefix("synthesis.").split(".", 2)
+            side = f"{block[1:]}x{block[1:]}"
+            theirs = layers.get(layer) or ("Conv" if side == "4x4" else "Conv1")
+            if not in_G and side != "4x4":
+                theirs = {"conv0": "Conv0", "conv1": "Conv1_down"}.get(layer, theirs)
+            t = t - 1 if leaf == "affine.bias" else t
+            if t.ndim == 4:
+                t = t.flip([2, 3]) if theirs == "Conv0_up" else t
+                t = t.permute(2, 3, 1, 0)
+            path = "Output" if layer == "out" else f"{side}/{theirs}"
+            found[f"{'synthesis/' * in_G}{path}/{leaves.get(leaf, leaf)}"] = (
+                t.T if t.ndim < 3 else t
+            )
+    return {k: t.numpy().copy() for k, t in found.items()}
+
+
+def to_rosinality_G(G):
+    found, fir = {}, torch.ones(4, 4)
+    for name, t in G.state_dict().items():
+        if m := re.fullmatch(r"mapping\.fc(\d+)\.(.*)", name):
+            found[f"style.{int(m[1]) + 1}.{m[2]}"] = t
+        elif name == "synthesis.b4.const":
+            found["input.input"] = t[None]
+        elif name != "mapping.w_avg":
+            res, layer, leaf = re.fullmatch(r"synthesis\.b(\d+)\.(\w+)\.(.*)", name).groups()
+            j = int(math.log2(int(res))) - 3  # -1 of the 4x4 block
+            k = 2 * j + int(layer[-1]) if layer != "torgb" else None
+            if leaf == "noise_const":
+                found[f"noises.noise_{k + 1}"] = t[None, None]
+                continue
+            theirs = {
+                "weight": "conv.weight", "affine.weight": "conv.modulation.weight",
+                "affine.bias": "conv.modulation.bias", "noise_strength": "noise.weight",
+                "bias": "bias" if k is None else "activate.bias",
+            }[leaf]  # fmt: skip
+            if k is None:
+                place = "to_rgb1" if j < 0 else f"to_rgbs.{j}"
+                t = t.reshape(1, 3, 1, 1) if leaf == "bias" else t
+                found |= {f"to_rgbs.{j}.upsample.kernel": fir} if j >= 0 else {}
+            else:
+                place = "conv1" if j < 0 else f"convs.{k}"
+                found |= {f"{place}.conv.blur.kernel": fir} if layer == "conv0" else {}
+            t = t[None] if t.ndim in (0, 4) and leaf != "bias" else t
+            found[f"{place}.{theirs}"] = t
+    return found
+
+
+def to_rosinality_D(D):
+    found, top = {}, int(math.log2(D.config["img_resolution"]))
+    heads = {"b4.conv.weight": "final_conv.0.weight", "b4.conv.bias": "final_conv.1.bias"}
+    for leaf in ("weight", "bias"):
+        heads |= {f"b4.fc.{leaf}": f"final_linear.0.{leaf}"}
+        heads |= {f"b4.out.{leaf}": f"final_linear.1.{leaf}"}
+    leaves = {
+        "conv0.weight": "conv1.0.weight", "conv0.bias": "conv1.1.bias", "skip.weight":
+        "skip.1.weight", "conv1.weight": "conv2.1.weight", "conv1.bias": "conv2.2.bias",
+    }  # fmt: skip
+    for name, t in D.state_dict().items():
+        block, leaf = name.split(".", 1)
+        n = top - int(math.log2(int(block[1:]))) + 1
+        if leaf.startswith("fromrgb"):
+            found["convs.0.0.weight" if leaf.endswith("weight") else "convs.0.1.bias"] = t
+        else:
+            found[heads.get(name) or f"convs.{n}.{leaves[leaf]}"] = t
+    return found | {"convs.1.conv2.0.kernel": torch.ones(4, 4)}
+
+
+def write_official(path, kind, G, D):
+    """The pair as a file of the release `kind`."""
+    if kind == "pytorch":
+        arrays = {"G": G.state_dict(), "D": D.state_dict(), "G_ema": G.state_dict()}
+        options = {"synthesis_kwargs": {"conv_clamp": 256, "num_fp16_res": 4}}
+        options |= {"epilogue_kwargs": {"mbstd_group_size": 2}, "conv_clamp": 256}
+        extra = {"b4.resample_filter": torch.ones(4, 4)}
+        arrays = {k: v | (extra if k == "D" else {}) for k, v in arrays.items()}
+        official_files.write_pytorch_pickle(path, arrays, options)
+    elif kind == "rosinality":
+        nets = {"g_ema": to_rosinality_G(G), "g": to_rosinality_G(G), "d": to_rosinality_D(D)}
+        official_files.write_rosinality(path, nets, G.mapping.w_avg)
+    else:
+        g, d = to_tensorflow(G), to_tensorflow(D)
+        nets = {"G": g | {"synthesis/lod": np.float32(0)}, "D": d, "Gs": g}
+        official_files.write_tf_pickle(path, nets, version=5 if kind == "tf ada" else 4)
+
+
+OFFICIAL = [  # release, side, widths, architectures of G and D, c_dim, mapping layers of G and D
+    ("pytorch", 16, 128, "skip", "resnet", 0, 2, 8),
+    ("pytorch", 32, 256, "resnet", "orig", 3, 8, 8),
+    ("pytorch", 32, 128, "orig", "skip", 3, 2, 2),
+    ("tf", 16, 256, "skip", "resnet", 0, 8, 8),
+    ("tf", 32, 128, "resnet", "orig", 0, 8, 8),
+    ("tf", 16, 128, "orig", "skip", 0, 2, 8),
+    ("tf ada", 32, 256, "skip", "resnet", 0, 2, 8),
+    # Fails: a Discriminator of map_layers=0 gets an fc0 that it never uses, and that files lack.
+    ("tf ada", 16, 128, "skip", "resnet", 3, 2, 0),
+    ("tf ada", 16, 128, "skip", "resnet", 3, 8, 3),
+    ("rosinality", 16, 128, "skip", "resnet", 0, 8, 8),
+    ("rosinality", 32, 256, "skip", "resnet", 0, 2, 8),
+]
+
+
+@pytest.mark.parametrize("case", OFFICIAL, ids=lambda c: "-".join(map(str, c)))
+def test_an_official_file_makes_the_pictures_and_logits_of_its_networks(case):
+    kind, res, base, G_kind, D_kind, c_dim, G_layers, D_layers = case
+    both = dict(c_dim=c_dim, img_resolution=res, channel_base=base, channel_max=16)
+    sizes = dict(z_dim=8, w_dim=8, map_layers=G_layers)
+    G = shuffled_weights(stylegan2.Generator(architecture=G_kind, **sizes, **both))
+    group = 2 if kind == "pytorch" else 4
+    D = stylegan2.Discriminator(architecture=D_kind, map_layers=D_layers, mbstd_group=group, **both)
+    D = shuffled_weights(D)
+    path = "net.pt" if kind == "rosinality" else "net.pkl"
+    write_official(path, kind, G, D)
+
+    nets, options = stylegan2.load_networks(path)
+    assert set(nets) == {"G", "D", "G_ema"} and options == {}
+    assert nets["D"].config["mbstd_group"] == group
+    assert nets["G"].config["clamp"] == (256 if kind == "pytorch" else None)
+    z, x = torch.randn(4, 8), torch.randn(4, 3, res, res)
+    c = torch.eye(3)[[0, 1, 2, 0]] if c_dim else None
+    for psi in (1, 0.5):
+        torch.testing.assert_close(
+            nets["G_ema"](z, c, psi=psi, noise="const"), G(z, c, psi=psi, noise="const"),
+            rtol=1e-5, atol=1e-5,
+        )  # fmt: skip
+    torch.testing.assert_close(nets["D"](x, c), D(x, c), rtol=1e-5, atol=1e-5)
+
+    main("generate", "--checkpoint", path, "--seeds", "3")
+    c = None if c is None else c[:1]
+    expected = common.sample(G, common.latents([3], 8), c)[0].permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(Image.open("out/seed0003.png"), int) - expected).max() <= 1
+
+
+def test_a_training_file_of_rosinality_gets_its_mean_w_from_samples(tmp_path):
+    G = small_G(img_resolution=16, z_dim=8)
+    nets = {"g_ema": to_rosinality_G(G), "g": to_rosinality_G(G)}
+    args = argparse.Namespace(size=16, channel_multiplier=2, path=None)
+    official_files.write_rosinality("train.pt", nets, args=args)
+    G.mapping.w_avg.copy_(G.mapping(torch.randn(20_000, 8))[:, 0].mean(0))
+    found = stylegan2.load_networks("train.pt")[0]["G_ema"]
+    torch.testing.assert_close(found.mapping.w_avg, G.mapping.w_avg, rtol=0, atol=0.05)
+    z = torch.randn(2, 8)
+    torch.testing.assert_close(found(z, noise="const"), G(z, noise="const"))
+
+
+def test_an_official_file_starts_a_training_and_is_evaluated_on_named_data(tmp_path, capsys):
+    G, D = (net(img_resolution=8, channel_base=32) for net in (small_G, small_D))
+    write_official("net.pkl", "tf", G, D)
+    main(*TINY, "--data", faces("d"), "--checkpoint", "net.pkl", "--z-dim", 6, "--out", tmp_path)
+    assert re.search(r"^D: (\d+) of \1 tensors copied$", capsys.readouterr().out, re.M)
+    evaluate = ["evaluate", "--checkpoint", "net.pkl", "--metrics", "fd8", "--samples", 20]
+    main(*evaluate, "--data", "toy")
+    assert "--data is missing" in fails(capsys, *evaluate)
+
+
+def damaged(change):
+    arrays = {k: v.clone() for k, v in small_G().state_dict().items()}
+    change(arrays)
+    official_files.write_pytorch_pickle("damaged.pkl", {"G_ema": arrays})
+    return "damaged.pkl"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda a: a.pop("synthesis.b8.conv1.bias"), "synthesis.b8.conv1.bias"),
+        (lambda a: a.pop("synthesis.b8.conv1.weight"), "synthesis.b8.conv1.weight"),
+        (lambda a: a.pop("mapping.fc0.weight"), "mapping.fc0.weight"),
+        (lambda a: a.pop("synthesis.b4.const"), "b4"),
+        (lambda a: a.update({"synthesis.b8.extra.bias": torch.ones(3)}), "extra"),
+        (lambda a: a.update({"synthesis.b16.conv1.weight": torch.ones(5, 5, 3, 3)}), "channels"),
+        (lambda a: a.update({"synthesis.b8.conv0.bias": torch.ones(3)}), "G_ema"),
+        (lambda a: a.update({"mapping.fc1.weight": torch.ones(8)}), "G_ema"),
+        (lambda a: a.clear(), "G_ema"),
+    ],
+)
+def test_an_official_network_with_something_wrong_is_refused(capsys, change, problem):
+    line = fails(capsys, "generate", "--checkpoint", damaged(change))
+    assert "damaged.pkl" in line and problem in line and not Path("out").exists()
+
+
+# ---- mistakes ----
+
+
+def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
+    faces("d"), faces("wide", size=(20, 16)), faces("mixed"), faces("mixed/b", size=(12, 12))
+    labelled_zip("half.zip", [0, 1, None, 2])
+    Path("text.png").write_text("hello")
+    np.savez("other.npz", w=np.zeros((1, 4, 16)))
+    np.savez("none.npz", v=np.zeros(3))
+    net, small = ["--checkpoint", trained], ["--data", "d", *TINY]
+    sized = TINY[2:]
+    cases = [
+        (["--data", "wide", *sized], "not square"),
+        (["--data", "d", *sized], "10: a power of two"),
+        (["--data", "mixed", *TINY, "--size", 48], "--size 48"),
+        (["--data", "d", *TINY, "--size", 4], "--size 4"),
+        (["--data", "nowhere", *TINY], "nowhere"),
+        ([*small, "--cond"], "no labels"),
+        (["--data", "half.zip", *TINY, "--cond"], "1 images have no label, 2.png"),
+        ([*small, "--batch", 6, "--mbstd-group", 4], "--mbstd-group 4"),
+        ([*small, "--batch-gpu", 1, "--mbstd-group", 1], "--pl-weight 0"),
+        ([*small, "--batch-gpu", 3], "--batch-gpu 3"),
+        ([*small, "--checkpoint", "none.pt"], "none.pt"),
+        ([*small, "--channel-base", 0], "not above 0"),
+        ([*small, "--mixing", -1], "negative"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+        (["--resume", trained, "--batch", 64], "the batch was 32"),
+        (["--resume", trained, "--size", 32], "other networks"),
+        (["generate"], "--checkpoint"),
+        (["generate", *net, "--class", 0], "--class 0"),
+        (["generate", *net, "--seeds", "a-b"], "'a-b' is no seed"),
+        (["generate", *net, "--seeds", "5-1"], "backwards"),
+        (["generate", *net, "--psi", "x"], "--psi"),
+        (["generate", *net, "--film", "x.mp4"], "x.mp4"),
+        (["generate", *net, "--projected", "other.npz"], "(1, 4, 16)"),
+        (["generate", *net, "--projected", "none.npz"], "none.npz"),
+        (["generate", *net, "--projected", "no.npz"], "no.npz"),
+        (["generate", *net, "--projected", "text.png"], "text.png"),
+        (["generate", *net, "--mix-rows", "1"], "--mix-cols"),  # Fails: TypeError
+        (["project", *net], "--input"),
+        (["project", *net, "--input", "no.png"], "no.png"),
+        (["project", *net, "--input", "text.png"], "text.png"),
+        (["project", *net, "--input", "d"], "--input d"),
+        (["evaluate", *net, "--metrics", "nonsense"], "nonsense"),
+        (["evaluate", *net, "--data", "nowhere"], "nowhere"),
+        (["evaluate", "--checkpoint", conditional, "--data", "d"], "no labels"),
+    ]
+    problems = []
+    for args, message in cases:
+        try:
+            assert message in fails(capsys, *args)
+        except Exception as e:  # the rest is tried, too
+            problems.append(f"{args}: {type(e).__name__}: {e}")
+    assert not problems, "\n".join(problems)
+    assert not Path("runs").exists() and not Path("out").exists()  # a mistake leaves nothing
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys):
+    line = fails(capsys, "--data", faces("d"), *TINY, "--lr", "1e30", "--out", "r")
+    assert re.search(r"(loss|reg)/\w+ became (nan|inf)", line) and "none yet" in line
+
+
+def test_pictures_of_several_sizes_need_a_size(capsys):
+    faces("d", size=(8, 8)), faces("d/b", size=(16, 16))
+    assert "--size 8" in fails(capsys, "--data", "d", *TINY[2:], "--out", "r")
+
+
+@pytest.mark.parametrize("name", ["cut.pkl", "cut.pt", "foreign.pkl", "text.pkl", "empty.pt"])
+def test_damaged_and_foreign_files_are_refused(trained, capsys, name):
+    if name == "cut.pkl":
+        write_official("whole.pkl", "pytorch", small_G(), small_D())
+        data = Path("whole.pkl").read_bytes()
+    else:
+        data = (trained / "checkpoint.pt").read_bytes()
+    contents = {"foreign.pkl": b"\x80\x04]\x94.", "text.pkl": b"hello", "empty.pt": b""}
+    Path(name).write_bytes(contents.get(name, data[: len(data) // 2]))
+    line = fails(capsys, "generate", "--checkpoint", name)
+    assert name in line and not Path("out").exists()
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_checkpoints_of_other_models_are_refused(capsys, old_format):
+    zipped = dict(_use_new_zipfile_serialization=not old_format)
+    torch.save({"model.1.weight": torch.zeros(3)}, "latest_net_G.pth", **zipped)
+    line = fails(capsys, "generate", "--checkpoint", "latest_net_G.pth")
+    # Fails for the zip: "'NoneType' object is not callable", since is_ours finds "model" in it.
+    assert "latest_net_G.pth" in line and "NoneType" not in line
+    torch.save({"model": "cyclegan", "nets": {}}, "other.pt")
+    assert "holds a cyclegan model" in fails(capsys, "generate", "--checkpoint", "other.pt")
+
+
+@pytest.mark.parametrize("data", ["toy", "d"])
+def test_a_run_of_another_model_cannot_be_resumed(capsys, data):
+    # Fails for toy: TypeError, its args.json has no size.
+    faces("d", size=(8, 8)), Path("r").mkdir()
+    args = {"data": data, "G": "resnet_9blocks", "D": "basic", "batch": 4, "workers": 0}
+    Path("r/args.json").write_text(json.dumps(args | {"load_size": 286, "channels_A": 3}))
+    torch.save({"model": "cyclegan", "nets": {}, "args": args}, "r/checkpoint.pt")
+    assert "cyclegan" in fails(capsys, "--resume", "r", "--channel-max", 4)
+    assert sorted(p.name for p in Path("r").iterdir()) == ["args.json", "checkpoint.pt"]
+
+
+def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("args.json", "log.jsonl"):
+        (folder / name).write_bytes((trained / name).read_bytes())
+    (folder / "checkpoint.pt").write_bytes(b"PK damaged")
+    log = (folder / "log.jsonl").read_bytes()
+    assert "damaged" in fails(capsys, "--resume", folder)
+    assert (folder / "log.jsonl").read_bytes() == log
