@@ -968,19 +968,22 @@ class Convolution(Function):
     @staticmethod
     def backward(ctx, gy):
         x, w = ctx.saved_tensors
-        stride, padding, groups, transposed, extra = ctx.rest
         gx = gw = None
         if ctx.needs_input_grad[0]:
-            extra = (0, 0)
-            if not transposed:  # which of the sizes that a stride maps to gy's was x's
-                extra = tuple(
-                    x.shape[2 + k] - (gy.shape[2 + k] - 1) * stride[k] + 2 * padding[k]
-                    - w.shape[2 + k] for k in (0, 1)
-                )  # fmt: skip
-            gx = Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
+            gx = gradient_of_input(gy, x, w, ctx.rest)
         if ctx.needs_input_grad[1] and _weight_gradients:
             gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest)
         return gx, gw, None, None, None, None, None
+
+
+def gradient_of_input(gy, x, w, rest):
+    """The other of convolution and transposed convolution, of gy, to the size of x."""
+    stride, padding, groups, transposed, extra = rest
+    extra = (0, 0)
+    if not transposed:  # which of the sizes that the stride maps to gy's was x's
+        k, n, m = w.shape[2:], x.shape[2:], gy.shape[2:]
+        extra = tuple(n[i] - (m[i] - 1) * stride[i] + 2 * padding[i] - k[i] for i in (0, 1))
+    return Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
 
 
 class WeightGradient(Function):
@@ -997,18 +1000,11 @@ class WeightGradient(Function):
     @staticmethod
     def backward(ctx, ggw):
         gy, x = ctx.saved_tensors
-        stride, padding, groups, transposed, extra = ctx.rest
         ggy = gx = None
         if ctx.needs_input_grad[0]:
             ggy = Convolution.apply(x, ggw, *ctx.rest)
         if ctx.needs_input_grad[1]:
-            extra = (0, 0)
-            if not transposed:
-                extra = tuple(
-                    x.shape[2 + k] - (gy.shape[2 + k] - 1) * stride[k] + 2 * padding[k]
-                    - ggw.shape[2 + k] for k in (0, 1)
-                )  # fmt: skip
-            gx = Convolution.apply(gy, ggw, stride, padding, groups, not transposed, extra)
+            gx = gradient_of_input(gy, x, ggw, ctx.rest)
         return ggy, gx, None, None
 
 
