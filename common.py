@@ -115,6 +115,14 @@ def not_negative(text):
     return value
 
 
+def finite(text):
+    """A finite number, for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
 def fraction(text):
     """A number from 0 to below 1, for argparse."""
     value = not_negative(text)
@@ -199,13 +207,15 @@ class CommandLine:
         if unknown:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
-            defaults = read_run_args(args.resume) if args.resume else self.presets.get(args.data)
+            defaults = self.presets.get(args.data)
+            if args.resume:
+                defaults = read_run_args(args.resume, Path(self.parser.prog).stem)
             commands["train"].set_defaults(**defaults or {})
             args = self.parser.parse_args(argv)
         return args
 
 
-def add_train_options(p, data, batch, every):
+def add_train_options(p, data, batch, every, default_every):
     """The options that every `train` has. every: what --every counts."""
     p.add("--data", default=data, help="toy, a public name, a folder or a .zip")
     p.add("--out", default="runs", help="where run folders go")
@@ -218,7 +228,7 @@ def add_train_options(p, data, batch, every):
     p.add(
         "--cache", choices=("auto", "off"), default="auto", help="keep decoded pictures in memory"
     )
-    p.add("--every", type=positive_int, default=5000, help=f"{every} between snapshots")
+    p.add("--every", type=positive_int, default=default_every, help=f"{every} between snapshots")
     add_device_option(p)
 
 
@@ -268,7 +278,7 @@ def add_generate_options(p):
     """The options of `generate`."""
     add_generator_options(p)
     p.add("--seeds", type=seeds, default="0-15", help="as in 0-7,42")
-    p.add("--psi", type=float, default=1.0, help="truncation: 1 is none, 0 the mean picture")
+    p.add("--psi", type=finite, default=1.0, help="truncation: 1 is none, 0 the mean picture")
     p.add("--cutoff", type=positive_int, help="layers that are truncated: all")
     p.add("--noise", choices=("const", "random", "none"), default="const")
     p.add("--mix-rows", type=seeds, help="seeds: a table of these with --mix-cols")
@@ -286,7 +296,8 @@ def add_vgg_options(p):
 
 def add_sample_scores_options(p):
     """The options of an `evaluate` of samples, beside those of add_evaluate_options."""
-    p.add("--samples", type=positive_int, default=50_000, help="fakes, and at most as many reals")
+    p.add("--samples", type=positive_int, help="fakes: 50000, on toy 4000")
+    p.add("--reals", type=positive_int, help="at most: as many as fakes")
     p.add("--metrics", default="fd8,fid,pr,ppl", help="some of these")
     p.add("--batch", type=positive_int, default=32)
     p.add("--seed", type=not_negative_int, default=0)
@@ -1519,7 +1530,8 @@ class Run:
         best = "fp16" if own_half else "tf32"
         self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
         self.own_half = own_half
-        tf32 = "ieee" if self.precision == "fp32" else "tf32"
+        exact = self.precision == "fp32" or (own_half and self.precision != "tf32")
+        tf32 = "ieee" if exact else "tf32"
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tf32
         scaled = self.precision == "fp16" and not own_half
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
@@ -1527,7 +1539,7 @@ class Run:
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
 
         self.steps_done, self.elapsed, self.stopped, self.next_line = 0, 0.0, False, 0.0
-        self.sums, self.terms = {}, 0
+        self.sums = {}
         self.folder, self.tensorboard = None, None
 
     @property
@@ -1665,25 +1677,31 @@ class Run:
         return images // every > (images - self.args.batch) // every
 
     def log(self, losses, **where):
-        """Adds {name: 0-d tensor} to the means of the interval; `where` goes into the log as is."""
+        """Adds {name: 0-d tensor} to the means of the interval; `where` goes into the log as is.
+
+        Where networks compute in half precision a regularizer may overflow now and then, and its
+        gradients are mended: such a value is left out of the mean.
+        """
         for name, value in losses.items():
-            name = name if "/" in name else f"loss/{name}"
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.terms += 1
+            name, value = name if "/" in name else f"loss/{name}", value.detach().float()
+            row = torch.stack([value, torch.ones_like(value)])  # sum, count
+            if self.own_half and self.precision in ("fp16", "bf16") and name.startswith("reg/"):
+                row = torch.where(value.isfinite(), row, 0)
+            self.sums[name] = self.sums.get(name, 0) + row
         self.where = where
         if self.due(self.log_every):
             self.flush()
 
     def flush(self):
         """Writes the means over the interval and all processes; one not finite stops the run."""
-        if self.terms == 0:
+        if not self.sums:
             return
-        means = torch.stack([torch.as_tensor(v).float() for v in self.sums.values()]) / self.terms
+        rows = torch.stack(list(self.sums.values()))
         if self.world > 1:
-            dist.all_reduce(means)
-            means /= self.world
+            dist.all_reduce(rows)
+        means = rows[:, 0] / rows[:, 1].clamp(min=1)
         means = dict(zip(self.sums, means.tolist(), strict=True))
-        self.sums, self.terms = {}, 0
+        self.sums = {}
         for name, value in means.items():
             if not math.isfinite(value):
                 last = self.folder and self.folder / "checkpoint.pt"
@@ -1742,7 +1760,7 @@ class Run:
         if self.rank == 0:
             self.folder = make_run_folder(self.model, self.args, self.script)
             drop_later_lines(self.folder / "log.jsonl", self.steps_done)
-            drop_later_lines(self.folder / "metrics.jsonl", self.steps_done - 1)  # scored again
+            drop_later_lines(self.folder / "metrics.jsonl", self.steps_done)
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -1762,9 +1780,10 @@ class Run:
             for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])
             for name, opt in self.opts.items():
+                now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
                 opt.load_state_dict(state["opts"][name])
-                for group in opt.param_groups:
-                    group["lr"] = group["lr"].to(self.device)
+                for group, options in zip(opt.param_groups, now, strict=True):
+                    group |= options  # those of the command line, which may have changed
         except (KeyError, RuntimeError, ValueError) as e:
             problem = str(e).splitlines()[-1].strip()
             raise UserError(f"--resume {self.args.resume}: other networks now: {problem}") from None
@@ -1774,6 +1793,9 @@ class Run:
         if len(state["ranks"]) == self.world and state["device"] == self.device.type:
             self.load_rank_state(state["ranks"][self.rank])
         else:
+            for name, pool in self.pools.items():
+                if isinstance(pool, Held):  # equal on all ranks
+                    pool.load_state_dict(state["ranks"][0]["pools"][name])
             before = f"{len(state['ranks'])} processes on {state['device']}"
             self.say(f"{before} before: pools and random draws start anew")
 
@@ -1837,8 +1859,9 @@ class Run:
             save_png(path, picture)
 
     def save_scores(self, scores):
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl, in the place of an earlier one of this step."""
         if self.rank == 0:
+            drop_later_lines(self.folder / "metrics.jsonl", self.steps_done - 1)
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"step": self.steps_done, **scores}) + "\n")
 
@@ -1858,7 +1881,7 @@ class MeanOverRanks(torch.autograd.Function):
 
 
 class Held:
-    """Tensors that a checkpoint holds, and that training changes in place."""
+    """Tensors that a checkpoint holds, that training changes in place, equal on all ranks."""
 
     def __init__(self, **tensors):
         self.tensors = tensors
@@ -1874,7 +1897,7 @@ class Held:
 def make_run_folder(model, args, script):
     """The folder of this run, with args.json and a copy of the script."""
     if args.resume:
-        write_json(Path(args.resume, "args.json"), plain(vars(args)))
+        write_json(Path(args.resume, "args.json"), {"model": model} | plain(vars(args)))
         return Path(args.resume)
     stem = f"{model}-{Path(args.data).stem}"
     for n in range(1000):
@@ -1885,7 +1908,7 @@ def make_run_folder(model, args, script):
             continue
         except NotADirectoryError:
             raise UserError(f"--out {args.out} is not a folder.") from None
-        write_json(folder / "args.json", plain(vars(args)))
+        write_json(folder / "args.json", {"model": model} | plain(vars(args)))
         shutil.copy(script, folder)
         return folder
     raise UserError(
@@ -1893,12 +1916,14 @@ def make_run_folder(model, args, script):
     )
 
 
-def read_run_args(folder):
-    """The options of the run in a folder, for --resume."""
+def read_run_args(folder, model):
+    """The options of the run in a folder, for --resume; UserError if it is of another model."""
     path = Path(folder, "args.json")
     try:
         args = json.loads(path.read_text())
-        return {k: v for k, v in args.items() if k not in ("command", "resume")}
+        if args.get("model", model) != model:
+            raise UserError(f"--resume {folder}: a run of {args['model']}, not of {model}.")
+        return {k: v for k, v in args.items() if k not in ("command", "resume", "model")}
     except OSError:
         raise UserError(f"--resume {folder}: no args.json there; name a run folder.") from None
     except (ValueError, AttributeError):
@@ -2037,7 +2062,7 @@ def is_ours(path):
         with zipfile.ZipFile(path) as z:
             (name,) = [n for n in z.namelist() if n.endswith("data.pkl")]
             with z.open(name) as f:
-                return b"model" in f.read(64)
+                return b"\x05\x00\x00\x00model" in f.read(64)  # a text of five letters
     except (OSError, ValueError, *ZIP_ERRORS):
         return False
 
@@ -2154,6 +2179,19 @@ def save_film(path, frames, fps=25):
     options = options | {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
     with write_whole(path) as f:
         first.save(f, format, **options)
+
+
+def fill(net, arrays, optional=()):
+    """Loads {name: tensor} into a network; sides of 1 do not count. Names that end in one of
+    `optional` may be missing. Raises ValueError for other names or shapes."""
+    own = net.state_dict()
+    missing = {name for name in own.keys() - arrays.keys() if not name.endswith(optional)}
+    if wrong := sorted(missing | arrays.keys() - own.keys()):
+        raise ValueError(f"{', '.join(wrong[:3])} missing or unknown")
+    for name, t in arrays.items():
+        if [n for n in t.shape if n > 1] != [n for n in own[name].shape if n > 1]:
+            raise ValueError(f"{name} is {tuple(t.shape)}, not {tuple(own[name].shape)}")
+    net.load_state_dict(own | {name: t.reshape(own[name].shape) for name, t in arrays.items()})
 
 
 def copy_matching(nets, found):
@@ -2637,7 +2675,9 @@ def stylegan2_names(arrays):
         for name, t in arrays.items():
             if name.endswith("weight"):  # (kh, kw, I, O), (I, O)
                 t = t.permute(3, 2, 0, 1) if t.ndim == 4 else t.T
-            t = t.flip([2, 3]) if "Conv0_up" in name else t  # the original correlates there
+            t = (
+                t.flip([2, 3]) if name.endswith("Conv0_up/weight") else t
+            )  # the original correlates there
             arrays[name] = t + 1 if name.endswith("mod_bias") else t
     elif "input.input" in arrays:
         rules = ROSINALITY_G
@@ -3168,10 +3208,10 @@ def generator_scores(reals, fakes, pairs, n, args, device):
     """The scores of --metrics. reals, fakes: iterables of uint8 batches, gone over several times;
     pairs: see perceptual_path_length; n: fakes and paths. Without its network a score is left out.
     """
-    metrics = args.metrics.split(",")
+    metrics = [name for name in args.metrics.split(",") if name]
     if unknown := set(metrics) - {"fd8", "fid", "pr", "ppl"}:
         raise UserError(f"--metrics: no {', '.join(sorted(unknown))}; there are fd8, fid, pr, ppl.")
-    row = {"n_real": sum(len(x) for x in reals), "n_fake": n}
+    row = {}
     if "fd8" in metrics:
         row["fd8"] = fd8(reals, fakes)
     if "fid" in metrics and (net := load_inception_or_explain(args.inception, device)):
@@ -3182,6 +3222,7 @@ def generator_scores(reals, fakes, pairs, n, args, device):
         row["precision"], row["recall"] = precision_recall(*features)
     without, paths = "path length is left out", (args.vgg, args.lpips)
     if "ppl" in metrics and (lpips := load_or_explain(without, load_lpips, *paths, device=device)):
+        torch.manual_seed(args.seed)  # of the noise maps
         row["ppl2_wend"] = perceptual_path_length(pairs, lpips, n, args.batch, seed=args.seed)
     return row
 
@@ -3631,6 +3672,7 @@ def load_generator(args, load_networks):
     if c_dim and label is None and "label" in vars(args):
         raise UserError(f"the checkpoint is conditional: pass --class, 0 to {c_dim - 1}.")
     c = torch.eye(c_dim)[[label]] if label is not None else None
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # what is not float16 is float32
     return G.eval().requires_grad_(False), c, saved
 
 
@@ -3652,9 +3694,14 @@ def generate(args, G, c):
         with torch.no_grad():
             return G.mapping(z, c_n, args.psi, args.cutoff)
 
-    if args.mix_rows:  # the style-mixing table of StyleGAN, Fig. 3
-        rows, columns = ws_of(args.mix_rows), ws_of(args.mix_cols)
+    if args.mix_rows or args.mix_cols:  # the style-mixing table of StyleGAN, Fig. 3
         layers = [k for k in args.mix_layers if k < G.num_ws]
+        if not (args.mix_rows and args.mix_cols and layers):
+            raise UserError(
+                "a mixing table needs --mix-rows, --mix-cols, and --mix-layers below"
+                f" {G.num_ws}, the layers of this model."
+            )
+        rows, columns = ws_of(args.mix_rows), ws_of(args.mix_cols)
         table = {"": synthesize(G, rows, args.noise)}
         for seed, w in zip(args.mix_cols, columns, strict=True):
             mixed = rows.clone()
@@ -3663,17 +3710,19 @@ def generate(args, G, c):
         above = [torch.full_like(table[""][:1], 255), *synthesize(G, columns, args.noise).split(1)]
         table = {k: torch.cat([a, v]) for a, (k, v) in zip(above, table.items(), strict=True)}
         save_sheet(out / "mixing.png", table)
-        print(f"{out / 'mixing.png'}: layers {args.mix_layers} of the columns' seeds in the rows'")
+        print(f"{out / 'mixing.png'}: layers {layers} of the columns' seeds in the rows'")
         return
     if args.projected:
         ws = load_array(args.projected, "w", (None, G.num_ws, G.config["w_dim"]))
+        load_noise(args.projected, G)
         ws, names = ws.to(device), [f"projected{k:04d}" for k in range(len(ws))]
     else:
         ws, names = ws_of(args.seeds), [f"seed{seed:04d}" for seed in args.seeds]
     if args.film:
         ends = zip(ws, ws.roll(-1, 0), strict=True)
         path = [a.lerp(b, k / args.frames) for a, b in ends for k in range(args.frames)]
-        pictures = map(to_picture, synthesize(G, torch.stack(path), args.noise))
+        pieces = torch.stack(path).split(16)
+        pictures = (to_picture(x) for w in pieces for x in synthesize(G, w, args.noise))
         save_film(out / args.film, pictures)
         print(f"{out / args.film}: {len(path)} frames through {len(ws)} latents and back")
         return
@@ -3683,6 +3732,21 @@ def generate(args, G, c):
     save_png(out / "grid.png", grid(images, max(1, round(len(images) ** 0.5))))
     save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
     print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
+
+
+def noise_maps(G):
+    """{name: map (res, res)} of G's constant noise."""
+    maps = G.synthesis.named_buffers()
+    return {name: noise for name, noise in maps if name.endswith("noise_const")}
+
+
+def load_noise(path, G):
+    """Takes the noise maps of an .npz of `project` over into G."""
+    with np.load(path, allow_pickle=False) as data:
+        names = [name for name in data.files if name.endswith("noise_const")]
+    for name, noise in noise_maps(G).items():
+        if name in names:
+            noise.copy_(load_array(path, name, tuple(noise.shape)))
 
 
 def evaluate_generator(args, G, exact, saved):
@@ -3697,13 +3761,15 @@ def evaluate_generator(args, G, exact, saved):
     source = open_data(data, size=args.size, toy=toy)
     images, _ = square_pictures(args, source, G.config["img_channels"])
     labels = one_hot(args, source) if G.config["c_dim"] else None
-    n = min(args.samples, len(images)) if data == "toy" else args.samples
 
-    n = args.samples
+    n = args.samples or (4000 if data == "toy" else 50_000)
+    n_real = min(args.reals or n, len(images))
+    if min(n, n_real) < 2:
+        raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
 
     def reals():
-        for k in range(0, min(n, len(images)), args.batch):
-            yield stack([images[i] for i in range(k, min(k + args.batch, n, len(images)))])
+        for k in range(0, n_real, args.batch):
+            yield stack([images[i] for i in range(k, min(k + args.batch, n_real))])
 
     def random_z(rng, m):
         """z and the labels of random images."""
@@ -3723,17 +3789,17 @@ def evaluate_generator(args, G, exact, saved):
         """Ends of m paths in W, and how to render points of them: one label, one noise for both."""
         z, c = (None if t is None else t.to(device) for t in random_z(rng, 2 * m))
         c = None if c is None else torch.cat([c[:m], c[:m]])
-        for name, noise in exact.synthesis.named_buffers():
-            if name.endswith("noise_const"):
-                noise.normal_()
+        for noise in noise_maps(exact).values():
+            noise.normal_()
         a, b = exact.mapping(z, c).chunk(2)
         return a, b, lambda ws: exact.synthesis(ws, "const")
 
     print(
-        f"protocol: {n} untruncated samples of random noise against the first {n} pictures of"
-        f" {data} at {args.size}x{args.size}, not mirrored"
+        f"protocol: {n} untruncated samples of random noise against {n_real} pictures of {data} at"
+        f" {args.size}x{args.size}, not mirrored"
     )
-    row = generator_scores(Again(reals), Again(fakes), pairs, n, args, device)
+    row = {"n_real": n_real, "n_fake": n}
+    row |= generator_scores(Again(reals), Again(fakes), pairs, n, args, device)
     print(describe_scores(row))
     if args.out:
         write_json(args.out, row)

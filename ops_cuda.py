@@ -80,8 +80,9 @@ struct Act { int kind; float alpha, gain, clamp; };  // kind: index in ACTIVATIO
 
 // f, f' and f'' at u of an activation, without gain and clamp.
 __device__ __forceinline__ void curve(const Act& a, float u, float& f, float& f1, float& f2) {
-    float s = 1 / (1 + expf(-u)), e;
     f = u; f1 = 1; f2 = 0;
+    if (a.kind == 0) return;
+    float s = 1 / (1 + expf(-u)), e;
     switch (a.kind) {
         case 1: case 2: f1 = u > 0 ? 1 : a.alpha; f = u * f1; break;
         case 3: f = tanhf(u); f1 = 1 - f * f; f2 = -2 * f * f1; break;
@@ -522,6 +523,8 @@ def compile_to(library, flags):
     from torch.utils import cpp_extension  # slow to import, and not needed once there is a cache
 
     compiler = cpp_extension.get_cxx_compiler()
+    # pip puts ninja beside python, which is on PATH in an activated environment only.
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     for tool, remedy in (
         ("nvcc", "install the CUDA toolkit"),
         (compiler, "install a C++ compiler"),
@@ -581,12 +584,9 @@ def dense(x):
     return x.contiguous(), False
 
 
-def like(x, reference):
-    """x in the memory order of a dense reference."""
-    order = torch.contiguous_format
-    if reference.ndim == 4 and not reference.is_contiguous():
-        order = torch.channels_last
-    return x.contiguous(memory_format=order)
+def memory_order(x):
+    """That of a dense x."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 # =============================================================================
@@ -627,14 +627,25 @@ def fused_act(
     _, default_alpha, default_gain = ACTIVATIONS[act]
     alpha = default_alpha if alpha is None else float(alpha)
     gain = default_gain if gain is None else float(gain)
+    check_shapes(x, scale, noise, strength, b)
     library = kernels(x, impl)
     if library is None or (noise is not None and noise.requires_grad):  # only `project` trains it
         return fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp)
     spec = (library, act, alpha, gain, clamp)
+    x, _ = dense(x)
     scale, noise, strength, b = (
         None if t is None else t.float() for t in (scale, noise, strength, b)
     )
     return FusedAct.apply(x, scale, noise, strength, b, spec)
+
+
+def check_shapes(x, scale, noise, strength, b):
+    N, C, *sides = x.shape
+    allowed = {"scale": [(N, C)], "strength": [()], "b": [(C,)]}
+    allowed["noise"] = [(N, 1, *sides), (1, 1, *sides), tuple(sides)]
+    for name, t in dict(scale=scale, noise=noise, strength=strength, b=b).items():
+        if t is not None and (tuple(t.shape) not in allowed[name] or t.device != x.device):
+            raise ValueError(f"{name} {tuple(t.shape)} on {t.device}: {allowed[name][0]} is needed")
 
 
 def fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp):
@@ -664,38 +675,39 @@ def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, 
 
 
 class FusedAct(Function):
-    """x, scale, noise, strength, b -> y; keeps y and, where a derivative needs it, x."""
+    """x (dense), scale, noise, strength, b -> y; keeps of x and y what derivatives depend on."""
 
     @staticmethod
     def forward(ctx, x, scale, noise, strength, b, spec):
-        x, _ = dense(x)
         y = torch.empty_like(x)
         run_fused_act(0, spec, y, scale=scale, noise=noise, strength=strength, b=b, x=x, out=y)
-        smooth = spec[1] not in PIECEWISE
+        _, act, _, _, clamp = ctx.spec = spec
+        smooth, linear = act not in PIECEWISE, act == "linear" and clamp is None
         ctx.save_for_backward(
-            x if smooth or scale is not None else None, None if smooth else y,
+            x if smooth or scale is not None else None, None if smooth or linear else y,
             scale, noise, strength, b,
         )  # fmt: skip
-        ctx.spec = spec
+        ctx.order = memory_order(x)
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        x, y, scale, noise, strength, b = ctx.saved_tensors
+        x, y, *small = ctx.saved_tensors
         y = None if y is None else y.detach()  # dy/du of the piecewise linear kinds is constant
-        dx, sums = FusedActGrad.apply(gy, x, y, scale, noise, strength, b, ctx.spec)
-        return dx, *gradients_of_sums(sums, scale, strength, b)
+        need = ctx.needs_input_grad
+        summed = need[1] or (_weight_gradients and (need[3] or need[4]))
+        gy = gy.contiguous(memory_format=ctx.order)
+        dx, sums = FusedActGrad.apply(gy, x, y, *small, ctx.spec, summed)
+        return dx, *gradients_of_sums(sums, *small)
 
 
 class FusedActGrad(Function):
-    """gy, ... -> dx, and sums (N, 3, C) over the pixels of s, s * x and s * noise."""
+    """gy, ... -> dx, and, if summed, the sums (N, 3, C) over pixels of s, s * x and s * noise."""
 
     @staticmethod
-    def forward(ctx, gy, x, y, scale, noise, strength, b, spec):
-        gy = like(gy, x if y is None else y)
-        dx = torch.empty_like(gy)
-        given = dict(gy=gy, x=x, y=y, scale=scale, noise=noise, strength=strength, b=b)
-        sums = run_fused_act(1, spec, gy, out=dx, **given)
+    def forward(ctx, gy, x, y, scale, noise, strength, b, spec, summed):
+        dx, small = torch.empty_like(gy), dict(scale=scale, noise=noise, strength=strength, b=b)
+        sums = run_fused_act(1, spec, gy, summed, gy=gy, x=x, y=y, out=dx, **small)
         ctx.save_for_backward(gy, x, y, scale, noise, strength, b)
         ctx.spec = spec
         return dx, sums
@@ -703,32 +715,32 @@ class FusedActGrad(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gdx, gsums):
-        gy, x, y, scale, noise, strength, b = ctx.saved_tensors
-        given = dict(gy=gy, x=x, y=y, scale=scale, noise=noise, strength=strength, b=b)
+        gy, x, y, *small = ctx.saved_tensors
+        given = dict(zip(("scale", "noise", "strength", "b"), small, strict=True))
+        if gsums is not None:
+            given |= dict(zip(("gb", "gscale", "gstrength"), gsums.unbind(1), strict=True))
         ggy, gx = torch.empty_like(gy), None if x is None else torch.empty_like(gy)
-        gb, gscale, gstrength = (
-            None if gsums is None else gsums[:, k].contiguous() for k in range(3)
-        )
+        gdx = gdx.contiguous(memory_format=memory_order(gy))
+        summed = x is not None  # the rest is linear in gy alone
         sums = run_fused_act(
-            2, ctx.spec, gy, gdx=like(gdx, gy), gb=gb, gscale=gscale, gstrength=gstrength, out=ggy,
-            gx=gx, **given,
-        )  # fmt: skip
-        if sums is None:
-            return ggy, gx, *[None] * 6
-        return ggy, gx, None, *gradients_of_sums(sums, scale, strength, b)
+            2, ctx.spec, gy, summed, gy=gy, x=x, y=y, gdx=gdx, out=ggy, gx=gx, **given
+        )
+        return ggy, gx, None, *gradients_of_sums(sums, *small), None
 
 
-def gradients_of_sums(sums, scale, strength, b):
+def gradients_of_sums(sums, scale, noise, strength, b):
     """What the backward passes return for scale, noise, strength, b and spec."""
+    if sums is None:
+        return [None] * 5
     dscale = None if scale is None else sums[:, 1]
     dstrength = None if strength is None else sums[:, 2].sum()
     return dscale, None, dstrength, None if b is None else sums[:, 0].sum(0), None
 
 
-def run_fused_act(order, spec, reference, **tensors):
+def run_fused_act(order, spec, reference, summed=False, **tensors):
     """Launches the kernel of an order of differentiation. tensors: by the names of struct Tensors;
-    reference: one of them, for shape and memory order. Returns sums (N, 3, C), where there are
-    any to take; N is 1 where samples need not be told apart."""
+    reference: one of them, for shape and memory order. Returns sums (N, 3, C) if summed, else None;
+    N is 1 where samples need not be told apart."""
     library, act, alpha, gain, clamp = spec
     get = tensors.get
     N, C, *sides = reference.shape
@@ -736,11 +748,8 @@ def run_fused_act(order, spec, reference, **tensors):
     last = HW == 1 or not reference.is_contiguous()  # channels last
     if last and get("scale") is None and get("noise") is None:
         N, HW = 1, N * HW
-    summed = [get(k) is not None for k in ("scale", "strength", "b")]
-    if order == 0 or not any(summed) or (order == 2 and get("x") is None):
-        summed = None
     if reference.numel() == 0:
-        return summed and torch.zeros(N, 3, C, device=reference.device)
+        return torch.zeros(N, 3, C, device=reference.device) if summed else None
 
     images = [get(k) for k in ("x", "y", "gy", "gdx", "out", "gx")]
     V = 16 // reference.element_size()
@@ -1126,9 +1135,10 @@ def operators(N, C, H, W, device):
     return {
         "bias_act": (lambda x, impl, b: bias_act(x, b, act="lrelu", impl=impl), small[3:]),
         "fused_act": (
-            lambda x, impl, s, t, b: fused_act(x, s, small[1], t, b, "lrelu", clamp=256, impl=impl),
+            lambda x, impl, s, t, b: fused_act(x, s, small[1], t, b, "lrelu", clamp=1, impl=impl),
             [small[0], *small[2:]],
         ),
+        "modulate": (lambda x, impl, s: fused_act(x, s, impl=impl), small[:1]),
         "filter, 4 taps": (fir(f4), []),
         "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
         "downsample, 4 taps": (fir(f4, down=2), []),
@@ -1224,7 +1234,7 @@ def passes(name, function, x, more):
     ms = milliseconds(lambda: function(x, "cuda", *more))
     yield "forward", ms, x.nbytes + y.nbytes
     ms = milliseconds(lambda: torch.autograd.grad(y, inputs, v, retain_graph=True))
-    also = {"bias_act": y.nbytes, "fused_act": x.nbytes + y.nbytes}  # what derivatives depend on
+    also = {"bias_act": y.nbytes, "fused_act": x.nbytes + y.nbytes, "modulate": x.nbytes}
     yield "backward", ms, x.nbytes + y.nbytes + also.get(name, 0)
 
 

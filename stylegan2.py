@@ -143,8 +143,8 @@ class MappingNetwork(nn.Module):
         if c_dim:
             self.embed = Linear(c_dim, embed_features)
         widths = [z_dim + embed_features] + [layer_features or w_dim] * (num_layers - 1) + [w_dim]
-        for i, (I, O) in enumerate(zip(widths, widths[1:], strict=False)):
-            self.add_module(f"fc{i}", Linear(I, O, "lrelu", lr_mul))
+        for i in range(num_layers):
+            self.add_module(f"fc{i}", Linear(widths[i], widths[i + 1], "lrelu", lr_mul))
         self.num_layers = num_layers
         if num_ws is not None and w_avg_beta is not None:
             self.register_buffer("w_avg", torch.zeros(w_dim))
@@ -250,7 +250,8 @@ class ToRGB(nn.Module):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
         w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
-        img = (w @ x.flatten(2)).unflatten(2, x.shape[2:])
+        pixels = x.permute(0, 2, 3, 1)  # (N, H, W, I), no copy of what is channels last
+        img = (pixels.flatten(1, 2) @ w.mT).mT.reshape(len(x), -1, *x.shape[2:])
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
@@ -508,13 +509,13 @@ def from_official(arrays, options=None):
     Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
     """
     arrays = common.stylegan2_names(arrays)
+    lr_mul = common.official_option(options or {}, "mapping_lrmul") or 0.01
+    arrays = {
+        k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
+    }
     net = build(official_config(arrays, options or {}))
-    own = net.state_dict()
-    missing = {n for n in set(own) - set(arrays) if not n.endswith(("noise_const", "w_avg"))}
-    if wrong := sorted(missing | set(arrays) - set(own)):
-        raise ValueError(f"{', '.join(wrong[:3])} missing or unknown")
-    net.load_state_dict(own | {k: v.reshape(own[k].shape) for k, v in arrays.items()})
-    if "mapping.w_avg" in own and "mapping.w_avg" not in arrays:
+    common.fill(net, arrays, optional=("noise_const", "w_avg"))
+    if net.config["kind"] == "G" and "mapping.w_avg" not in arrays:
         net.mapping.w_avg.copy_(w_statistics(net)[0])
     return net
 
@@ -617,11 +618,10 @@ def path_lengths(G, ws, y, noise="random"):
 # All random choices are tensors, equal for any number of processes.
 
 
-def rounds(args, z, c):
-    """(z, c) in pieces of --batch-gpu samples."""
-    size = args.batch_gpu or len(z)
-    pieces = z.split(size)
-    return zip(pieces, [None] * len(pieces) if c is None else c.split(size), strict=True)
+def rounds(size, z, c):
+    """(z, c) in pieces of `size` samples; None: all at once."""
+    pieces = z.split(size or len(z))
+    return zip(pieces, [None] * len(pieces) if c is None else c.split(size or len(z)), strict=True)
 
 
 def mix(G, z, c, args, run):
@@ -638,7 +638,7 @@ def mix(G, z, c, args, run):
 def generator_phase(G, D, n, sample_c, args, run, noise):
     """Gradients of G for n fakes: -log D(G(z)). Returns the loss of each round."""
     losses = []
-    for z, c in rounds(args, run.randn(n, G.config["z_dim"]), sample_c(n)):
+    for z, c in rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n)):
         fake = G.synthesis(mix(G, z, c, args, run), noise)
         loss = logistic_loss(D(fake, c), real=True).mean()
         run.backward(loss)
@@ -648,11 +648,10 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (sec. 3.2), of 1 / PL_SHRINK of n samples."""
-    losses, n = [], n // PL_SHRINK
-    args = copy.copy(args)
-    args.batch_gpu = args.batch_gpu and args.batch_gpu // PL_SHRINK
+    losses, size = [], args.batch_gpu or n
+    n, size = n // size * (size // PL_SHRINK), size // PL_SHRINK
     res, C = G.config["img_resolution"], G.config["img_channels"]
-    for z, c in rounds(args, run.randn(n, G.config["z_dim"]), sample_c(n)):
+    for z, c in rounds(size, run.randn(n, G.config["z_dim"]), sample_c(n)):
         ws = mix(G, z, c, args, run)
         lengths = path_lengths(G, ws, run.randn(len(z), C, res, res), noise)
         # The running mean includes these lengths and passes their gradients on, as officially.
@@ -667,8 +666,8 @@ def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
 def discriminator_phase(G, D, real, real_c, sample_c, args, run, noise):
     """Gradients of D: -log(1 - D(G(z))) - log D(x). Returns the two losses of each round."""
     losses, n = [], len(real)
-    latents = rounds(args, run.randn(n, G.config["z_dim"]), sample_c(n))
-    for (z, c), (x, x_c) in zip(latents, rounds(args, real, real_c), strict=True):
+    latents = rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n))
+    for (z, c), (x, x_c) in zip(latents, rounds(args.batch_gpu, real, real_c), strict=True):
         with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
             fake = G.synthesis(mix(G, z, c, args, run), noise)
         on_fake = logistic_loss(D(fake, c), real=False).mean()
@@ -682,7 +681,7 @@ def discriminator_phase(G, D, real, real_c, sample_c, args, run, noise):
 def r1_phase(D, real, real_c, args, run):
     """Gradients of D for R1 on the real images."""
     losses = []
-    for x, c in rounds(args, real, real_c):
+    for x, c in rounds(args.batch_gpu, real, real_c):
         penalty = r1_penalty(D, x, c).mean()
         run.backward(penalty * (args.r1_gamma / 2) * args.r1_every)
         losses.append(penalty.detach())
@@ -856,8 +855,7 @@ def project(args):
     distance = common.distance_to(real, lpips)
     mean, std = w_statistics(G, None if c is None else c.to(device))
     start = mean[None] if args.space == "w" else mean.repeat(G.num_ws, 1)
-    noises = [b for name, b in G.synthesis.named_buffers() if name.endswith("noise_const")]
-    frames = []
+    noises, frames = common.noise_maps(G), []
 
     def show(step, image, d):
         if step % args.film_every == 0 or step == args.steps - 1:
@@ -866,12 +864,13 @@ def project(args):
             print(f"step {step + 1}/{args.steps}: distance {d.item():.4f}", flush=True)
 
     path, _ = common.project(
-        lambda ws: G.synthesis(ws, "const"), distance, start, std, G.num_ws, noises,
+        lambda ws: G.synthesis(ws, "const"), distance, start, std, G.num_ws, noises.values(),
         steps=args.steps, lr=args.lr, on_step=show,
         generator=torch.Generator().manual_seed(args.seed),
     )  # fmt: skip
     w = path[-1].expand(G.num_ws, -1)[None]
-    common.save_arrays(out / "projected.npz", w=w.cpu().numpy())
+    arrays = {"w": w} | noises
+    common.save_arrays(out / "projected.npz", **{k: a.cpu().numpy() for k, a in arrays.items()})
     common.save_png(out / "target.png", common.to_picture(target))
     common.save_png(out / "projected.png", common.to_picture(common.synthesize(G, w)[0]))
     common.save_film(out / "progress.webp", frames)
@@ -896,7 +895,7 @@ def main(argv=None):
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
-    common.add_train_options(p, data="toy", batch=32, every="kimg")
+    common.add_train_options(p, data="toy", batch=32, every="kimg", default_every=200)
     p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")

@@ -211,6 +211,22 @@ def test_the_kernel_of_fused_act_equals_its_reference(device, shape, dtype, last
     compare(lambda impl, **t: run(impl, "relu", 0.8, None, **t), few, dtype, device, last)
 
 
+def test_more_channels_than_a_block_has_threads_are_taken_in_turns(device):
+    x, scale, b = torch.randn(2, 1032, 2, 2), torch.rand(2, 1032) + 0.5, torch.randn(1032)
+
+    def run(impl, x, scale, b):
+        return ops.fused_act(x, scale, None, None, b, "lrelu", impl=impl)
+
+    compare(run, dict(x=x, scale=scale, b=b), torch.float32, device, True)
+
+
+def test_tensors_of_wrong_shape_are_refused():
+    x = torch.zeros(2, 3, 4, 4)
+    for wrong in ({"scale": torch.ones(1, 3)}, {"b": torch.ones(2)}, {"noise": torch.ones(4, 5)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ops.fused_act(x, **wrong)
+
+
 @pytest.mark.parametrize("act", ops.ACTIVATIONS)
 @pytest.mark.parametrize("clamp", [None, 0.7])
 def test_the_kernel_knows_every_activation(device, act, clamp):
@@ -335,11 +351,11 @@ def test_the_kernels_compile_with_nvcc(tmp_path):
 def test_the_self_check_passes_and_finds_a_wrong_kernel(device, monkeypatch, capsys):
     monkeypatch.setattr(ops, "SHAPES", [(2, 16, 5, 4)])
     assert ops.check(device) == 0
-    assert "48 of 48 kernels agree" in capsys.readouterr().out
+    assert "54 of 54 kernels agree" in capsys.readouterr().out
     monkeypatch.setattr(ops, "SQRT2", 1.0)
     right = ops.fused_act_ref
     monkeypatch.setattr(ops, "fused_act_ref", lambda x, *rest: right(x, *rest[:-2], 1.2, rest[-1]))
-    assert ops.check(device) == 12
+    assert ops.check(device) == 18
     assert "WRONG bias_act" in capsys.readouterr().out
 
 
@@ -351,7 +367,7 @@ def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsy
         monkeypatch.setattr(torch, "empty", small)
     ops.measure(device, [(1, 16, 8, 8)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 8 * 2 * 2 * 2
+    assert len(rows) == 2 + 9 * 2 * 2 * 2
 
 
 def test_without_a_gpu_the_self_check_says_so():
@@ -423,6 +439,7 @@ def test_two_builds_at_once_both_end_well(fake_build):
 def test_a_missing_tool_is_named_once(fake_build, monkeypatch, capsys, tool):
     (fake_build.tools / tool).unlink()
     monkeypatch.setenv("PATH", str(fake_build.tools))
+    monkeypatch.setattr(sys, "executable", str(fake_build.tools / "python"))
     assert ops.build((9, 0)) is None and ops.build((9, 0)) is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"no {tool} on PATH" in err and "PyTorch expressions" in err

@@ -35,6 +35,15 @@ def no_stray_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads that wait for each other make tiny steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def script(*args, launcher=()):
     """The command line of a real process."""
     return [sys.executable, *launcher, str(ROOT / "stylegan2.py"), *map(str, args)]
@@ -98,7 +107,6 @@ def small_D(**options):
 # ---- networks ----
 
 AUTO = dict(channel_base=16384, map_layers=2)
-CIFAR = dict(map_layers=2, architecture="orig")
 
 
 @pytest.mark.parametrize(
@@ -160,12 +168,12 @@ def test_numbers_are_those_of_the_official_networks(c_dim):
     D = stylegan2.Discriminator(mbstd_group=2, **both)
     for net in (G.double().eval(), D.double()):
         for name, t in net.state_dict().items():
-            r = np.asarray(np.random.RandomState(zlib.crc32(name.encode())).randn(*t.shape))
+            r = np.random.RandomState(zlib.crc32(name.encode())).randn(*t.shape)
             if name.endswith(("bias", "noise_strength")):
                 r = 0.1 * r + name.endswith("affine.bias")
             elif re.fullmatch(r"mapping\.fc\d+\.weight", name):
                 r = 100 * r
-            t.copy_(torch.from_numpy(r))
+            t.copy_(torch.as_tensor(r))
 
     def draw(seed, *shape):
         return torch.from_numpy(np.random.RandomState(seed).randn(*shape))
@@ -418,8 +426,8 @@ def test_rounds_of_half_a_batch_sum_the_gradients_of_both(c_dim):
 
 def test_lazy_regularization_has_the_official_rates_and_betas():
     runner = types.SimpleNamespace(adam=lambda nets, lr, betas: (lr, *betas))
-    for every, expected in ((4, (0.0016, 0, 0.99199197)), (16, (0.00188235, 0, 0.99058561))):
-        assert stylegan2.lazy_adam(runner, None, 0.002, every) == pytest.approx(expected, abs=5e-9)
+    for every, expected in ((4, (0.0016, 0, 0.99199197)), (16, (0.00188235, 0, 0.99058546))):
+        assert stylegan2.lazy_adam(runner, None, 0.002, every) == pytest.approx(expected, abs=1e-8)
 
 
 def test_the_average_of_g_reaches_the_middle_after_its_half_life():
@@ -560,7 +568,7 @@ def test_transfer_says_what_was_copied(trained, tmp_path, capsys):
 
 
 RESUMED = "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2".split()
-RESUMED += "--batch 40 --mbstd-group 2 --kimg 4 --every 1 --r1-every 4 --pl-every 3".split()
+RESUMED += "--batch 40 --mbstd-group 2 --kimg 3 --every 1 --r1-every 4 --pl-every 3".split()
 
 
 @pytest.fixture(scope="module")
@@ -577,7 +585,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path, workers):
     folder, draw = tmp_path / "stylegan2-d-000", random.Random(workers)
     options = ["--data", whole[0], *RESUMED, "--mirror", "--out", tmp_path, "--workers", workers]
     command = script(*options)
-    for kill_after in (25, 50):  # of 100 steps
+    for kill_after in (25, 50):  # of 75 steps
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None and logged_steps(folder) < kill_after:
             time.sleep(0.005)
@@ -590,7 +598,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path, workers):
     expected, actual = (
         torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole[1], folder)
     )
-    assert expected["step"] == actual["step"] == 100
+    assert expected["step"] == actual["step"] == 75
     for name, net in expected["nets"].items():
         assert all(torch.equal(actual["nets"][name][k], v) for k, v in net.items()), name
     pl_mean = [s["ranks"][0]["pools"]["pl"]["mean"] for s in (expected, actual)]
@@ -709,8 +717,8 @@ def test_project_approaches_a_picture_of_g_itself(trained, capsys, space):
 
 def test_project_takes_pictures_of_other_sizes_and_with_alpha(trained, conditional, capsys):
     Image.new("RGBA", (20, 30), (200, 30, 30, 128)).save("a.png")
-    for checkpoint in (trained, conditional):
-        main("project", "--checkpoint", checkpoint, "--input", "a.png", "--steps", 3)
+    for net in ([trained], [conditional, "--class", 2]):
+        main("project", "--checkpoint", *net, "--input", "a.png", "--steps", 3)
     said = capsys.readouterr().out
     assert "a.png is 20x30: its centre square is resized to 16x16" in said
     assert Image.open("out/projected.png").size == (8, 8)
@@ -741,11 +749,15 @@ def to_tensorflow(net):
     for name, t in net.state_dict().items():
         if name == "mapping.w_avg":
             found["dlatent_avg"] = t
+        elif name.startswith("mapping.fc") and not net.config["map_layers"]:
+            continue
         elif name.startswith("mapping."):
             _, layer, leaf = name.split(".")
             dense = "mapping/Dense" if in_G else "Mapping"
             label = "mapping/LabelEmbed" if in_G else "LabelEmbed"
-            found[f"{layer.replace('fc', dense).replace('embed', label)}/{leaf}"] = t.T
+            found[f"{layer.replace('fc', dense).replace('embed', label)}/{leaf}"] = (
+                t.T if leaf == "weight" else t
+            )
         elif name.endswith("noise_const"):
             res, k = re.search(r"b(\d+)\.conv(\d)", name).groups()
             number = 0 if res == "4" else 2 * int(math.log2(int(res))) - 5 + int(k)
@@ -764,7 +776,7 @@ def to_tensorflow(net):
                 t = t.permute(2, 3, 1, 0)
             path = "Output" if layer == "out" else f"{side}/{theirs}"
             found[f"{'synthesis/' * in_G}{path}/{leaves.get(leaf, leaf)}"] = (
-                t.T if t.ndim < 3 else t
+                t.T if t.ndim == 2 else t
             )
     return {k: t.numpy().copy() for k, t in found.items()}
 
@@ -842,11 +854,11 @@ OFFICIAL = [  # release, side, widths, architectures of G and D, c_dim, mapping 
     ("pytorch", 16, 128, "skip", "resnet", 0, 2, 8),
     ("pytorch", 32, 256, "resnet", "orig", 3, 8, 8),
     ("pytorch", 32, 128, "orig", "skip", 3, 2, 2),
+    # Those of TensorFlow fail: Conv0_up/mod_weight and bias are flipped like Conv0_up/weight.
     ("tf", 16, 256, "skip", "resnet", 0, 8, 8),
     ("tf", 32, 128, "resnet", "orig", 0, 8, 8),
     ("tf", 16, 128, "orig", "skip", 0, 2, 8),
     ("tf ada", 32, 256, "skip", "resnet", 0, 2, 8),
-    # Fails: a Discriminator of map_layers=0 gets an fc0 that it never uses, and that files lack.
     ("tf ada", 16, 128, "skip", "resnet", 3, 2, 0),
     ("tf ada", 16, 128, "skip", "resnet", 3, 8, 3),
     ("rosinality", 16, 128, "skip", "resnet", 0, 8, 8),
@@ -868,6 +880,8 @@ def test_an_official_file_makes_the_pictures_and_logits_of_its_networks(case):
 
     nets, options = stylegan2.load_networks(path)
     assert set(nets) == {"G", "D", "G_ema"} and options == {}
+    for net in nets.values():
+        net.eval()
     assert nets["D"].config["mbstd_group"] == group
     assert nets["G"].config["clamp"] == (256 if kind == "pytorch" else None)
     z, x = torch.randn(4, 8), torch.randn(4, 3, res, res)
@@ -879,7 +893,7 @@ def test_an_official_file_makes_the_pictures_and_logits_of_its_networks(case):
         )  # fmt: skip
     torch.testing.assert_close(nets["D"](x, c), D(x, c), rtol=1e-5, atol=1e-5)
 
-    main("generate", "--checkpoint", path, "--seeds", "3")
+    main("generate", "--checkpoint", path, "--seeds", 3, *(["--class", 0] if c_dim else []))
     c = None if c is None else c[:1]
     expected = common.sample(G, common.latents([3], 8), c)[0].permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(Image.open("out/seed0003.png"), int) - expected).max() <= 1
@@ -891,7 +905,7 @@ def test_a_training_file_of_rosinality_gets_its_mean_w_from_samples(tmp_path):
     args = argparse.Namespace(size=16, channel_multiplier=2, path=None)
     official_files.write_rosinality("train.pt", nets, args=args)
     G.mapping.w_avg.copy_(G.mapping(torch.randn(20_000, 8))[:, 0].mean(0))
-    found = stylegan2.load_networks("train.pt")[0]["G_ema"]
+    found = stylegan2.load_networks("train.pt")[0]["G_ema"].eval()
     torch.testing.assert_close(found.mapping.w_avg, G.mapping.w_avg, rtol=0, atol=0.05)
     z = torch.randn(2, 8)
     torch.testing.assert_close(found(z, noise="const"), G(z, noise="const"))
@@ -922,7 +936,8 @@ def damaged(change):
         (lambda a: a.pop("mapping.fc0.weight"), "mapping.fc0.weight"),
         (lambda a: a.pop("synthesis.b4.const"), "b4"),
         (lambda a: a.update({"synthesis.b8.extra.bias": torch.ones(3)}), "extra"),
-        (lambda a: a.update({"synthesis.b16.conv1.weight": torch.ones(5, 5, 3, 3)}), "channels"),
+        (lambda a: a.update({"synthesis.b16.conv1.weight": torch.ones(5, 8, 3, 3)}), "G_ema"),
+        (lambda a: a.update({"synthesis.b8.conv1.weight": torch.ones(5, 8, 3, 3)}), "channels"),
         (lambda a: a.update({"synthesis.b8.conv0.bias": torch.ones(3)}), "G_ema"),
         (lambda a: a.update({"mapping.fc1.weight": torch.ones(8)}), "G_ema"),
         (lambda a: a.clear(), "G_ema"),
@@ -963,6 +978,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["--resume", trained, "--size", 32], "other networks"),
         (["generate"], "--checkpoint"),
         (["generate", *net, "--class", 0], "--class 0"),
+        (["generate", "--checkpoint", conditional], "pass --class"),
         (["generate", *net, "--seeds", "a-b"], "'a-b' is no seed"),
         (["generate", *net, "--seeds", "5-1"], "backwards"),
         (["generate", *net, "--psi", "x"], "--psi"),
@@ -978,6 +994,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["project", *net, "--input", "d"], "--input d"),
         (["evaluate", *net, "--metrics", "nonsense"], "nonsense"),
         (["evaluate", *net, "--data", "nowhere"], "nowhere"),
+        (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),  # Fails: ValueError
         (["evaluate", "--checkpoint", conditional, "--data", "d"], "no labels"),
     ]
     problems = []
@@ -1018,7 +1035,6 @@ def test_checkpoints_of_other_models_are_refused(capsys, old_format):
     zipped = dict(_use_new_zipfile_serialization=not old_format)
     torch.save({"model.1.weight": torch.zeros(3)}, "latest_net_G.pth", **zipped)
     line = fails(capsys, "generate", "--checkpoint", "latest_net_G.pth")
-    # Fails for the zip: "'NoneType' object is not callable", since is_ours finds "model" in it.
     assert "latest_net_G.pth" in line and "NoneType" not in line
     torch.save({"model": "cyclegan", "nets": {}}, "other.pt")
     assert "holds a cyclegan model" in fails(capsys, "generate", "--checkpoint", "other.pt")
@@ -1026,9 +1042,15 @@ def test_checkpoints_of_other_models_are_refused(capsys, old_format):
 
 @pytest.mark.parametrize("data", ["toy", "d"])
 def test_a_run_of_another_model_cannot_be_resumed(capsys, data):
-    # Fails for toy: TypeError, its args.json has no size.
     faces("d", size=(8, 8)), Path("r").mkdir()
-    args = {"data": data, "G": "resnet_9blocks", "D": "basic", "batch": 4, "workers": 0}
+    args = {
+        "model": "cyclegan",
+        "data": data,
+        "G": "resnet_9blocks",
+        "D": "basic",
+        "batch": 4,
+        "workers": 0,
+    }
     Path("r/args.json").write_text(json.dumps(args | {"load_size": 286, "channels_A": 3}))
     torch.save({"model": "cyclegan", "nets": {}, "args": args}, "r/checkpoint.pt")
     assert "cyclegan" in fails(capsys, "--resume", "r", "--channel-max", 4)
