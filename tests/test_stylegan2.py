@@ -987,14 +987,14 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["generate", *net, "--projected", "none.npz"], "none.npz"),
         (["generate", *net, "--projected", "no.npz"], "no.npz"),
         (["generate", *net, "--projected", "text.png"], "text.png"),
-        (["generate", *net, "--mix-rows", "1"], "--mix-cols"),  # Fails: TypeError
+        (["generate", *net, "--mix-rows", "1"], "--mix-cols"),
         (["project", *net], "--input"),
         (["project", *net, "--input", "no.png"], "no.png"),
         (["project", *net, "--input", "text.png"], "text.png"),
         (["project", *net, "--input", "d"], "--input d"),
         (["evaluate", *net, "--metrics", "nonsense"], "nonsense"),
         (["evaluate", *net, "--data", "nowhere"], "nowhere"),
-        (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),  # Fails: ValueError
+        (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),
         (["evaluate", "--checkpoint", conditional, "--data", "d"], "no labels"),
     ]
     problems = []
