@@ -849,24 +849,29 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl=Non
 
 
 def upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
-    N, C, H, W = x.shape
-    (ux, uy), (x0, x1, y0, y1) = up, padding
-    f = f.to(x.dtype) * gain ** (f.ndim / 2)
-    f = f if flip_filter else f.flip(list(range(f.ndim)))
-    if up != (1, 1):
-        x = F.pad(x.reshape(N, C, H, 1, W, 1), [0, ux - 1, 0, 0, 0, uy - 1])
-        x = x.reshape(N, C, H * uy, W * ux)
-    x = F.pad(x, [x0, x1, y0, y1])
     f = f.outer(f) if f.ndim == 1 and len(f) < 8 else f  # few taps: one pass is faster than two
+    f = f.to(x.dtype) * gain ** (f.ndim / 2)
     if f.ndim == 2:
-        return depthwise(x, f[None, None], down[::-1])
-    x = depthwise(x, f[None, None, None, :], (1, down[0]))
-    return depthwise(x, f[None, None, :, None], (down[1], 1))
+        return fir_ref(x, f, up, down, padding, flip_filter)
+    x = fir_ref(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)
+    return fir_ref(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)
 
 
-def depthwise(x, f, stride):
-    C = x.shape[1]
-    return conv2d(x, f.repeat(C, 1, 1, 1), stride=stride, groups=C)
+def fir_ref(x, f, up, down, padding, flip_filter):
+    C, (FH, FW), (x0, x1, y0, y1) = x.shape[1], f.shape, padding
+    if up == (1, 1):
+        f = f if flip_filter else f.flip([0, 1])  # F.conv2d correlates
+        even = x0 == x1 >= 0 and y0 == y1 >= 0  # what a convolution pads by itself
+        x, pad = (x, (y0, x0)) if even else (F.pad(x, padding), 0)
+        return F.conv2d(x, f.repeat(C, 1, 1, 1), None, down[::-1], pad, groups=C)
+    # Zeros and convolution at once. It pads by F - 1 before and by F - up after, less `crop`.
+    f = f.flip([0, 1]) if flip_filter else f
+    x0, x1, y0, y1 = x0 - FW + 1, x1 - FW + up[0], y0 - FH + 1, y1 - FH + up[1]
+    even = x0 == x1 <= 0 and y0 == y1 <= 0
+    crop = (-y0, -x0) if even else 0
+    x = F.conv_transpose2d(x, f.repeat(C, 1, 1, 1), None, up[::-1], crop, groups=C)
+    x = x if even else F.pad(x, [x0, x1, y0, y1])
+    return x[:, :, :: down[1], :: down[0]]
 
 
 class Upfirdn2d(Function):
@@ -935,9 +940,8 @@ def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
 # Convolutions
 # =============================================================================
 #   forward    y = x * w
-#   backward   dx = transposed convolution of dy with w; dw = aten::convolution_backward(dy, x)
-#   second     dx's by dy and w are again a convolution and such a dw; dw's by dy and x are
-#              convolutions with the gradient of dw in the place of w
+#   backward   dx of dy and w, dw of dy and x: aten::convolution_backward
+#   second     all three are bilinear, and the derivatives of each are the other two
 # PyTorch's own second derivative convolves with dy as a kernel as large as the image instead.
 
 _weight_gradients = True
@@ -968,52 +972,65 @@ def conv_transpose2d(x, w, stride=1, padding=0, output_padding=0, groups=1):
 
 
 class Convolution(Function):
+    """y of x and w. rest: stride, padding, groups, transposed, output padding."""
+
     @staticmethod
-    def forward(ctx, x, w, stride, padding, groups, transposed, extra):
+    def forward(ctx, x, w, *rest):
         ctx.save_for_backward(x, w)
-        ctx.rest = stride, padding, groups, transposed, extra
+        ctx.rest = stride, padding, groups, transposed, extra = rest
         return torch.convolution(x, w, None, stride, padding, (1, 1), transposed, extra, groups)
 
     @staticmethod
     def backward(ctx, gy):
         x, w = ctx.saved_tensors
-        gx = gw = None
-        if ctx.needs_input_grad[0]:
-            gx = gradient_of_input(gy, x, w, ctx.rest)
-        if ctx.needs_input_grad[1] and _weight_gradients:
-            gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest)
-        return gx, gw, None, None, None, None, None
+        need_x, need_w = ctx.needs_input_grad[:2]
+        gx = InputGradient.apply(gy, w, x.detach(), ctx.rest) if need_x else None
+        need_w = need_w and _weight_gradients
+        gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest) if need_w else None
+        return gx, gw, *[None] * 5
 
 
-def gradient_of_input(gy, x, w, rest):
-    """The other of convolution and transposed convolution, of gy, to the size of x."""
+def convolution_backward(gy, x, w, rest, which):
     stride, padding, groups, transposed, extra = rest
-    extra = (0, 0)
-    if not transposed:  # which of the sizes that the stride maps to gy's was x's
-        k, n, m = w.shape[2:], x.shape[2:], gy.shape[2:]
-        extra = tuple(n[i] - (m[i] - 1) * stride[i] + 2 * padding[i] - k[i] for i in (0, 1))
-    return Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
+    mask = (which == 0, which == 1, False)
+    return torch.ops.aten.convolution_backward(
+        gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups, mask
+    )[which]
+
+
+class InputGradient(Function):
+    """gx of gy and w; x only has the right shape."""
+
+    @staticmethod
+    def forward(ctx, gy, w, x, rest):
+        ctx.save_for_backward(gy, w)
+        ctx.rest = rest
+        return convolution_backward(gy, x, w, rest, 0)
+
+    @staticmethod
+    def backward(ctx, ggx):
+        gy, w = ctx.saved_tensors
+        need_y, need_w = ctx.needs_input_grad[:2]
+        ggy = Convolution.apply(ggx, w, *ctx.rest) if need_y else None
+        gw = WeightGradient.apply(gy, ggx, w.detach(), ctx.rest) if need_w else None
+        return ggy, gw, None, None
 
 
 class WeightGradient(Function):
+    """gw of gy and x; w only has the right shape."""
+
     @staticmethod
     def forward(ctx, gy, x, w, rest):
         ctx.save_for_backward(gy, x)
         ctx.rest = rest
-        stride, padding, groups, transposed, extra = rest
-        return torch.ops.aten.convolution_backward(
-            gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups,
-            (False, True, False),
-        )[1]  # fmt: skip
+        return convolution_backward(gy, x, w, rest, 1)
 
     @staticmethod
     def backward(ctx, ggw):
         gy, x = ctx.saved_tensors
-        ggy = gx = None
-        if ctx.needs_input_grad[0]:
-            ggy = Convolution.apply(x, ggw, *ctx.rest)
-        if ctx.needs_input_grad[1]:
-            gx = gradient_of_input(gy, x, ggw, ctx.rest)
+        need_y, need_x = ctx.needs_input_grad[:2]
+        ggy = Convolution.apply(x, ggw, *ctx.rest) if need_y else None
+        gx = InputGradient.apply(gy, ggw, x.detach(), ctx.rest) if need_x else None
         return ggy, gx, None, None
 
 
