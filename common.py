@@ -3078,7 +3078,7 @@ def fd8(real, fake):
     """Frechet distance between images in [-1, 1] area-averaged to 8 x 8: needs no network.
 
     real, fake: see uint8_batches, but floats are taken as they are; grey counts as three equal
-    channels. 192 numbers per image, float64, covariance with n - 1. DESIGN.md section 6.
+    channels. 192 numbers per image, float64, covariance with n - 1.
     """
     moments = []
     for images in (real, fake):
