@@ -192,7 +192,8 @@ class CommandLine:
         parser.set_defaults(function=function)
         if name == "train":
             for data, preset in self.presets.items():
-                options = (f"--{k.replace('_', '-')} {v}" for k, v in preset.items())
+                named = ((k.replace("_", "-"), v) for k, v in preset.items())
+                options = (f"--no-{k}" if v is False else f"--{k} {v}" for k, v in named)
                 parser.epilog = f"The defaults of --data {data}, otherwise: {' '.join(options)}"
         return parser
 

@@ -21,6 +21,7 @@ stylegan2-ada-pytorch): path length every 4 steps (paper: 8); fp16 in the four t
 GPU; labels are embedded and normalised apart from z, and D projects on them.
 """
 
+import argparse
 import copy
 import math
 import re
@@ -54,6 +55,7 @@ FP16_BLOCKS, CLAMP = 4, 256.0  # resolutions in half precision, and the limit of
 
 # What a plain `python stylegan2.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64, map_layers=2)
+TOY |= dict(noise_inputs=False)  # cartoons have no stochastic detail: noise would stay as specks
 TOY |= dict(kimg=60, lr=0.005, r1_gamma=0.1, ema_kimg=2.0, ema_rampup=0.05, every=10)
 
 # =============================================================================
@@ -739,6 +741,7 @@ def new_networks(args, size, c_dim, half):
     if half:
         both |= dict(half_res=FP16_BLOCKS, half=half, clamp=CLAMP)
     G = dict(z_dim=args.z_dim, w_dim=args.w_dim, map_layers=args.map_layers, architecture=args.G)
+    G |= dict(use_noise=args.noise_inputs)
     D = dict(architecture=args.D, mbstd_group=args.mbstd_group)
     return {"G": Generator(**both, **G), "D": Discriminator(**both, **D)}
 
@@ -919,6 +922,8 @@ def main(argv=None):
     p.add("--z-dim", type=number, default=512)
     p.add("--w-dim", type=number, default=512)
     p.add("--map-layers", type=number, default=8)
+    noisy = dict(action=argparse.BooleanOptionalAction, default=True)
+    p.add("--noise-inputs", **noisy, help="the paper's noise in every layer of G")
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")

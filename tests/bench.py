@@ -114,7 +114,8 @@ def bench_stylegan2(options, device):
         preset |= dict(channel_base=32768, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
         preset |= {} if full else stylegan2.TOY
         preset |= {"precision": options.precision} if options.precision else {}
-        argv = [f"--{name.replace('_', '-')}={value}" for name, value in preset.items()]
+        argv = [] if preset.pop("noise_inputs", True) else ["--no-noise-inputs"]
+        argv += [f"--{name.replace('_', '-')}={value}" for name, value in preset.items()]
         with mock.patch.object(stylegan2, "train") as train:  # for the options that it is given
             stylegan2.main(argv)
         yield from bench_stylegan2_at(*train.call_args.args, device, options.repeats)
