@@ -99,6 +99,15 @@ def exit_status(main):
     return status
 
 
+def number(text, kind):
+    """int(text) or float(text), for argparse."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+
 def positive(text):
     """A number above 0, for argparse."""
     value = not_negative(text)
@@ -109,7 +118,7 @@ def positive(text):
 
 def not_negative(text):
     """A finite number, 0 or more, for argparse."""
-    value = float(text)
+    value = number(text, float)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
     return value
@@ -117,7 +126,7 @@ def not_negative(text):
 
 def finite(text):
     """A finite number, for argparse."""
-    value = float(text)
+    value = number(text, float)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
@@ -133,16 +142,18 @@ def fraction(text):
 
 def positive_int(text):
     """A whole number above 0, for argparse."""
-    if int(text) < 1:
+    value = number(text, int)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
+    return value
 
 
 def not_negative_int(text):
     """A whole number, 0 or more, for argparse."""
-    if int(text) < 0:
+    value = number(text, int)
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
+    return value
 
 
 def seeds(text):
@@ -216,7 +227,7 @@ class CommandLine:
         return args
 
 
-def add_train_options(p, data, batch, every, default_every):
+def add_train_options(p, data, batch, every, default_every, gpu_precision="tf32"):
     """The options that every `train` has. every: what --every counts."""
     p.add("--data", default=data, help="toy, a public name, a folder or a .zip")
     p.add("--out", default="runs", help="where run folders go")
@@ -224,7 +235,11 @@ def add_train_options(p, data, batch, every, default_every):
     p.add("--checkpoint", help="start from these weights, ours or official ones")
     p.add("--batch", type=positive_int, default=batch, help="global, over all processes")
     p.add("--seed", type=not_negative_int, default=0, help="of weights, order and draws")
-    p.add("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="default: tf32, CPU: fp32")
+    p.add(
+        "--precision",
+        choices=("fp32", "tf32", "fp16", "bf16"),
+        help=f"default: {gpu_precision}, CPU: fp32",
+    )
     p.add("--workers", type=not_negative_int, default=4, help="threads that load pictures")
     p.add(
         "--cache", choices=("auto", "off"), default="auto", help="keep decoded pictures in memory"
@@ -284,7 +299,7 @@ def add_generate_options(p):
     p.add("--noise", choices=("const", "random", "none"), default="const")
     p.add("--mix-rows", type=seeds, help="seeds: a table of these with --mix-cols")
     p.add("--mix-cols", type=seeds, help="seeds whose layers replace those of the rows")
-    p.add("--mix-layers", type=seeds, default="0-6", help="which, of num_ws")
+    p.add("--mix-layers", type=seeds, help="default: the coarse ones, 0-6 of 18")
     p.add("--film", metavar="FILE", help=".webp, .gif or .png: through the seeds and back")
     p.add("--frames", type=positive_int, default=30, help="of the film, from one seed to the next")
     p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
@@ -477,7 +492,7 @@ def download(urls, path, sha256=None, size=None):
     """Fetch one of urls to path, unless it is there. What arrived before a cut is kept in PATH.part
     and continued, also by the next run. Nothing is left at path that does not fit sha256."""
     path, part = Path(path), Path(f"{path}.part")
-    by_hand = f"Or fetch it by hand, from {' or '.join(urls)}, and save it as {path}."
+    by_hand = f"Fetch it by hand, from {' or '.join(urls)}, and save it as {path}."
     with locked(path):
         if path.exists():
             if sha256 and (found := sha256_of(path)) != sha256:
@@ -1528,6 +1543,8 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
+        if own_half and self.device.type == "cpu" and args.precision in ("fp16", "bf16"):
+            raise UserError(f"--precision {args.precision} needs a GPU; here, leave it out.")
         best = "fp16" if own_half else "tf32"
         self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
         self.own_half = own_half
@@ -1574,6 +1591,8 @@ class Run:
             return [t.pin_memory() for t in tensors] if self.device.type == "cuda" else tensors
 
         self.total, self.began, self.first = stop, time.monotonic(), start
+        if start >= stop:
+            self.say("this run is finished: lengthen it to go on")
         with self.stop_signals():
             for k, images in enumerate(prefetch(make, start, stop, self.args.workers), start):
                 self.steps_done = k + 1
@@ -1786,7 +1805,7 @@ class Run:
                 for group, options in zip(opt.param_groups, now, strict=True):
                     group |= options  # those of the command line, which may have changed
         except (KeyError, RuntimeError, ValueError) as e:
-            problem = str(e).splitlines()[-1].strip()
+            problem = str(e).splitlines()[-1].strip()[:150]
             raise UserError(f"--resume {self.args.resume}: other networks now: {problem}") from None
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -1909,6 +1928,8 @@ def make_run_folder(model, args, script):
             continue
         except NotADirectoryError:
             raise UserError(f"--out {args.out} is not a folder.") from None
+        except OSError as e:
+            raise UserError(f"--out {args.out}: {e.strerror}; name another folder.") from None
         write_json(folder / "args.json", {"model": model} | plain(vars(args)))
         shutil.copy(script, folder)
         return folder
@@ -2044,6 +2065,8 @@ def load_gan(path, models, build, from_official):
     """({"G", "D", "G_ema": network}, options of its training) of a checkpoint or run folder of ours
     or of an official .pkl or .pt, of which from_official(arrays, options) makes a network."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} does not exist: name a run, or a .pt or .pkl file.")
     if is_ours(path):
         return load_networks(path, models, build, None)
     ours = {"Gs": "G_ema", "g_ema": "G_ema", "g": "G", "d": "D"}
@@ -3186,6 +3209,9 @@ def load_inception_or_explain(path, device):
 def load_or_explain(without, load, *paths, device):
     """load(*paths, device), or None after a line of what is `without` it and how to get it; a file
     that the user named has to be there."""
+    for path in filter(None, paths):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file.")
     try:
         return load(*paths, device)
     except UserError as e:
@@ -3205,13 +3231,21 @@ class Again:
         return self.function()
 
 
+def metrics_of(args):
+    """The names in --metrics."""
+    metrics = [name for name in args.metrics.split(",") if name]
+    if unknown := set(metrics) - {"fd8", "fid", "pr", "ppl"}:
+        raise UserError(
+            f"--metrics: no {', '.join(sorted(unknown))}; there are fd8, fid (with KID), pr, ppl."
+        )
+    return metrics
+
+
 def generator_scores(reals, fakes, pairs, n, args, device):
     """The scores of --metrics. reals, fakes: iterables of uint8 batches, gone over several times;
     pairs: see perceptual_path_length; n: fakes and paths. Without its network a score is left out.
     """
-    metrics = [name for name in args.metrics.split(",") if name]
-    if unknown := set(metrics) - {"fd8", "fid", "pr", "ppl"}:
-        raise UserError(f"--metrics: no {', '.join(sorted(unknown))}; there are fd8, fid, pr, ppl.")
+    metrics = metrics_of(args)
     row = {}
     if "fd8" in metrics:
         row["fd8"] = fd8(reals, fakes)
@@ -3669,7 +3703,8 @@ def load_generator(args, load_networks):
     G = G.to(pick_device(args.device), memory_format=torch.channels_last)
     c_dim, label = G.config["c_dim"], vars(args).get("label")
     if label is not None and label >= c_dim:
-        raise UserError(f"--class {label}: the checkpoint has {c_dim} classes, from 0.")
+        has = f"has classes 0 to {c_dim - 1}" if c_dim else "is not conditional"
+        raise UserError(f"--class {label}: the checkpoint {has}.")
     if c_dim and label is None and "label" in vars(args):
         raise UserError(f"the checkpoint is conditional: pass --class, 0 to {c_dim - 1}.")
     c = torch.eye(c_dim)[[label]] if label is not None else None
@@ -3686,6 +3721,7 @@ def synthesize(G, ws, noise="const", batch=16):
 
 def generate(args, G, c):
     """The command `generate`: pictures of seeds or of a file, a style-mixing table, or a film."""
+    out_folder(args)
     out, device = Path(args.out), next(G.parameters()).device
 
     def ws_of(seeds):
@@ -3696,8 +3732,8 @@ def generate(args, G, c):
             return G.mapping(z, c_n, args.psi, args.cutoff)
 
     if args.mix_rows or args.mix_cols:  # the style-mixing table of StyleGAN, Fig. 3
-        layers = [k for k in args.mix_layers if k < G.num_ws]
-        if not (args.mix_rows and args.mix_cols and layers):
+        layers = args.mix_layers or list(range(round(0.39 * G.num_ws)))  # 0-6 of 18, as officially
+        if not (args.mix_rows and args.mix_cols) or max(layers) >= G.num_ws:
             raise UserError(
                 "a mixing table needs --mix-rows, --mix-cols, and --mix-layers below"
                 f" {G.num_ws}, the layers of this model."
@@ -3719,6 +3755,8 @@ def generate(args, G, c):
         ws, names = ws.to(device), [f"projected{k:04d}" for k in range(len(ws))]
     else:
         ws, names = ws_of(args.seeds), [f"seed{seed:04d}" for seed in args.seeds]
+    if args.film and len(ws) < 2:
+        raise UserError("a film needs two seeds or more.")
     if args.film:
         ends = zip(ws, ws.roll(-1, 0), strict=True)
         path = [a.lerp(b, k / args.frames) for a, b in ends for k in range(args.frames)]
@@ -3733,6 +3771,12 @@ def generate(args, G, c):
     save_png(out / "grid.png", grid(images, max(1, round(len(images) ** 0.5))))
     save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
     print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
+
+
+def out_folder(args):
+    """UserError if --out is a file."""
+    if Path(args.out).is_file():
+        raise UserError(f"--out {args.out} is a file: name a folder.")
 
 
 def noise_maps(G):
@@ -3754,6 +3798,7 @@ def evaluate_generator(args, G, exact, saved):
     """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout."""
     device = next(G.parameters()).device
     exact.to(device)
+    metrics_of(args)
     data = args.data or saved.get("data")
     if data is None:
         raise UserError("--data is missing: an official file does not say what it was trained on.")
@@ -3800,7 +3845,10 @@ def evaluate_generator(args, G, exact, saved):
         f" {args.size}x{args.size}, not mirrored"
     )
     row = {"n_real": n_real, "n_fake": n}
-    row |= generator_scores(Again(reals), Again(fakes), pairs, n, args, device)
+    found = generator_scores(Again(reals), Again(fakes), pairs, n, args, device)
+    if not found:
+        raise UserError("no score is left to compute.")
+    row |= found
     print(describe_scores(row))
     if args.out:
         write_json(args.out, row)

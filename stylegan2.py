@@ -502,72 +502,6 @@ def build(config):
     return kind(**{k: v for k, v in config.items() if k != "kind"})
 
 
-def from_official(arrays, options=None):
-    """A ready G or D from {official name: tensor} of stylegan2-ada-pytorch and stylegan3, of the
-    TensorFlow stylegan2 and stylegan2-ada, or of rosinality/stylegan2-pytorch.
-
-    Widths, depth and architecture are read off names and shapes; what leaves no trace there
-    (clamping, half precision, minibatch std group) off `options`, the official arguments, if given.
-    Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
-    """
-    arrays = common.stylegan2_names(arrays)
-    lr_mul = common.official_option(options or {}, "mapping_lrmul") or 0.01
-    arrays = {
-        k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
-    }
-    net = build(official_config(arrays, options or {}))
-    common.fill(net, arrays, optional=("noise_const", "w_avg"))
-    if net.config["kind"] == "G" and "mapping.w_avg" not in arrays:
-        net.mapping.w_avg.copy_(w_statistics(net)[0])
-    return net
-
-
-def official_config(arrays, options):
-    """The config of the network that holds these tensors."""
-    shape = {name: tuple(t.shape) for name, t in arrays.items()}
-    G = "synthesis." if "synthesis.b4.const" in shape else ""
-    found = (re.match(rf"{re.escape(G)}b(\d+)\.", name) for name in shape)
-    blocks = sorted({int(m[1]) for m in found if m})
-    if not blocks or blocks != resolutions(blocks[-1]):
-        raise ValueError("no blocks b4, b8, ... of a StyleGAN2 network")
-    res, rgb = blocks[-1], "torgb" if G else "fromrgb"
-    conv = {r: f"{G}b{r}.{'conv1' if G else 'conv0'}.weight" for r in blocks}
-    conv |= {} if G else {4: "b4.conv.weight"}
-    widths = {r: shape[name][-4] for r, name in conv.items()}
-    most = max(widths.values())
-    narrow = [r * w for r, w in widths.items() if w < most]
-    config = dict(channel_max=most, channel_base=max(narrow, default=res * most))
-    if widths != {r: channels(r, config["channel_base"], config["channel_max"]) for r in blocks}:
-        raise ValueError(f"{widths} channels are not those of a StyleGAN2 network")
-    architecture = "resnet" if any(".skip." in name for name in shape) else "orig"
-    config["architecture"] = "skip" if f"{G}b4.{rgb}.weight" in shape else architecture
-    img_channels = shape[f"{G}b{res}.{rgb}.weight"][-4 if G else -3]
-    map_layers = len([n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)])
-    config |= dict(img_resolution=res, img_channels=img_channels, map_layers=map_layers)
-    embed_dim, c_dim = shape.get("mapping.embed.weight", (0, 0))
-    config |= dict(c_dim=c_dim, clamp=common.official_option(options, "conv_clamp"))
-    config["half_res"] = common.official_option(options, "num_fp16_res") or 0
-    if not G:
-        group = common.official_option(options, "mbstd_group_size") or 4
-        extra = shape["b4.conv.weight"][1] - widths[4]
-        cmap_dim = shape["b4.out.weight"][0] if c_dim else None
-        return dict(kind="D", mbstd_group=group, mbstd_features=extra, cmap_dim=cmap_dim, **config)
-    w_dim = shape["synthesis.b4.conv1.affine.weight"][1]
-    z_dim = shape["mapping.fc0.weight"][1] - embed_dim
-    noisy = "synthesis.b4.conv1.noise_strength" in shape
-    return dict(kind="G", z_dim=z_dim, w_dim=w_dim, use_noise=noisy, **config)
-
-
-@torch.no_grad()
-def w_statistics(G, c=None, n=10_000):
-    """Mean (w_dim,) of w over n z of seed 123, and deviation, sqrt(E |w - mean|^2) (appendix D)."""
-    device = next(G.parameters()).device
-    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["z_dim"])).float()
-    c = None if c is None else c.expand(n, -1)
-    w = G.mapping(z.to(device), c, update_avg=False)[:, 0]
-    return w.mean(0), (w - w.mean(0)).square().sum(1).mean().sqrt()
-
-
 # =============================================================================
 # Losses
 # =============================================================================
@@ -747,6 +681,8 @@ def new_networks(args, size, c_dim, half):
 
 
 def train(args):
+    given = load_networks(args.checkpoint)[0] if args.checkpoint and not args.resume else {}
+    fill_options(args, given)
     run = common.Run("stylegan2", args, __file__, own_half=True)
     run.log_every = 1000
     check_options(args, run.world)
@@ -774,8 +710,8 @@ def train(args):
     half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
     nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
-    if args.checkpoint and not args.resume:
-        common.copy_matching(nets, load_networks(args.checkpoint)[0])
+    if given:
+        common.copy_matching(nets, given)
     order = torch.channels_last
     G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
     opts = {
@@ -792,6 +728,8 @@ def train(args):
         f" batch {args.batch}, {args.batch_gpu or args.batch // run.world} at a time on"
         f" {run.world} processes"
     )
+    if len(data) < args.batch:
+        run.say(f"only {len(data)} images: a batch of {args.batch} holds each more than once")
     examples = common.sample_inputs(G_ema, labels, args.seed)
     if start == 0:
         run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
@@ -820,6 +758,20 @@ def train(args):
     run.say(f"samples and checkpoint are in {run.folder}")
 
 
+def fill_options(args, nets):
+    """Options that were left out: those of the networks to start from, else of --config."""
+    options = dict(channel_max=512, z_dim=512, w_dim=512, map_layers=8, G="skip", D="resnet")
+    options |= CONFIGS[args.config]
+    for kind, net in nets.items():
+        options |= {k: v for k, v in net.config.items() if k in options}
+        options["D" if kind == "D" else "G"] = net.config["architecture"]
+    if nets and "D" in nets:  # its mapping network has a depth of its own
+        options["map_layers"] = next(n for k, n in nets.items() if k != "D").config["map_layers"]
+    for name, value in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def check_options(args, world):
     n = args.batch_gpu or args.batch // world
     if args.batch // world % n:
@@ -837,6 +789,67 @@ def count(net):
 
 
 # =============================================================================
+# Official checkpoints
+# =============================================================================
+
+
+def from_official(arrays, options=None):
+    """A ready G or D from {official name: tensor} of stylegan2-ada-pytorch and stylegan3, of the
+    TensorFlow stylegan2 and stylegan2-ada, or of rosinality/stylegan2-pytorch.
+
+    Widths, depth and architecture are read off names and shapes; what leaves no trace there
+    (clamping, half precision, minibatch std group) off `options`, the official arguments, if given.
+    Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
+    """
+    arrays = common.stylegan2_names(arrays)
+    lr_mul = common.official_option(options or {}, "mapping_lrmul") or 0.01
+    arrays = {
+        k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
+    }
+    net = build(official_config(arrays, options or {}))
+    common.fill(net, arrays, optional=("noise_const", "w_avg"))
+    if net.config["kind"] == "G" and "mapping.w_avg" not in arrays:
+        net.mapping.w_avg.copy_(w_statistics(net)[0])
+    return net
+
+
+def official_config(arrays, options):
+    """The config of the network that holds these tensors."""
+    shape = {name: tuple(t.shape) for name, t in arrays.items()}
+    G = "synthesis." if "synthesis.b4.const" in shape else ""
+    found = (re.match(rf"{re.escape(G)}b(\d+)\.", name) for name in shape)
+    blocks = sorted({int(m[1]) for m in found if m})
+    if not blocks or blocks != resolutions(blocks[-1]):
+        raise ValueError("no blocks b4, b8, ... of a StyleGAN2 network")
+    res, rgb = blocks[-1], "torgb" if G else "fromrgb"
+    conv = {r: f"{G}b{r}.{'conv1' if G else 'conv0'}.weight" for r in blocks}
+    conv |= {} if G else {4: "b4.conv.weight"}
+    widths = {r: shape[name][-4] for r, name in conv.items()}
+    most = max(widths.values())
+    narrow = [r * w for r, w in widths.items() if w < most]
+    config = dict(channel_max=most, channel_base=max(narrow, default=res * most))
+    if widths != {r: channels(r, config["channel_base"], config["channel_max"]) for r in blocks}:
+        raise ValueError(f"{widths} channels are not those of a StyleGAN2 network")
+    architecture = "resnet" if any(".skip." in name for name in shape) else "orig"
+    config["architecture"] = "skip" if f"{G}b4.{rgb}.weight" in shape else architecture
+    img_channels = shape[f"{G}b{res}.{rgb}.weight"][-4 if G else -3]
+    map_layers = len([n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)])
+    config |= dict(img_resolution=res, img_channels=img_channels, map_layers=map_layers)
+    embed_dim, c_dim = shape.get("mapping.embed.weight", (0, 0))
+    config |= dict(c_dim=c_dim, clamp=common.official_option(options, "conv_clamp"))
+    config["half_res"] = common.official_option(options, "num_fp16_res") or 0
+    if not G:
+        group = common.official_option(options, "mbstd_group_size") or 4
+        extra = shape["b4.conv.weight"][1] - widths[4]
+        cmap_dim = shape["b4.out.weight"][0] if c_dim else None
+        return dict(kind="D", mbstd_group=group, mbstd_features=extra, cmap_dim=cmap_dim, **config)
+    w_dim = shape["synthesis.b4.conv1.affine.weight"][1]
+    z_dim = shape["mapping.fc0.weight"][1] - embed_dim
+    noisy = "synthesis.b4.conv1.noise_strength" in shape
+    return dict(kind="G", z_dim=z_dim, w_dim=w_dim, use_noise=noisy, **config)
+
+
+# =============================================================================
 # generate, project, evaluate
 # =============================================================================
 
@@ -847,8 +860,19 @@ def load_networks(path):
     return common.load_gan(path, ("stylegan2", "stylegan2_ada"), build, from_official)
 
 
+@torch.no_grad()
+def w_statistics(G, c=None, n=10_000):
+    """Mean (w_dim,) of w over n z of seed 123, and deviation, sqrt(E |w - mean|^2) (appendix D)."""
+    device = next(G.parameters()).device
+    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["z_dim"])).float()
+    c = None if c is None else c.expand(n, -1)
+    w = G.mapping(z.to(device), c, update_avg=False)[:, 0]
+    return w.mean(0), (w - w.mean(0)).square().sum(1).mean().sqrt()
+
+
 def project(args):
     """Finds the ws whose image is nearest to a picture (sec. 5, appendix D)."""
+    common.out_folder(args)
     G, c, _ = common.load_generator(args, load_networks)
     device, size, out = next(G.parameters()).device, G.config["img_resolution"], Path(args.out)
     target = common.read_square(args.input, size, G.config["img_channels"])
@@ -898,7 +922,9 @@ def main(argv=None):
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
-    common.add_train_options(p, data="toy", batch=32, every="kimg", default_every=200)
+    common.add_train_options(
+        p, data="toy", batch=32, every="kimg", default_every=200, gpu_precision="fp16"
+    )
     p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")
@@ -906,8 +932,8 @@ def main(argv=None):
     p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
     p.add("--kimg", type=number, default=25000, help="length, in thousands of images")
     p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
-    p.add("--G", choices=("skip", "resnet", "orig"), default="skip", help="architecture, Fig. 7")
-    p.add("--D", choices=("resnet", "skip", "orig"), default="resnet")
+    p.add("--G", choices=("skip", "resnet", "orig"), help="architecture, Fig. 7: skip")
+    p.add("--D", choices=("resnet", "skip", "orig"), help="likewise: resnet")
     p.add("--lr", type=above_0, default=LR)
     p.add("--r1-gamma", type=from_0, help="weight of R1: config F 10, E 100")
     p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
@@ -918,10 +944,10 @@ def main(argv=None):
     p.add("--ema-rampup", type=from_0, help="limit of it, as a share of the images seen")
     p.add("--mbstd-group", type=number, default=4, help="of minibatch standard deviation")
     p.add("--channel-base", type=number, help="channels times side: config F 32768, E 16384")
-    p.add("--channel-max", type=number, default=512)
-    p.add("--z-dim", type=number, default=512)
-    p.add("--w-dim", type=number, default=512)
-    p.add("--map-layers", type=number, default=8)
+    p.add("--channel-max", type=number, help="channels at most: 512")
+    p.add("--z-dim", type=number, help="512; these and the widths default to a --checkpoint's")
+    p.add("--w-dim", type=number, help="512")
+    p.add("--map-layers", type=number, help="depth of the mapping network: 8")
     noisy = dict(action=argparse.BooleanOptionalAction, default=True)
     p.add("--noise-inputs", **noisy, help="the paper's noise in every layer of G")
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
@@ -944,10 +970,6 @@ def main(argv=None):
     common.add_sample_scores_options(p)
 
     args = cli.parse(argv)
-    if args.command == "train":
-        for name, value in CONFIGS[args.config].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
     args.function(args)
 
 

@@ -122,6 +122,7 @@ def bench_stylegan2(options, device):
 
 
 def bench_stylegan2_at(args, device, repeats):
+    stylegan2.fill_options(args, {})
     run, size, batch = common.Run("stylegan2", args, "", own_half=True), args.size, args.batch
     half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
     nets = stylegan2.new_networks(args, size, 0, half).values()
