@@ -521,7 +521,7 @@ def test_a_folder_of_photographs_trains_with_its_options(tmp_path):
         ("--G resnet --D skip", {"architecture": "resnet"}),
         ("--G orig --D orig --pl-weight 0 --mixing 0 --r1-gamma 0", {"architecture": "orig"}),
         ("--batch-gpu 10 --ema-rampup 0.05", {}),
-        ("--precision tf32 --cache off --workers 0", {"clamp": 256.0, "half": "bfloat16"}),
+        ("--precision tf32 --cache off --workers 0", {"clamp": None, "half_res": 0}),
         ("--config E --channel-max 4", {"channel_max": 4}),
     ],
 )
@@ -694,7 +694,7 @@ def test_classes_of_a_conditional_model_differ(conditional, capsys):
     assert not np.allclose(*latents)
     c_dim = loaded(conditional).config["c_dim"]
     line = fails(capsys, "generate", "--checkpoint", conditional, "--class", c_dim)
-    assert f"--class {c_dim}" in line and f"{c_dim} classes" in line
+    assert f"--class {c_dim}" in line and f"0 to {c_dim - 1}" in line
 
 
 @pytest.mark.parametrize("space", ["w", "w+"])
