@@ -5,8 +5,8 @@ In this file, in the order of the signal              paper
     MappingNetwork                                    StyleGAN sec. 2, Fig. 1b
     modulated_conv2d, SynthesisLayer                  sec. 2.2, Eqs. (1)-(3), Fig. 2d
     SynthesisNetwork, Discriminator                   sec. 4.1, Fig. 7 (orig, skip, resnet), Table 2
-    path_length_penalty                               sec. 3.2, Eq. (4), appendix B
-    r1_penalty and the logistic losses                StyleGAN2 keeps StyleGAN's
+    logistic_loss, r1_penalty                         StyleGAN's, which StyleGAN2 keeps
+    path_lengths, path_length_phase                   sec. 3.2, Eq. (4), appendix B
     train                                             sec. 3.1 (lazy regularization), appendix B
     project                                           sec. 5, appendix D
 
@@ -762,11 +762,9 @@ def fill_options(args, nets):
     """Options that were left out: those of the networks to start from, else of --config."""
     options = dict(channel_max=512, z_dim=512, w_dim=512, map_layers=8, G="skip", D="resnet")
     options |= CONFIGS[args.config]
-    for kind, net in nets.items():
+    for kind, net in sorted(nets.items()):  # D first: its mapping network has a depth of its own
         options |= {k: v for k, v in net.config.items() if k in options}
         options["D" if kind == "D" else "G"] = net.config["architecture"]
-    if nets and "D" in nets:  # its mapping network has a depth of its own
-        options["map_layers"] = next(n for k, n in nets.items() if k != "D").config["map_layers"]
     for name, value in options.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
