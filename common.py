@@ -219,7 +219,7 @@ class CommandLine:
         if unknown:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
-            defaults = self.presets.get(args.data)
+            defaults = self.presets.get("toy" if args.data.startswith("toy/") else args.data)
             if args.resume:
                 defaults = read_run_args(args.resume, Path(self.parser.prog).stem)
             commands["train"].set_defaults(**defaults or {})
@@ -1256,11 +1256,13 @@ class Toy(Source):
 
 
 def open_data(data, root="data", size=None, toy=TOY_PARTS):
-    """The source for --data: toy (faces of size x size pixels, in folders of these names), the name
-    of a public set (fetched once, to ROOT/NAME), a folder or a .zip. One's own folder of such a
+    """The source for --data: toy (faces of size x size pixels, in folders of these names), or toy
+    faces of one domain, as toy/goblin, for the papers that learn one set; the name of a public set (fetched once, to ROOT/NAME), a folder or a .zip. One's own folder of such a
     name is given as ./NAME."""
     if data == "toy":
         return Toy(size, toy)
+    if data.startswith("toy/") and toy is TOY_FACES and data[4:] in TOY_DOMAINS:
+        return Toy(size, {"faces": (TOY_DOMAINS.index(data[4:]), 0, 4000)})
     path = Path(data).expanduser()
     if data in PUBLIC or data in WITHDRAWN:
         folder, archive = Path(root, data), Path(root, f"{data}.zip")
@@ -1449,6 +1451,17 @@ def square(size, exact, img):
     return ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
 
 
+def split(n, subset, seed):
+    """Indices of `subset` of n pictures, and of the others, both sorted; subset None: all of them.
+    Which ones is a matter of the seed, as in the official code."""
+    if subset is not None and subset > n:
+        raise UserError(f"--subset {subset}: there are {n} pictures.")
+    order = np.arange(n)
+    if subset is not None:
+        np.random.RandomState(seed % 2**32).shuffle(order)
+    return np.sort(order[:subset]), np.sort(order[n if subset is None else subset :])
+
+
 def one_hot(args, source):
     """Labels of a source, float32 (N, c_dim): classes as one-hot vectors, vectors as they are."""
     labels = source.labels()
@@ -1519,6 +1532,11 @@ def prefetch(make, start, stop, workers):
 # =============================================================================
 
 
+def world_size():
+    """The number of processes, of torchrun or 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Run:
     """What a training run needs beside its paper: device, processes, folder, log, checkpoints.
 
@@ -1532,7 +1550,7 @@ class Run:
 
     def __init__(self, model, args, script, own_half=False):
         self.model, self.args, self.script = model, args, script
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         if args.batch % self.world:
             raise UserError(f"--batch {args.batch} cannot be split over {self.world} processes.")
         self.device = pick_device(args.device)
@@ -1644,11 +1662,11 @@ class Run:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
-    def rand(self, n, shared=False):
-        """(n,) uniform in [0, 1): this rank's part of what one process would draw for all, or,
-        shared, the same on all."""
+    def rand(self, n, *shape, shared=False):
+        """(n, *shape) uniform in [0, 1): this rank's part of what one process would draw for all,
+        or, shared, the same on all."""
         times = 1 if shared else self.world
-        draws = torch.rand(n * times, generator=self.generator, device=self.device)
+        draws = torch.rand(n * times, *shape, generator=self.generator, device=self.device)
         return draws if shared else draws[self.rank * n : (self.rank + 1) * n]
 
     def randn(self, n, *shape):
@@ -1659,6 +1677,13 @@ class Run:
     def mean(self, x):
         """The mean of x over all ranks, differentiable in each rank's x."""
         return MeanOverRanks.apply(x) if self.world > 1 else x
+
+    def maximum(self, x):
+        """The largest x of all ranks, element by element; no gradient."""
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
 
     def update(self, optimizer, loss):
         """Backward, mean of the gradients over all ranks, one step of the optimiser."""
@@ -1884,6 +1909,11 @@ class Run:
             drop_later_lines(self.folder / "metrics.jsonl", self.steps_done - 1)
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({"step": self.steps_done, **scores}) + "\n")
+            if self.tensorboard:
+                numbers = scores | scores.get("fid", {})
+                for name in ("fd8", "fid", "kid_x1000", "r_v", "D/train", "D/heldout"):
+                    if isinstance(numbers.get(name), float):
+                        self.tensorboard.add_scalar(name, numbers[name], self.steps_done)
 
 
 class MeanOverRanks(torch.autograd.Function):
@@ -2219,8 +2249,12 @@ def fill(net, arrays, optional=()):
 
 
 def copy_matching(nets, found):
-    """Copies from networks `found` into {name: net} what agrees in name and shape, and says what
-    was left as it is: the start of transfer learning. UserError if nothing agrees."""
+    """Copies from networks `found` into {name: net} what agrees in name and shape, and lists what
+    does not: the start of transfer learning. UserError if nothing agrees."""
+
+    def some(names):
+        return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+
     for name, net in nets.items():
         source = found.get(name) or found.get("G_ema" if name == "G" else "G" * (name == "G_ema"))
         if source is None:
@@ -2231,8 +2265,12 @@ def copy_matching(nets, found):
         if not fits:
             raise UserError(f"--checkpoint: nothing in its {name} fits; other sizes or widths?")
         net.load_state_dict(own | fits)
-        new = sorted(set(own) - set(fits))
-        rest = f"; new: {', '.join(new[:4])}{', ...' * (len(new) > 4)}" if new else ""
+        lists = {  # what starts anew, and what of the checkpoint is left out
+            "new": [k for k in own if k not in held],
+            "of another shape": [k for k in own if k in held and k not in fits],
+            "not used": [k for k in held if k not in own],
+        }
+        rest = "".join(f"; {len(v)} {what}: {some(v)}" for what, v in lists.items() if v)
         print(f"{name}: {len(fits)} of {len(own)} tensors copied{rest}")
 
 
@@ -2713,6 +2751,42 @@ def stylegan2_names(arrays):
             name = re.sub(pattern, ours, name)
         found[name] = t
     return found
+
+
+def stylegan2_config(arrays, options):
+    """The config of the G or D of stylegan2.py that holds these tensors, with official names."""
+    shape = {name: tuple(t.shape) for name, t in arrays.items()}
+    G = "synthesis." if "synthesis.b4.const" in shape else ""
+    found = (re.match(rf"{re.escape(G)}b(\d+)\.", name) for name in shape)
+    blocks = sorted({int(m[1]) for m in found if m})
+    if blocks != [2**i for i in range(2, len(blocks) + 2)] or not blocks:
+        raise ValueError("no blocks b4, b8, ... of a StyleGAN2 network")
+    res, rgb = blocks[-1], "torgb" if G else "fromrgb"
+    conv = {r: f"{G}b{r}.{'conv1' if G else 'conv0'}.weight" for r in blocks}
+    conv |= {} if G else {4: "b4.conv.weight"}
+    widths = {r: shape[name][-4] for r, name in conv.items()}
+    most = max(widths.values())
+    narrow = [r * w for r, w in widths.items() if w < most]
+    config = dict(channel_max=most, channel_base=max(narrow, default=res * most))
+    if widths != {r: min(config["channel_base"] // r, most) for r in blocks}:
+        raise ValueError(f"{widths} channels are not those of a StyleGAN2 network")
+    architecture = "resnet" if any(".skip." in name for name in shape) else "orig"
+    config["architecture"] = "skip" if f"{G}b4.{rgb}.weight" in shape else architecture
+    img_channels = shape[f"{G}b{res}.{rgb}.weight"][-4 if G else -3]
+    map_layers = len([n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)])
+    config |= dict(img_resolution=res, img_channels=img_channels, map_layers=map_layers)
+    embed_dim, c_dim = shape.get("mapping.embed.weight", (0, 0))
+    config |= dict(c_dim=c_dim, clamp=official_option(options, "conv_clamp"))
+    config["half_res"] = official_option(options, "num_fp16_res") or 0
+    if not G:
+        group = official_option(options, "mbstd_group_size") or 4
+        extra = shape["b4.conv.weight"][1] - widths[4]
+        cmap_dim = shape["b4.out.weight"][0] if c_dim else None
+        return dict(kind="D", mbstd_group=group, mbstd_features=extra, cmap_dim=cmap_dim, **config)
+    w_dim = shape["synthesis.b4.conv1.affine.weight"][1]
+    z_dim = shape["mapping.fc0.weight"][1] - embed_dim
+    noisy = "synthesis.b4.conv1.noise_strength" in shape
+    return dict(kind="G", z_dim=z_dim, w_dim=w_dim, use_noise=noisy, **config)
 
 
 # =============================================================================
@@ -3684,13 +3758,38 @@ def sample(G, z, c=None, batch=32, **options):
     return torch.cat(images)
 
 
-def score_samples(run, G, data, labels, batch, n=500):
-    """Prints and keeps fd8 of n samples against as many of the pictures."""
+def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
+    """Prints and keeps fd8 of n samples against as many of the pictures, with fid = (network, m)
+    also FID of m samples against all pictures, and keeps `more` numbers beside them."""
     if run.rank == 0:
         real, fake = data.all(n), sample(G, *sample_inputs(G, labels, 10_000, n), batch)
         row = {"n_real": len(real), "n_fake": n, "fd8": fd8(real, fake)}
-        run.save_scores(row)
+        if fid:
+            net, m = fid
+
+            def reals():
+                for k in range(0, len(data), batch):
+                    yield stack([data[i] for i in range(k, min(k + batch, len(data)))])
+
+            def fakes():
+                for k in range(0, m, batch):
+                    inputs = sample_inputs(G, labels, 10_000 + k, min(batch, m - k))
+                    yield sample(G, *inputs, batch)
+
+            row["fid"] = fid_kid(Again(reals), fakes(), net)
+        run.save_scores(row | more)
         run.say(describe_scores(row))
+
+
+@torch.no_grad()
+def w_statistics(G, c=None, n=10_000):
+    """Mean (w_dim,) of w over n z of seed 123, and deviation, sqrt(E |w - mean|^2) (StyleGAN2,
+    appendix D)."""
+    device = next(G.parameters()).device
+    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["z_dim"])).float()
+    c = None if c is None else c.expand(n, -1)
+    w = G.mapping(z.to(device), c, update_avg=False)[:, 0]
+    return w.mean(0), (w - w.mean(0)).square().sum(1).mean().sqrt()
 
 
 def load_generator(args, load_networks):
@@ -3808,7 +3907,7 @@ def evaluate_generator(args, G, exact, saved):
     images, _ = square_pictures(args, source, G.config["img_channels"])
     labels = one_hot(args, source) if G.config["c_dim"] else None
 
-    n = args.samples or (4000 if data == "toy" else 50_000)
+    n = args.samples or (4000 if source.is_toy else 50_000)
     n_real = min(args.reals or n, len(images))
     if min(n, n_real) < 2:
         raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")

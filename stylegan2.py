@@ -526,11 +526,13 @@ def logistic_loss(logits, real):
     return F.softplus(-logits if real else logits).flatten()
 
 
-def r1_penalty(D, real, c):
-    """|grad_x D(x)|^2 of each real image (N,) (Mescheder et al. 2018). Weigh it by r1_gamma / 2."""
-    real = real.detach().requires_grad_(True)
+def r1_penalty(logits, real):
+    """|grad_x D(x)|^2 of each real image (N,) (Mescheder et al. 2018). Weigh it by r1_gamma / 2.
+
+    logits: D(real), of real images that require a gradient.
+    """
     with ops.no_weight_gradients():
-        (grads,) = torch.autograd.grad(D(real, c).sum(), real, create_graph=True)
+        (grads,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return grads.square().sum([1, 2, 3])
 
 
@@ -618,7 +620,8 @@ def r1_phase(D, real, real_c, args, run):
     """Gradients of D for R1 on the real images."""
     losses = []
     for x, c in rounds(args.batch_gpu, real, real_c):
-        penalty = r1_penalty(D, x, c).mean()
+        x = x.detach().requires_grad_(True)
+        penalty = r1_penalty(D(x, c), x).mean()
         run.backward(penalty * (args.r1_gamma / 2) * args.r1_every)
         losses.append(penalty.detach())
     return torch.stack(losses)
@@ -804,47 +807,11 @@ def from_official(arrays, options=None):
     arrays = {
         k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
     }
-    net = build(official_config(arrays, options or {}))
+    net = build(common.stylegan2_config(arrays, options or {}))
     common.fill(net, arrays, optional=("noise_const", "w_avg"))
     if net.config["kind"] == "G" and "mapping.w_avg" not in arrays:
-        net.mapping.w_avg.copy_(w_statistics(net)[0])
+        net.mapping.w_avg.copy_(common.w_statistics(net)[0])
     return net
-
-
-def official_config(arrays, options):
-    """The config of the network that holds these tensors."""
-    shape = {name: tuple(t.shape) for name, t in arrays.items()}
-    G = "synthesis." if "synthesis.b4.const" in shape else ""
-    found = (re.match(rf"{re.escape(G)}b(\d+)\.", name) for name in shape)
-    blocks = sorted({int(m[1]) for m in found if m})
-    if not blocks or blocks != resolutions(blocks[-1]):
-        raise ValueError("no blocks b4, b8, ... of a StyleGAN2 network")
-    res, rgb = blocks[-1], "torgb" if G else "fromrgb"
-    conv = {r: f"{G}b{r}.{'conv1' if G else 'conv0'}.weight" for r in blocks}
-    conv |= {} if G else {4: "b4.conv.weight"}
-    widths = {r: shape[name][-4] for r, name in conv.items()}
-    most = max(widths.values())
-    narrow = [r * w for r, w in widths.items() if w < most]
-    config = dict(channel_max=most, channel_base=max(narrow, default=res * most))
-    if widths != {r: channels(r, config["channel_base"], config["channel_max"]) for r in blocks}:
-        raise ValueError(f"{widths} channels are not those of a StyleGAN2 network")
-    architecture = "resnet" if any(".skip." in name for name in shape) else "orig"
-    config["architecture"] = "skip" if f"{G}b4.{rgb}.weight" in shape else architecture
-    img_channels = shape[f"{G}b{res}.{rgb}.weight"][-4 if G else -3]
-    map_layers = len([n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)])
-    config |= dict(img_resolution=res, img_channels=img_channels, map_layers=map_layers)
-    embed_dim, c_dim = shape.get("mapping.embed.weight", (0, 0))
-    config |= dict(c_dim=c_dim, clamp=common.official_option(options, "conv_clamp"))
-    config["half_res"] = common.official_option(options, "num_fp16_res") or 0
-    if not G:
-        group = common.official_option(options, "mbstd_group_size") or 4
-        extra = shape["b4.conv.weight"][1] - widths[4]
-        cmap_dim = shape["b4.out.weight"][0] if c_dim else None
-        return dict(kind="D", mbstd_group=group, mbstd_features=extra, cmap_dim=cmap_dim, **config)
-    w_dim = shape["synthesis.b4.conv1.affine.weight"][1]
-    z_dim = shape["mapping.fc0.weight"][1] - embed_dim
-    noisy = "synthesis.b4.conv1.noise_strength" in shape
-    return dict(kind="G", z_dim=z_dim, w_dim=w_dim, use_noise=noisy, **config)
 
 
 # =============================================================================
@@ -858,16 +825,6 @@ def load_networks(path):
     return common.load_gan(path, ("stylegan2", "stylegan2_ada"), build, from_official)
 
 
-@torch.no_grad()
-def w_statistics(G, c=None, n=10_000):
-    """Mean (w_dim,) of w over n z of seed 123, and deviation, sqrt(E |w - mean|^2) (appendix D)."""
-    device = next(G.parameters()).device
-    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["z_dim"])).float()
-    c = None if c is None else c.expand(n, -1)
-    w = G.mapping(z.to(device), c, update_avg=False)[:, 0]
-    return w.mean(0), (w - w.mean(0)).square().sum(1).mean().sqrt()
-
-
 def project(args):
     """Finds the ws whose image is nearest to a picture (sec. 5, appendix D)."""
     common.out_folder(args)
@@ -878,7 +835,7 @@ def project(args):
     without = "LPIPS is replaced by a distance of pixels"
     lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
     distance = common.distance_to(real, lpips)
-    mean, std = w_statistics(G, None if c is None else c.to(device))
+    mean, std = common.w_statistics(G, None if c is None else c.to(device))
     start = mean[None] if args.space == "w" else mean.repeat(G.num_ws, 1)
     noises, frames = common.noise_maps(G), []
 

@@ -1,4 +1,4 @@
-"""The vectors of StyleGAN2 and its operators, for test_golden.py."""
+"""The vectors of StyleGAN2, its operators and StyleGAN2-ADA, for test_golden.py."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ import torch
 
 import ops_cuda as ops
 import stylegan2
+import stylegan2_ada
 
 BUFFERS = re.compile(r"(.*\.)?(noise_const|w_avg)$")
 
@@ -22,11 +23,14 @@ def formula(name, shape, scale, offset, salt):
     return np.asarray(offset + scale * rng.standard_normal(tuple(shape)), np.float32)
 
 
+PAPERS = {"stylegan2": stylegan2, "stylegan2_ada": stylegan2_ada}
+
+
 class Vectors:
     """One file and how closely it must be met: in float64, or, on a GPU, in float32."""
 
     def __init__(self, path, device="cpu", dtype=torch.float64, impl=None):
-        self.z = np.load(path)
+        self.z, self.paper = np.load(path), PAPERS[path.parent.name]
         self.meta = json.loads(str(self.z["meta"]))
         self.device, self.dtype, self.impl = device, dtype, impl
 
@@ -38,6 +42,7 @@ class Vectors:
 class Case:
     def __init__(self, file, name, case):
         self.file, self.name, self.kind, self.args = file, name, case["kind"], case["args"]
+        self.paper, self.ada = file.paper, file.paper is stylegan2_ada
         self.outputs, self.compared = case["outputs"], set()
         salt = file.meta["salt"]
         self.weights = {
@@ -176,7 +181,7 @@ def modulated_conv2d(case):
     pad = args.pop("padding", 0)
 
     def run(t):
-        x, factors = stylegan2.modulated_conv2d(
+        x, factors = case.paper.modulated_conv2d(
             t["x"], t["weight"], t["styles"], fir=t.get("f"), pad=pad, **args
         )
         return ops.fused_act(x, factors, t.get("noise"), impl=case.file.impl)
@@ -186,20 +191,20 @@ def modulated_conv2d(case):
 
 
 MODULES = {
-    "FullyConnectedLayer": lambda a: stylegan2.Linear(
+    "FullyConnectedLayer": lambda paper, a: paper.Linear(
         a["in_features"], a["out_features"], a.get("activation", "linear"),
         a.get("lr_multiplier", 1), 0.0 if a.get("bias", True) else None,
     ),
-    "Conv2dLayer": lambda a: stylegan2.Conv2d(
+    "Conv2dLayer": lambda paper, a: paper.Conv2d(
         a["in_channels"], a["out_channels"], a["kernel_size"], a.get("activation", "linear"),
         a.get("up", 1), a.get("down", 1), a.get("conv_clamp"), a.get("bias", True),
-        a.get("resample_filter", stylegan2.FIR),
+        a.get("resample_filter", paper.FIR),
     ),
-    "SynthesisLayer": lambda a: stylegan2.SynthesisLayer(
+    "SynthesisLayer": lambda paper, a: paper.SynthesisLayer(
         a["in_channels"], a["out_channels"], a["w_dim"], a["resolution"], a.get("up", 1),
         a.get("use_noise", True), a.get("conv_clamp"),
     ),
-    "ToRGBLayer": lambda a: stylegan2.ToRGB(
+    "ToRGBLayer": lambda paper, a: paper.ToRGB(
         a["in_channels"], a["out_channels"], a["w_dim"], a.get("conv_clamp")
     ),
 }  # fmt: skip
@@ -213,9 +218,9 @@ def module(case):
     given = {k: case.inputs[k].requires_grad_() for k in case.args["order"]}
     if cls == "MinibatchStdLayer":
         params = {}
-        y = stylegan2.minibatch_std(given["x"], ctor["group_size"], ctor.get("num_channels", 1))
+        y = case.paper.minibatch_std(given["x"], ctor["group_size"], ctor.get("num_channels", 1))
     else:
-        net = case.network("net", MODULES[cls](ctor))
+        net = case.network("net", MODULES[cls](case.paper, ctor))
         params = dict(net.named_parameters())
         y = net(*given.values(), **forward)
     case.equal("y", y)
@@ -225,10 +230,10 @@ def module(case):
 
 
 def mapping(case):
-    ctor, forward = dict(case.args["ctor"]), dict(case.args["forward"])
+    ctor, forward = dict(case.args["ctor"]), dict(case.args.get("forward", {}))
     ctor["lr_mul"] = ctor.pop("lr_multiplier", 0.01)
-    net = stylegan2.MappingNetwork(**ctor)
-    net = case.network("net", net).train(case.args["train"])
+    net = case.paper.MappingNetwork(**ctor)
+    net = case.network("net", net).train(case.args.get("train", False))
     z, c = (None if t is None else t.requires_grad_() for t in (case.get("z"), case.get("c")))
     psi, cutoff = forward.pop("truncation_psi", 1), forward.pop("truncation_cutoff", None)
     update = not forward.pop("skip_w_avg_update", False)
@@ -252,26 +257,26 @@ def synthesis_options(kwargs):
     return {names.get(k, k): v for k, v in kwargs.items()}
 
 
-def generator_of(a):
+def generator_of(paper, a):
     a = dict(a)
     mapping = a.pop("mapping_kwargs", {})
     assert set(mapping) <= {"num_layers"}, mapping
     synthesis = synthesis_options(a.pop("synthesis_kwargs", {}))
-    return stylegan2.Generator(**a, map_layers=mapping.get("num_layers", 8), **synthesis)
+    return paper.Generator(**a, map_layers=mapping.get("num_layers", 8), **synthesis)
 
 
-def discriminator_of(a):
+def discriminator_of(paper, a):
     a = synthesis_options(a)
     names = {"mbstd_group_size": "mbstd_group", "mbstd_num_channels": "mbstd_features"}
     mapping, epilogue = a.pop("mapping_kwargs", {}), a.pop("epilogue_kwargs", {})
     assert set(mapping) <= {"num_layers"}, mapping
     a |= {names[k]: v for k, v in epilogue.items()}
-    return stylegan2.Discriminator(**a, map_layers=mapping.get("num_layers", 8))
+    return paper.Discriminator(**a, map_layers=mapping.get("num_layers", 8))
 
 
 def synthesis(case):
     forward = case.args["forward"]
-    net = stylegan2.SynthesisNetwork(**synthesis_options(case.args["ctor"]))
+    net = case.paper.SynthesisNetwork(**synthesis_options(case.args["ctor"]))
     net = case.network("net", net).eval()
     ws = case.inputs["ws"].requires_grad_()
     img = net(ws, forward.get("noise_mode", "random"))
@@ -284,7 +289,7 @@ def synthesis(case):
 @torch.no_grad()
 def generator(case):
     forward = case.args["forward"]
-    G = case.network("G", generator_of(case.args["ctor"])).eval()
+    G = case.network("G", generator_of(case.paper, case.args["ctor"])).eval()
     psi, cutoff = forward.get("truncation_psi", 1), forward.get("truncation_cutoff")
     case.equal("ws", G.mapping(case.inputs["z"], case.get("c"), psi, cutoff))
     img = G(case.inputs["z"], case.get("c"), psi, cutoff, forward["noise_mode"])
@@ -292,7 +297,7 @@ def generator(case):
 
 
 def discriminator(case):
-    D = case.network("D", discriminator_of(case.args["ctor"])).eval()
+    D = case.network("D", discriminator_of(case.paper, case.args["ctor"])).eval()
     img = case.inputs["img"].requires_grad_()
     logits = D(img, case.get("c"))
     case.equal("logits", logits)
@@ -345,87 +350,99 @@ class Recorded:
 class Watch:
     """What the loss functions see and return, in the order in which they are called."""
 
-    def __init__(self, patch):
+    def __init__(self, paper, patch):
         self.logits, self.r1, self.scores, self.lengths = {True: [], False: []}, [], [], []
-        logistic, r1, path = (
-            stylegan2.logistic_loss, stylegan2.r1_penalty, stylegan2.path_lengths
-        )  # fmt: skip
+        logistic, r1, path = paper.logistic_loss, paper.r1_penalty, paper.path_lengths
 
         def logistic_loss(logits, real):
             self.logits[real].append(logits.detach())
             return logistic(logits, real)
 
-        def r1_penalty(D, real, c):
-            self.scores.append(D(real, c).detach())
-            self.r1.append(r1(D, real, c))
+        def r1_penalty(logits, real):
+            self.scores.append(logits.detach())
+            self.r1.append(r1(logits, real))
             return self.r1[-1]
 
         def path_lengths(*args):
             self.lengths.append(path(*args))
             return self.lengths[-1]
 
-        patch.setattr(stylegan2, "logistic_loss", logistic_loss)
-        patch.setattr(stylegan2, "r1_penalty", r1_penalty)
-        patch.setattr(stylegan2, "path_lengths", path_lengths)
+        patch.setattr(paper, "logistic_loss", logistic_loss)
+        patch.setattr(paper, "r1_penalty", r1_penalty)
+        patch.setattr(paper, "path_lengths", path_lengths)
 
 
-def options(a, loss):
+def options(paper, a, loss):
     """The options of the training that the phases read."""
-    assert loss["pl_decay"] == stylegan2.PL_DECAY and loss["pl_batch_shrink"] == stylegan2.PL_SHRINK
+    assert loss.get("pl_decay", 0.01) == paper.PL_DECAY
+    assert loss.get("pl_batch_shrink", 2) == paper.PL_SHRINK
     return types.SimpleNamespace(
-        mixing=loss["style_mixing_prob"], r1_gamma=loss["r1_gamma"], pl_weight=loss["pl_weight"],
-        pl_every=a.get("G_reg_interval", 1), r1_every=a.get("D_reg_interval", 1),
-        batch_gpu=a.get("batch_gpu"),
+        mixing=loss["style_mixing_prob"], r1_gamma=loss["r1_gamma"],
+        pl_weight=loss.get("pl_weight", paper.PL_WEIGHT), pl_every=a.get("G_reg_interval", 1),
+        r1_every=a.get("D_reg_interval", 1), batch_gpu=a.get("batch_gpu"),
+        batch=a.get("batch_size"), bcr_weight=0, aug="ada" if a.get("ada_target") else "fixed",
+        ada_target=a.get("ada_target"), ada_every=a.get("ada_interval", 4),
+        ada_kimg=a.get("ada_kimg"), ada_cap=None,
     )  # fmt: skip
 
 
 def networks(case):
-    G = case.network("G", generator_of(case.args["G"])).train()
-    D = case.network("D", discriminator_of(case.args["D"])).train()
+    G = case.network("G", generator_of(case.paper, case.args["G"])).train()
+    D = case.network("D", discriminator_of(case.paper, case.args["D"])).train()
     return G, D
 
 
-def label_source(case, c):
-    return (lambda n: c[:n]) if c is not None and c.shape[-1] else lambda n: None
+def some_labels(c, n, batch_gpu=None):
+    """Labels of n fakes; path lengths are of the first part of every round."""
+    if c is None or not c.shape[-1]:
+        return None
+    pieces = c.split(batch_gpu or len(c))
+    return torch.cat([piece[: n * len(piece) // len(c)] for piece in pieces])
 
 
 def loss(case):
     """One phase: per-sample values, gradients of the network being trained."""
     a, phase = case.args, case.args["phase"]
-    args = options({}, a["loss_kwargs"])
+    args = options(case.paper, {}, a["loss_kwargs"])
     args.pl_every = args.r1_every = a["gain"]
     G, D = networks(case)
     run = Recorded(case, G.num_ws)
-    pl_mean = case.to(torch.tensor(float(a["pl_mean"])))
+    pl_mean = case.to(torch.tensor(float(a.get("pl_mean", 0))))
     real, c = case.inputs["real_img"], case.get("real_c")
     c = c if c is not None and c.shape[1] else None
-    sample_c, n, noise = label_source(case, case.get("gen_c")), len(real), a["noise_mode"]
+    n, noise = len(real), a["noise_mode"]
+    pipes = (recorded_pipe(case),) if case.ada else ()
+    both = (*pipes, None) if case.ada else ()
+
+    def sample_c(n):
+        return some_labels(case.get("gen_c"), n)
+
     with pytest.MonkeyPatch.context() as patch:
-        watch = Watch(patch)
+        watch = Watch(case.paper, patch)
         if phase in ("Gmain", "Gboth"):
             D.requires_grad_(False)
             run.z = case.inputs["gen_z"]
-            stylegan2.generator_phase(G, D, n, sample_c, args, run, noise)
+            case.paper.generator_phase(G, D, *pipes, n, sample_c, args, run, noise)
             report(case, scores_fake=watch.logits[True][0])
             case.equal("report.Loss.G.loss", softplus(-watch.logits[True][0]))
         if phase in ("Greg", "Gboth"):
             run.z = case.inputs["gen_z"]
-            stylegan2.path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
+            case.paper.path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
             penalty = (watch.lengths[0] - pl_mean).square()
             case.equal("report.Loss.pl_penalty", penalty)
             case.equal("report.Loss.G.reg", args.pl_weight * penalty)
         if phase in ("Dmain", "Dboth"):
             run.z = case.inputs["gen_z"]
-            stylegan2.discriminator_phase(G, D, real, c, sample_c, args, run, noise)
+            case.paper.discriminator_phase(G, D, *both, real, c, sample_c, args, run, noise)
             fake, on_real = watch.logits[False][0], watch.logits[True][0]
             report(case, scores_fake=fake, scores_real=on_real)
             case.equal("report.Loss.D.loss", softplus(fake) + softplus(-on_real))
         if phase in ("Dreg", "Dboth"):
-            stylegan2.r1_phase(D, real, c, args, run)
+            case.paper.r1_phase(D, *pipes, real, c, args, run)
             case.equal("report.Loss.r1_penalty", watch.r1[0])
             case.equal("report.Loss.D.reg", args.r1_gamma / 2 * watch.r1[0])
             report(case, scores_real=watch.scores[0])
-    assert not run.draws
+    assert not run.draws and not any(T.source.draws for T in pipes)
     trained, tag = (G, "G") if phase[0] == "G" else (D, "D")
     case.gradients(trained, tag, a["full"], prefix="grad.")
     case.equal("pl_mean_after", pl_mean)
@@ -446,44 +463,60 @@ def report(case, **scores):
 def trajectory(case):
     """Eight steps of train_step with recorded draws; losses at 1e-5, movements at 1e-5."""
     a = case.args
-    args = options(a, a["loss_kwargs"])
+    args = options(case.paper, a, a["loss_kwargs"])
     G, D = networks(case)
     G_ema = copy.deepcopy(G).eval()
     start = {tag: copy.deepcopy(net) for tag, net in (("G", G), ("D", D))}
     run = Recorded(case, G.num_ws, a["batch_gpu"])
     run.adam = lambda nets, lr, betas: torch.optim.Adam(nets[0].parameters(), lr, betas, a["eps"])
-    assert tuple(a["betas"]) == stylegan2.BETAS
+    assert tuple(a["betas"]) == case.paper.BETAS
     opts = (
-        stylegan2.lazy_adam(run, G, a["lr"], args.pl_every),
-        stylegan2.lazy_adam(run, D, a["lr"], args.r1_every),
+        case.paper.lazy_adam(run, G, a["lr"], args.pl_every),
+        case.paper.lazy_adam(run, D, a["lr"], args.r1_every),
     )
     pl_mean, means, averages, images = case.to(torch.zeros(())), [], [], 0
     N = a["batch_size"]
+    pipes, signs, p, mean_signs = (), case.to(torch.zeros(2)), [], []
+    if case.ada:
+        pipes = (recorded_pipe(case), None)
     for it in range(a["steps"]):
         z = list(case.inputs["gen_z"][it])
         real = case.inputs["reals"][it] / 127.5 - 1
-        phases = iter([z[0], *([z[1]] if it % args.pl_every == 0 else []), z[2]])
+        real_c = case.get("real_c")
+        real_c = real_c[it] if real_c is not None and real_c.shape[-1] else None
+        phases = iter([0, *([1] if it % args.pl_every == 0 else []), 2])
+        phase_now = []
         with pytest.MonkeyPatch.context() as patch:
-            watch = Watch(patch)
+            watch = Watch(case.paper, patch)
             for name in ("generator_phase", "path_length_phase", "discriminator_phase"):
-                phase = getattr(stylegan2, name)
+                phase = getattr(case.paper, name)
 
-                def with_z(*args, phase=phase, phases=phases):
-                    run.z = next(phases)
+                def with_z(*args, phase=phase, phases=phases, z=z, phase_now=phase_now):
+                    phase_now.append(next(phases))
+                    run.z = z[phase_now[-1]]
                     return phase(*args)
 
-                patch.setattr(stylegan2, name, with_z)
+                patch.setattr(case.paper, name, with_z)
+
+            def sample_c(n, it=it, phase_now=phase_now):
+                c = case.get("gen_c")
+                return None if c is None else some_labels(c[it][phase_now[-1]], n, args.batch_gpu)
+
             before = pl_mean.clone()
-            stylegan2.train_step(
-                G, D, opts, pl_mean, real, None, lambda n: None, it, args, run, a["noise_mode"]
-            )
+            more = (signs,) if case.ada else ()
+            stats = case.paper.train_step(
+                G, D, *pipes, opts, pl_mean, *more, real, real_c, sample_c, it, args, run,
+                a["noise_mode"],
+            )  # fmt: skip
+            p.append(pipes[0].p.clone() if case.ada else torch.zeros(()))
+            mean_signs += [stats["ada/r_t"]] if "ada/r_t" in stats else []
         rounds = N // a["batch_gpu"]
         on_G, on_real = watch.logits[True][:rounds], watch.logits[True][rounds:]
         step = {"Gmain.Loss.scores.fake": cat(on_G), "Gmain.Loss.G.loss": softplus(-cat(on_G))}
         if watch.lengths:
             penalties, mean = [], before
             for lengths in watch.lengths:
-                mean = mean.lerp(lengths.mean(), stylegan2.PL_DECAY)
+                mean = mean.lerp(lengths.mean(), case.paper.PL_DECAY)
                 penalties.append((lengths - mean).square())
             step["Greg.Loss.pl_penalty"] = cat(penalties)
             step["Greg.Loss.G.reg"] = args.pl_weight * cat(penalties)
@@ -499,14 +532,16 @@ def trajectory(case):
         half_life = a["ema_kimg"] * 1000
         if a["ema_rampup"] is not None:
             half_life = min(half_life, images * a["ema_rampup"])
-        stylegan2.update_ema(G_ema, G, 0.5 ** (N / max(half_life, 1e-8)))
+        case.paper.update_ema(G_ema, G, 0.5 ** (N / max(half_life, 1e-8)))
         images += N
         means.append(pl_mean.clone())
         averages.append(G.mapping.w_avg.clone())
-    assert not run.draws
+    assert not run.draws and not any(T.source.draws for T in pipes if T)
     case.equal("pl_mean", torch.stack(means), 1e-5)
     case.equal("w_avg", torch.stack(averages), 1e-5)
-    case.equal("augment_p", torch.zeros(a["steps"]))
+    case.equal("augment_p", torch.stack(p))
+    if case.ada:
+        case.equal("ada_mean_sign", torch.stack(mean_signs))
     for tag, net in (("G", G), ("D", D), ("G_ema", G_ema)):
         first, weights = start[tag[0]], tag[0]
         now, then = dict(net.named_parameters()), dict(first.named_parameters())
@@ -522,11 +557,111 @@ def cat(pieces):
     return torch.cat([p.detach().flatten() for p in pieces])
 
 
+# ---- StyleGAN2-ADA ----
+
+
+class Source:
+    """Recorded draws of an AugmentPipe, or those of a percentile: the same for every sample."""
+
+    def __init__(self, draws, percentile=None, noise=None):
+        self.draws, self.percentile, self.noise = list(draws), percentile, noise
+
+    def take(self, kinds, shape):
+        kind, draw = self.draws.pop(0)
+        assert kind in kinds and draw.numel() == int(np.prod(shape)), (kind, draw.shape, shape)
+        return draw.reshape(shape)
+
+    def rand(self, *shape):
+        if self.percentile is None:
+            return self.take(("rand", "uniform"), shape)
+        return torch.full(shape, self.percentile)
+
+    def randn(self, *shape):
+        if self.percentile is None:
+            return self.take(("randn",), shape)
+        if len(shape) == 4:
+            return self.noise
+        return torch.full(shape, 2 * self.percentile - 1).erfinv()
+
+    def maximum(self, x):
+        return x
+
+
+class PercentilePipe(stylegan2_ada.AugmentPipe):
+    """The two exceptions of the official percentiles: no second turn, and sigma of |N| itself."""
+
+    turns = 0
+
+    def pick(self, name, value, identity, draws, share=1.0):
+        if name == "rotate":
+            self.turns += 1
+            value = value if self.turns == 1 else torch.zeros_like(value)
+        if name == "noise":
+            sigma = torch.full_like(value, draws.percentile).erfinv()
+            value = sigma * self.strengths["noise_std"]
+        return super().pick(name, value, identity, draws, share)
+
+
+def pipe_of(case, kind, ctor, p):
+    multipliers = {k: v for k, v in ctor.items() if k not in stylegan2_ada.STRENGTHS}
+    strengths = {k: v for k, v in ctor.items() if k in stylegan2_ada.STRENGTHS}
+    return kind(multipliers, p, **strengths).to(case.file.device, case.file.dtype)
+
+
+def recorded_pipe(case):
+    """The pipe of a loss or a trajectory, which takes its draws from the case."""
+    a = case.args
+    T = pipe_of(case, stylegan2_ada.AugmentPipe, a.get("augment", {}), a.get("augment_p", 0))
+    T.source, forward = Source(case.get("aug_draws") or []), T.forward
+    T.forward = lambda img, run: forward(img, T.source)
+    return T
+
+
+def augment(case):
+    a = case.args
+    percentile = a.get("debug_percentile")
+    kind = stylegan2_ada.AugmentPipe if percentile is None else PercentilePipe
+    T = pipe_of(case, kind, a["ctor"], a["p"])
+    source = Source(case.get("draws") or [], percentile, case.get("noise"))
+    x, v = case.inputs["x"].requires_grad_(), case.inputs["v"].requires_grad_()
+    y = T(x, source)
+    assert not source.draws
+    case.equal("y", y, 1e-5)
+    (dx,) = torch.autograd.grad((y * v).sum(), x, create_graph=True)
+    if "dx" in case.outputs:
+        case.equal("dx", dx, 1e-5)
+    if "g2v" in case.outputs:
+        case.equal("g2v", *torch.autograd.grad(dx.square().sum(), v), 1e-5)
+
+
+def augment_buffers(case):
+    T = pipe_of(case, stylegan2_ada.AugmentPipe, {}, 0)
+    case.equal("Hz_geom", T.lowpass)
+    case.equal("Hz_fbank", T.bands)
+
+
+def ada(case):
+    """p after each change, from the signs that train_step would have added up."""
+    a, signs = case.args, case.inputs["signs"]
+    p, ps, means, total = torch.tensor(float(a["p_init"])), [], [], torch.zeros(2)
+    for k, n in enumerate(case.inputs["counts"].long().tolist()):
+        now, signs = signs[:n], signs[n:]
+        total += torch.tensor([now.sum(), n])
+        if (k + 1) % a["ada_interval"] == 0:
+            r_t, images = total[0] / total[1], a["batch_size"] * a["ada_interval"]
+            stylegan2_ada.adapt(p, r_t, a["ada_target"], images, a["ada_kimg"])
+            total = torch.zeros(2)
+            ps.append(p.clone()), means.append(r_t)
+    assert not len(signs)
+    case.equal("p", torch.stack(ps))
+    case.equal("mean_sign", torch.stack(means))
+
+
 KINDS = {
     f.__name__: f
     for f in (
         setup_filter, upfirdn2d, bias_act, conv2d_resample, modulated_conv2d, module, mapping,
-        synthesis, generator, discriminator, loss, trajectory,
+        synthesis, generator, discriminator, loss, trajectory, augment, augment_buffers, ada,
     )
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ import common
 import cyclegan
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-READY = ("cyclegan", "fid", "stylegan2")
+READY = ("cyclegan", "fid", "stylegan2", "stylegan2_ada")
 FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
 
 
@@ -35,7 +35,7 @@ def float64():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_golden(path):
-    if path.parent.name == "stylegan2":
+    if path.parent.name in golden_stylegan2.PAPERS:
         golden_stylegan2.check(path)
         return
     case = Case(path)
@@ -47,7 +47,8 @@ def test_golden(path):
 @pytest.mark.parametrize("impl", ["cuda", "ref"])
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_golden_on_a_gpu_in_float32(path, impl, monkeypatch):
-    if path.parent.name != "stylegan2" or path.stem.startswith("trajectory"):
+    no_kernels = path.parent.name not in golden_stylegan2.PAPERS
+    if no_kernels or path.stem.startswith(("trajectory", "ada_controller")):
         pytest.skip("its networks use no kernels, or float32 drifts away in eight steps")
     monkeypatch.setenv("GAN_OPS", impl)  # for networks; operators are given impl
     torch.set_default_dtype(torch.float32)
