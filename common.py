@@ -27,6 +27,7 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import operator
@@ -1256,9 +1257,10 @@ class Toy(Source):
 
 
 def open_data(data, root="data", size=None, toy=TOY_PARTS):
-    """The source for --data: toy (faces of size x size pixels, in folders of these names), or toy
-    faces of one domain, as toy/goblin, for the papers that learn one set; the name of a public set (fetched once, to ROOT/NAME), a folder or a .zip. One's own folder of such a
-    name is given as ./NAME."""
+    """The source for --data: toy (faces of size x size pixels, in folders of these names), toy/NAME
+    (faces of one domain, as toy/goblin, for the papers that learn one set), the name of a public
+    set (fetched once, to ROOT/NAME), a folder or a .zip. One's own folder of such a name is given
+    as ./NAME."""
     if data == "toy":
         return Toy(size, toy)
     if data.startswith("toy/") and toy is TOY_FACES and data[4:] in TOY_DOMAINS:
@@ -1968,18 +1970,26 @@ def make_run_folder(model, args, script):
     )
 
 
+def read_json(path, option):
+    """The dict in a JSON file of a run folder that the user named with an option."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        problem = f"no {path.name} there; name a run folder"
+        raise UserError(f"{option} {path.parent}: {problem}.") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{option} {path.parent}: {path.name} is damaged.")
+    return found
+
+
 def read_run_args(folder, model):
     """The options of the run in a folder, for --resume; UserError if it is of another model."""
-    path = Path(folder, "args.json")
-    try:
-        args = json.loads(path.read_text())
-        if args.get("model", model) != model:
-            raise UserError(f"--resume {folder}: a run of {args['model']}, not of {model}.")
-        return {k: v for k, v in args.items() if k not in ("command", "resume", "model")}
-    except OSError:
-        raise UserError(f"--resume {folder}: no args.json there; name a run folder.") from None
-    except (ValueError, AttributeError):
-        raise UserError(f"--resume {folder}: args.json is damaged.") from None
+    args = read_json(Path(folder, "args.json"), "--resume")
+    if args.get("model", model) != model:
+        raise UserError(f"--resume {folder}: a run of {args['model']}, not of {model}.")
+    return {k: v for k, v in args.items() if k not in ("command", "resume", "model")}
 
 
 def drop_later_lines(path, step):
@@ -2208,6 +2218,75 @@ def grid(images, columns):
     tiles = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
     picture, zoom = to_picture(tiles.reshape(C, rows * H, columns * W)), max(1, 96 // H)
     return picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
+
+
+CURVE_COLORS = ("#0b62a4", "#d9480f", "#2b8a3e", "#862e9c")
+
+
+def ticks(low, high):
+    """Three to seven round numbers from low to high."""
+    rough = max(high - low, 1e-9) / 5
+    scale = 10 ** math.floor(math.log10(rough))
+    step = next(k * scale for k in (1, 2, 5, 10) if k * scale >= rough)
+    return [
+        k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
+
+
+def plot(draw, x0, y0, width, height, title, lines, x_label):
+    """One panel of curves(), its axes from (x0, y0)."""
+    font = ImageFont.load_default(12)
+    xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
+    (left, right), (low, high) = ((min(v), max(v)) for v in (xs, ys))
+    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+
+    def place(x, y):
+        u, v = (x - left) / max(right - left, 1e-9), (y - low) / (high - low)
+        return x0 + u * width, y0 + (1 - v) * height
+
+    draw.text((x0, y0 - 40), title, "black", font)
+    for y in ticks(low, high):
+        draw.line([place(left, y), place(right, y)], "#e3e3e3")
+        draw.text((x0 - 6, place(left, y)[1]), f"{y:.4g}", "#555", font, anchor="rm")
+    for x in ticks(left, right):
+        draw.line([place(x, low), place(x, high)], "#e3e3e3")
+        draw.text((place(x, low)[0], y0 + height + 4), f"{x:.4g}", "#555", font, anchor="ma")
+    draw.text((x0 + width, y0 + height + 18), x_label, "#555", font, anchor="ra")
+    legend = x0
+    for color, (name, line) in zip(itertools.cycle(CURVE_COLORS), lines.items(), strict=False):
+        points = [place(*point) for point in line]
+        draw.line(points, color, 2)
+        for x, y in points if len(points) < 60 else points[-1:]:
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)
+        draw.text((legend, y0 - 22), name, color, font)
+        legend += draw.textlength(name, font) + 16
+
+
+def curves(panels, x_label):
+    """A PIL picture of line plots, two in a row. panels: {title: {curve: [(x, y), ...]}}."""
+    W, H, panels = 560, 280, {k: v for k, v in panels.items() if any(v.values())}
+    sheet = Image.new("RGB", (2 * W, max(1, -(-len(panels) // 2)) * H), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, lines) in enumerate(panels.items()):
+        corner = i % 2 * W + 64, i // 2 * H + 44
+        plot(draw, *corner, W - 80, H - 78, title, lines, x_label)
+    return sheet
+
+
+def save_curves(folder, panels, batch):
+    """progress.png of a run: curves of its logs over thousands of images. panels: {title: names in
+    log.jsonl or metrics.jsonl}."""
+    rows = []
+    for log in (Path(folder, "log.jsonl"), Path(folder, "metrics.jsonl")):
+        rows += [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = collections.defaultdict(list)
+    for row in rows:
+        row |= row.get("fid", {})  # the FID of a row stands beside its counts
+        for name, y in row.items():
+            if isinstance(y, float):
+                found[name].append((row["step"] * batch / 1000, y))
+    lines = {t: {name: found[name] for name in names if found[name]} for t, names in panels.items()}
+    save_png(Path(folder, "progress.png"), curves(lines, "thousands of images"))
 
 
 FILMS = {  # suffix: Pillow's format and its options
@@ -3870,6 +3949,34 @@ def generate(args, G, c):
     save_png(out / "grid.png", grid(images, max(1, round(len(images) ** 0.5))))
     save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
     print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
+
+
+def timelapse(args):
+    """The command `timelapse`: the sample grids of a run as a film, each with its date in kimg."""
+    run = Path(args.checkpoint)
+    batch = read_json(run / "args.json", "--checkpoint").get("batch")
+    grids = sorted(p for p in run.glob("samples/*.png") if p.stem.isdigit())
+    if len(grids) < 2 or not isinstance(batch, int):
+        raise UserError(f"--checkpoint {run}: a film needs a run with two sample grids or more.")
+
+    def frame(path):
+        try:
+            with open(path, "rb") as f:
+                picture = decode(f, path)
+        except BadImage as e:
+            raise UserError(f"--checkpoint {run}: {e}.") from None
+        width = min(args.width, picture.width)
+        size = (width, max(1, round(picture.height * width / picture.width)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        film = Image.new("RGB", (size[0], size[1] + 20), "white")
+        film.paste(picture, (0, 20))
+        date = f"{int(path.stem) * batch / 1000:.1f} thousand images"
+        ImageDraw.Draw(film).text((4, 3), date, "black", ImageFont.load_default(12))
+        return film
+
+    last = frame(grids[-1])
+    save_film(args.out, [*map(frame, grids), *[last] * round(args.fps)], args.fps)
+    print(f"{args.out}: {len(grids)} grids, the last one for a second more")
 
 
 def out_folder(args):

@@ -24,11 +24,9 @@ GPU; labels are embedded and normalised apart from z, and D projects on them.
 import argparse
 import copy
 import math
-import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn

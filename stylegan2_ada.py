@@ -26,7 +26,6 @@ import argparse
 import copy
 import functools
 import math
-import os
 import sys
 
 import numpy as np
@@ -53,19 +52,21 @@ ADA_KIMG, ADA_KIMG_TRANSFER = 500, 100  # thousands of images in which p may go 
 LEAKS = 0.8  # p from which on augmentations tend to appear in generated images, sec. 2.2
 BCR_WEIGHT, BCR_SHIFT = 10.0, 1 / 32  # Zhao et al. 2020; shifts as a share of the image's side
 
+# fmt: off
 CONFIGS = {  # appendix C and the official train.py; gpus: how many share the batch there
-    "stylegan2": dict(gpus=8, batch=32, mbstd_group=4, channel_base=32768, lr=0.002, r1_gamma=10.0,
-                      ema_kimg=10.0, map_layers=8),
-    "paper256": dict(gpus=8, batch=64, mbstd_group=8, channel_base=16384, lr=0.0025, r1_gamma=1.0,
-                     ema_kimg=20.0, map_layers=8),
-    "paper512": dict(gpus=8, batch=64, mbstd_group=8, channel_base=32768, lr=0.0025, r1_gamma=0.5,
-                     ema_kimg=20.0, map_layers=8),
-    "paper1024": dict(gpus=8, batch=32, mbstd_group=4, channel_base=32768, lr=0.002, r1_gamma=2.0,
-                      ema_kimg=10.0, map_layers=8),
-    "cifar": dict(gpus=2, batch=64, mbstd_group=32, channel_base=32768, lr=0.0025, r1_gamma=0.01,
-                  ema_kimg=500.0, ema_rampup=0.05, map_layers=2, kimg=100_000, pl_weight=0.0,
-                  mixing=0.0, D="orig"),
-}  # fmt: skip
+    "stylegan2": dict(gpus=8, batch=32, mbstd_group=4, channel_base=32768, map_layers=8,
+                      lr=0.002, r1_gamma=10.0, ema_kimg=10.0),
+    "paper256": dict(gpus=8, batch=64, mbstd_group=8, channel_base=16384, map_layers=8,
+                     lr=0.0025, r1_gamma=1.0, ema_kimg=20.0),
+    "paper512": dict(gpus=8, batch=64, mbstd_group=8, channel_base=32768, map_layers=8,
+                     lr=0.0025, r1_gamma=0.5, ema_kimg=20.0),
+    "paper1024": dict(gpus=8, batch=32, mbstd_group=4, channel_base=32768, map_layers=8,
+                      lr=0.002, r1_gamma=2.0, ema_kimg=10.0),
+    "cifar": dict(gpus=2, batch=64, mbstd_group=32, channel_base=32768, map_layers=2,
+                  lr=0.0025, r1_gamma=0.01, ema_kimg=500.0, ema_rampup=0.05, kimg=100_000,
+                  pl_weight=0.0, mixing=0.0, D="orig"),
+}
+# fmt: on
 
 
 def auto_config(res, gpus):
@@ -712,6 +713,12 @@ class AugmentPipe(nn.Module):
             G = G @ translation(-t * size)
         return G
 
+    def padding(self, reach, W, H):
+        """Pixels to add on either side, (x, y). Without waiting for a GPU that is always the most;
+        on a CPU it costs nothing to look how far the batch reaches."""
+        most = int(reach.max()) if reach.device.type == "cpu" else max(W, H)
+        return min(most, W - 1), min(most, H - 1)
+
     def warp(self, img, draws):
         """All of the geometry at once: the image, continued by reflection, is upsampled by the
         wavelet's lowpass, read bilinearly at twice the resolution, and downsampled again."""
@@ -728,9 +735,7 @@ class AugmentPipe(nn.Module):
         reach = torch.stack([spread - shift, spread + shift]).amax(1)  # (2, 2): side, axis
         reach = draws.maximum(reach + 2 * rim - half)
         reach = reach.clamp(min=0).minimum(2 * half).ceil()
-        # On a CPU nothing is lost by looking how much that is; a GPU always pads by the most.
-        pad = (int(reach.max()),) * 2 if img.device.type == "cpu" else (W - 1, H - 1)
-        pad = (min(pad[0], W - 1), min(pad[1], H - 1))
+        pad = self.padding(reach, W, H)
 
         def inside(scale):
             """1 where the padded image, scaled, is within reach, else 0. (H, W)"""
@@ -793,11 +798,8 @@ class AugmentPipe(nn.Module):
 
     # ---- 13 to 16: image-space filtering -------------------------------------------------------
 
-    def equalize(self, img, draws):
-        """Amplifies or attenuates four octaves of the spectrum, keeping the expected power."""
-        if not self.has("imgfilter"):
-            return img
-        N, C, H, W = img.shape
+    def gains(self, N, draws):
+        """Factors (N, 4) of the four octaves, which keep the expected power of the image."""
         gains = torch.ones(N, 4, dtype=self.p.dtype, device=self.p.device)
         for i, share in enumerate(self.strengths["imgfilter_bands"]):
             t = (draws.randn(N) * self.strengths["imgfilter_std"]).exp2()
@@ -805,7 +807,14 @@ class AugmentPipe(nn.Module):
             band = torch.arange(4, device=t.device) == i
             t = torch.where(band, t[:, None], 1.0)  # (N, 4)
             gains = gains * t / (self.power * t.square()).sum(1, keepdim=True).sqrt()
-        taps = (gains @ self.bands).to(img.dtype).repeat_interleave(C, 0)[:, None, None]
+        return gains
+
+    def equalize(self, img, draws):
+        if not self.has("imgfilter"):
+            return img
+        N, C, H, W = img.shape
+        taps = (self.gains(N, draws) @ self.bands).to(img.dtype)  # (N, 43)
+        taps = taps.repeat_interleave(C, 0)[:, None, None]
         x = F.pad(img, [taps.shape[-1] // 2] * 4, "reflect").flatten(0, 1)[None]
         x = ops.conv2d(x, taps, groups=N * C)
         x = ops.conv2d(x, taps.mT, groups=N * C)
@@ -1075,14 +1084,16 @@ def new_networks(args, size, c_dim, half):
 
 
 @torch.no_grad()
-def overfitting(D, T, sets):
+def overfitting(D, T, sets, group):
     """What the paper's Fig. 1 shows: {"D/train", "D/heldout", "D/fake"}, mean logits through T, and
-    r_v of Eq. (1). sets: {name: images (N, C, H, W) in [-1, 1], labels (N, c_dim) or None}."""
+    r_v, Eq. (1). sets: {name: uint8 images (N, C, H, W), labels (N, c_dim) or None}, cut to whole
+    groups of minibatch std."""
     device, row = T.p.device, {}
-    for name, (images, c) in sets.items():
+    for name, (images, labels) in sets.items():
+        n = len(images) // group * group or len(images)
+        labels = None if labels is None else labels[:n].to(device)
         draws, scores = Draws(device, seed=0), []
-        for x, c in rounds(32, images, c):
-            x, c = x.to(device), None if c is None else c.to(device)
+        for x, c in rounds(8 * group, common.to_float(images[:n], device), labels):
             scores.append(D(T(x, draws), c))
         row[f"D/{name}"] = torch.cat(scores).mean().item()
     if "heldout" in sets:
@@ -1161,7 +1172,7 @@ def train(args):
             if len(some):
                 c = None if labels is None else torch.from_numpy(labels[some])
                 sets[name] = (common.stack([pictures[i] for i in some]), c)
-        row = {"ada/p": T.p.item()} | overfitting(D, T, sets)
+        row = {"ada/p": T.p.item()} | overfitting(D, T, sets, args.mbstd_group)
         fid = (inception, args.fid_samples) if inception else None
         common.score_samples(run, G_ema, pictures, labels, args.batch, fid=fid, **row)
         common.save_curves(run.folder, CURVES, args.batch)
@@ -1320,60 +1331,46 @@ def main(argv=None):
     common.add_train_options(
         p, data="toy", batch=None, every="kimg", default_every=200, gpu_precision="fp16"
     )
-    p.add(
-        "--config",
-        "--cfg",
-        choices=("auto", *CONFIGS),
-        default="auto",
-        help="widths, batch, rates; auto: by size and number of GPUs",
-    )
-    p.add(
-        "--aug",
-        choices=("ada", "noaug", "fixed", "bcr"),
-        default="ada",
-        help="p adaptive, none, p fixed, or consistency regularization instead",
-    )
+    configs = ("auto", *CONFIGS)
+    p.add("--config", "--cfg", choices=configs, default="auto", help="auto: by size and GPUs")
+    augs = ("ada", "noaug", "fixed", "bcr")
+    p.add("--aug", choices=augs, default="ada", help="bcr: consistency regularization instead")
     p.add("--augpipe", choices=list(PIPES), default="bgc", help="transformations of D's images")
-    p.add("--ada-p", "--p", type=from_0, default=0.0, help="where p starts, or stays")
+    p.add("--ada-p", "--p", type=from_0, default=0.0, help="where p starts; --aug fixed: stays")
     p.add("--ada-target", "--target", type=common.finite, default=ADA_TARGET, help="of r_t")
     p.add("--ada-kimg", type=above_0, help="kimg for p to go from 0 to 1: 500; transfer 100")
     p.add("--ada-every", type=number, default=ADA_EVERY, help="steps between changes of p")
-    p.add("--ada-cap", type=from_0, help="the highest p: none, as in the paper")
+    p.add("--ada-cap", type=from_0, help="the highest p: none, as officially")
     p.add("--bcr-weight", type=from_0, help="of consistency: 0; --aug bcr: 10")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
-    p.add("--mirror", action="store_true", help="add every image's mirror image")
-    p.add("--subset", type=number, help="train on so many images, hold out the rest: all")
+    p.add("--mirror", action="store_true", help="add the mirror image of every picture")
+    p.add("--subset", type=number, help="train on so many pictures, hold out the others: all")
     p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
     p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
-    p.add("--kimg", type=number, help="length, in thousands of images: 25000, cifar 100000")
+    p.add("--kimg", type=number, help="length, in thousands of images: 25000; cifar 100000")
     p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
     p.add("--freezed", type=common.not_negative_int, default=0, help="layers of D to freeze")
     p.add("--G", choices=("skip", "resnet", "orig"), help="architecture: skip")
     p.add("--D", choices=("resnet", "skip", "orig"), help="likewise: resnet; cifar orig")
-    p.add("--lr", type=above_0, help="0.0025, 1024 pixels 0.002")
+    p.add("--lr", type=above_0, help="that of --config, 0.0025 or 0.002")
     p.add("--r1-gamma", "--gamma", type=from_0, help="weight of R1: that of --config")
     p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
-    p.add("--pl-weight", type=from_0, help="of path length: 2, cifar 0")
+    p.add("--pl-weight", type=from_0, help="of path length, 0: off; default 2, cifar 0")
     p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
-    p.add("--mixing", type=from_0, help="probability of style mixing: 0.9, cifar 0")
+    p.add("--mixing", type=from_0, help="probability of style mixing: 0.9; cifar 0")
     p.add("--ema-kimg", type=above_0, help="half-life of G's average: that of --config")
     p.add("--ema-rampup", type=from_0, help="limit of it, as a share of the images seen")
-    p.add("--mbstd-group", type=number, help="of minibatch standard deviation: as --config")
-    p.add("--channel-base", type=number, help="channels times side: 32768, or 16384")
+    p.add("--mbstd-group", type=number, help="of minibatch std: that of --config")
+    p.add("--channel-base", type=number, help="channels times side: 32768 or 16384")
     p.add("--channel-max", type=number, help="channels at most: 512")
     p.add("--z-dim", type=number, help="512; these and the widths default to a --checkpoint's")
     p.add("--w-dim", type=number, help="512")
-    p.add("--map-layers", type=number, help="depth of the mapping network: 2, paper... 8")
-    p.add("--D-map-layers", type=common.not_negative_int, help="likewise, of D's labels: 8")
+    p.add("--map-layers", type=number, help="depth of the mapping network: 2 or 8")
+    p.add("--D-map-layers", type=common.not_negative_int, help="likewise for D's labels: 8")
     noisy = dict(action=argparse.BooleanOptionalAction, default=True)
     p.add("--noise-inputs", **noisy, help="StyleGAN's noise in every layer of G")
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
-    p.add(
-        "--fid-samples",
-        type=common.not_negative_int,
-        default=0,
-        help="FID of so many samples at every snapshot: none; the paper 50000",
-    )
+    p.add("--fid-samples", type=number, help="FID of so many samples at every snapshot: no FID")
     p.add("--inception", help="weights of FID's network, where they cannot be fetched")
 
     p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")
