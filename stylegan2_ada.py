@@ -675,7 +675,8 @@ class AugmentPipe(nn.Module):
         if name == "rotate":  # it has two chances, which together make p
             p = 1 - (1 - p).clamp(0, 1).sqrt()
         chosen = draws.rand(len(value)) < p
-        return torch.where(chosen.reshape(-1, *[1] * (value.ndim - 1)), value, identity)
+        chosen = chosen.reshape(-1, *[1] * (value.ndim - 1))
+        return torch.where(chosen, value.to(self.p.dtype), identity)
 
     # ---- 1 to 7: geometry ----------------------------------------------------------------------
 
@@ -829,8 +830,8 @@ class AugmentPipe(nn.Module):
             sigma = self.pick("noise", sigma, 0.0, draws)[:, None, None, None]
             img = img + (sigma * draws.randn(N, C, H, W)).to(img.dtype)
         if self.has("cutout"):
-            size = torch.full((N, 1), self.strengths["cutout_size"], device=img.device)
-            size = self.pick("cutout", size.to(self.p.dtype), 0.0, draws)
+            size = self.p.new_full((N, 1), self.strengths["cutout_size"])
+            size = self.pick("cutout", size, 0.0, draws)
             centre = draws.rand(N, 2)
             x, y = ((torch.arange(n, device=img.device) + 0.5) / n for n in (W, H))
             outside_x = (x - centre[:, :1]).abs() >= size / 2  # (N, W)
@@ -1096,9 +1097,8 @@ def overfitting(D, T, sets, group):
         for x, c in rounds(8 * group, common.to_float(images[:n], device), labels):
             scores.append(D(T(x, draws), c))
         row[f"D/{name}"] = torch.cat(scores).mean().item()
-    if "heldout" in sets:
-        gap = row["D/train"] - row["D/fake"]
-        row["r_v"] = (row["D/train"] - row["D/heldout"]) / max(gap, 1e-8)
+    if "heldout" in sets and row["D/train"] > row["D/fake"]:
+        row["r_v"] = (row["D/train"] - row["D/heldout"]) / (row["D/train"] - row["D/fake"])
     return row
 
 

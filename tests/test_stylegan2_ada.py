@@ -1,0 +1,528 @@
+"""stylegan2_ada.py: the pipe's statistics and derivatives, the control of p, and its commands run
+as a user runs them. What it shares with stylegan2.py is equal to the letter and tested there."""
+
+import ast
+import copy
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import official_files
+import pytest
+import torch
+from PIL import Image
+
+import common
+import stylegan2
+import stylegan2_ada
+from stylegan2_ada import PIPES, AugmentPipe
+
+ROOT = Path(__file__).parent.parent
+NETS = "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2".split()
+TINY = [*NETS, *"--batch 50 --mbstd-group 2 --kimg 1 --every 1".split()]  # 20 steps
+
+
+@pytest.fixture(autouse=True)
+def no_stray_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads that wait for each other make tiny steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def script(*args, launcher=(), file="stylegan2_ada.py"):
+    """The command line of a real process."""
+    return [sys.executable, *launcher, str(ROOT / file), *map(str, args)]
+
+
+def run(*args, **how):
+    done = subprocess.run(script(*args, **how), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def main(*args):
+    stylegan2_ada.main([str(a) for a in args])
+
+
+def fails(capsys, *args):
+    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
+    capsys.readouterr()
+    assert common.exit_status(lambda: main(*args)) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+def faces(folder, n=6, size=8, domain=0):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        common.toy_face(i, domain, size).save(f"{folder}/{i:03}.png")
+    return folder
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- what two papers share ----
+
+
+def definitions(file):
+    """{name: source} of the top-level functions, classes and tables of a script."""
+    text, found = (ROOT / file).read_text(), {}
+    for node in ast.parse(text).body:
+        names = [node.name] if hasattr(node, "name") else []
+        first = node.lineno - len(getattr(node, "decorator_list", ()))
+        for name in names:
+            found[name] = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    return found
+
+
+OWN = {  # what the second paper changed, and what only names its own file
+    "generator_phase", "discriminator_phase", "r1_phase", "train_step", "train", "new_networks",
+    "fill_options", "check_options", "main",
+}  # fmt: skip
+
+
+def test_copies_are_equal():
+    first, second = definitions("stylegan2.py"), definitions("stylegan2_ada.py")
+    assert set(first) - set(second) == {"project"}
+    for name in set(first) - OWN - {"project"}:
+        assert first[name] == second[name], name
+    assert all(first[name] != second[name] for name in OWN)
+
+
+# ---- the pipe: rates and distributions ----
+
+N = 10_000
+Q = 0.4  # the p of most tests
+
+
+def is_close(count, share, n=N):
+    """Whether a count is within four deviations of a binomial's mean."""
+    return abs(count - n * share) < 4 * math.sqrt(n * share * (1 - share)) + 1e-9
+
+
+def follows(values, cdf):
+    """Kolmogorov-Smirnov at 0.1%: the distance of the empirical distribution to cdf."""
+    x = np.sort(np.asarray(values, float))
+    high = np.arange(1, len(x) + 1) / len(x) - cdf(x)
+    low = cdf(x) - np.arange(len(x)) / len(x)
+    return max(high.max(), low.max()) < 1.95 / math.sqrt(len(x))
+
+
+def normal(std):
+    erf = np.vectorize(math.erf)
+    return lambda x: (1 + erf(x / (std * math.sqrt(2)))) / 2
+
+
+def uniform(limit):
+    return lambda x: ((x + limit) / (2 * limit)).clip(0, 1)
+
+
+def draws(seed=0):
+    return stylegan2_ada.Draws("cpu", seed)
+
+
+def exact(*args, **options):
+    """An AugmentPipe whose constants are float64 from the start."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return AugmentPipe(*args, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def geometry(name, p=Q, size=(64, 32)):
+    return exact({name: 1}, p).geometry(N, *size, draws()).numpy()
+
+
+def colors(name, p=Q):
+    return exact({name: 1}, p).colors(N, 3, draws()).numpy()
+
+
+def test_the_checks_of_distributions_can_fail():
+    x = np.random.default_rng(0).standard_normal(4000)
+    assert follows(x, normal(1)) and not follows(x, normal(1.2)) and not follows(x, uniform(3))
+    assert is_close(4050, 0.4) and not is_close(4250, 0.4)
+
+
+def test_flips_come_at_half_of_p():
+    G = geometry("xflip")
+    flipped = G[:, 0, 0] < 0
+    assert is_close(flipped.sum(), Q / 2)
+    assert (np.abs(G) == np.eye(3)).all() and (G[:, 1, 1] == 1).all()
+
+
+def test_quarter_turns_are_uniform():
+    G = geometry("rotate90")
+    turns = np.round(np.arctan2(G[:, 1, 0], G[:, 0, 0]) / (math.pi / 2)).astype(int) % 4
+    counts = np.bincount(turns, minlength=4)
+    assert all(is_close(count, Q / 4) for count in counts[1:])
+    assert is_close(counts[0], 1 - Q * 3 / 4)
+
+
+def test_integer_shifts_are_uniform_up_to_an_eighth_and_have_one_gate():
+    G = geometry("xint", size=(64, 32))
+    shift = -G[:, :2, 2]
+    assert (shift == np.round(shift)).all() and (np.abs(shift).max(0) == (8, 4)).all()
+    moved = shift.any(1)
+    assert is_close(moved.sum(), Q * (1 - 1 / 16 / 8))  # else both shifts were rounded to 0
+    for k, limit in ((0, 8), (1, 4)):  # 0 and inner values come at 1 / (2 limit), ends at half
+        counts = np.bincount((shift[moved, k] + limit).astype(int), minlength=2 * limit + 1)
+        inner = counts[1:limit].sum() + counts[limit + 1 : -1].sum()
+        assert is_close(inner, (2 * limit - 2) / (2 * limit), moved.sum())
+        assert is_close(counts[0], 1 / (4 * limit), moved.sum())
+        assert is_close(counts[-1], 1 / (4 * limit), moved.sum())
+
+
+@pytest.mark.parametrize("name", ["scale", "aniso"])
+def test_scales_are_lognormal(name):
+    G = geometry(name)
+    x, y = -np.log2(G[:, 0, 0]), -np.log2(G[:, 1, 1])
+    np.testing.assert_allclose(y, x if name == "scale" else -x, atol=1e-12)
+    scaled = x != 0
+    assert is_close(scaled.sum(), Q) and follows(x[scaled], normal(0.2))
+
+
+@pytest.mark.parametrize("p", [0.4, 1.0, 1.7])
+def test_turns_are_uniform_and_come_at_p_in_two_chances(p):
+    G = geometry("rotate", p)
+    angle = np.arctan2(G[:, 1, 0], G[:, 0, 0])
+    turned = np.abs(angle) > 1e-12
+    assert is_close(turned.sum(), min(p, 1)) and follows(angle[turned], uniform(math.pi))
+
+
+def test_fractional_shifts_are_normal_and_have_one_gate():
+    t = -geometry("xfrac", size=(64, 32))[:, :2, 2] / (64, 32)
+    moved = t.all(1)
+    assert is_close(moved.sum(), Q) and not t[~moved].any()
+    assert follows(t[moved, 0], normal(0.125)) and follows(t[moved, 1], normal(0.125))
+    assert abs(np.corrcoef(t[moved].T)[0, 1]) < 4 / math.sqrt(moved.sum())
+
+
+def test_brightness_is_normal_and_grey():
+    b = colors("brightness")[:, :3, 3]
+    assert (b == b[:, :1]).all()
+    lit = b[:, 0] != 0
+    assert is_close(lit.sum(), Q) and follows(b[lit, 0], normal(0.2))
+
+
+def test_contrast_is_lognormal():
+    c = np.log2(colors("contrast")[:, [0, 1, 2], [0, 1, 2]])
+    assert (c == c[:, :1]).all()
+    changed = c[:, 0] != 0
+    assert is_close(changed.sum(), Q) and follows(c[changed, 0], normal(0.5))
+
+
+GREY = np.ones(3) / math.sqrt(3)
+
+
+def test_luma_flips_come_at_half_of_p_and_mirror_the_grey_axis():
+    M = colors("lumaflip")[:, :3, :3]
+    flipped = ~np.isclose(M, np.eye(3)).all((1, 2))
+    assert is_close(flipped.sum(), Q / 2)
+    np.testing.assert_allclose(M[flipped] @ GREY, np.broadcast_to(-GREY, (flipped.sum(), 3)))
+    np.testing.assert_allclose(np.linalg.det(M[flipped]), -1)
+
+
+def test_hues_turn_uniformly_about_the_grey_axis():
+    M = colors("hue")[:, :3, :3]
+    np.testing.assert_allclose(M @ GREY, np.broadcast_to(GREY, (N, 3)), atol=1e-12)
+    np.testing.assert_allclose(M @ M.swapaxes(1, 2), np.broadcast_to(np.eye(3), M.shape), atol=1e-9)
+    across = np.array([1, -1, 0]) / math.sqrt(2)
+    x, y = M @ across @ across, M @ across @ np.cross(GREY, across)
+    angle = np.arctan2(y, x)
+    turned = np.abs(angle) > 1e-12
+    assert is_close(turned.sum(), Q) and follows(angle[turned], uniform(math.pi))
+
+
+def test_saturation_is_lognormal_and_keeps_grey():
+    M = colors("saturation")[:, :3, :3]
+    np.testing.assert_allclose(M @ GREY, np.broadcast_to(GREY, (N, 3)), atol=1e-12)
+    s = np.log2((np.trace(M, axis1=1, axis2=2) - 1) / 2)
+    changed = np.abs(s) > 1e-12
+    assert is_close(changed.sum(), Q) and follows(s[changed], normal(1))
+
+
+def test_octaves_are_amplified_independently_and_expected_power_stays():
+    T = exact("filter", Q)
+    gains = T.gains(N, draws())
+    power = torch.tensor([10, 1, 1, 1]).double() / 13
+    one = exact("filter", 1.0, imgfilter_bands=(1, 0, 0, 0)).gains(N, draws())
+    torch.testing.assert_close((power * one.square()).sum(1), torch.ones(N).double())
+    factor = (one[:, 0] / one[:, 1]).log2().numpy()
+    assert follows(factor, normal(1)) and torch.equal(one[:, 1], one[:, 2])
+    unchanged = (gains - 1).abs().amax(1) < 1e-12
+    assert is_close(unchanged.sum(), (1 - Q) ** 4)
+
+
+def test_noise_has_a_half_normal_deviation():
+    x = AugmentPipe("noise", Q)(torch.zeros(N, 1, 16, 16), draws()).flatten(1)
+    noisy = x.any(1)
+    assert is_close(noisy.sum(), Q)
+    sigma = x[noisy].double().square().mean(1).sqrt()  # of 256 values: 4% off
+    assert abs(sigma.square().mean().sqrt() - 0.1) < 0.004
+    assert follows(sigma, lambda x: 2 * normal(0.1)(x) - 1)
+
+
+def test_cutout_takes_a_half_sided_square_about_a_uniform_centre():
+    x = AugmentPipe("cutout", Q)(torch.ones(N, 1, 32, 32), draws())[:, 0]
+    cut = x.eq(0).flatten(1).any(1)
+    assert is_close(cut.sum(), Q) and set(x.unique().tolist()) == {0, 1}
+    for axis in (1, 2):
+        line = x[cut].amin(axis)  # 0 in the rows, or columns, of the square
+        inside = (line == 0).double()
+        whole = inside[(inside[:, 0] == 0) & (inside[:, -1] == 0)]  # touches no border
+        assert (whole.sum(1) == 16).all() and is_close(len(whole), 15 / 32, len(inside))
+        firsts = np.bincount(whole.argmax(1), minlength=16)
+        assert all(is_close(count, 1 / 15, len(whole)) for count in firsts[1:])
+
+
+def test_at_p_0_images_change_by_rounding_only():
+    x = torch.rand(8, 3, 32, 32) * 2 - 1
+    for name in PIPES:
+        y = AugmentPipe(name, 0.0)(x)
+        torch.testing.assert_close(y, x, rtol=0, atol=1e-5)
+    assert torch.equal(AugmentPipe({}, 1.0)(x), x)
+
+
+def test_every_sample_has_its_own_transformation():
+    x = torch.rand(1, 3, 32, 32).repeat(16, 1, 1, 1)
+    for name in PIPES["bgcfnc"]:
+        y = AugmentPipe({name: 1}, 1.0)(x, draws(3))
+        discrete = {"xflip": 2, "lumaflip": 2, "rotate90": 4}.get(name, 12)
+        assert len({tuple(image.flatten()[:400].tolist()) for image in y}) >= discrete, name
+
+
+# ---- the pipe: pictures ----
+
+
+def smooth(side=32):
+    y, x = torch.meshgrid(*[torch.arange(side).double()] * 2, indexing="ij")
+    waves = (0.3 * x + 0.1 * y).sin(), (0.1 * x - 0.25 * y + 1).sin(), (x / 5).cos() * (y / 7).cos()
+    return torch.stack(waves)[None]
+
+
+class Fixed(stylegan2_ada.Draws):
+    """All draws are these two values, for U[0, 1) and N(0, 1)."""
+
+    def __init__(self, u, z):
+        self.u, self.z = u, z
+
+    def rand(self, *shape):
+        return torch.full(shape, self.u, dtype=torch.float64)
+
+    def randn(self, *shape):
+        return torch.full(shape, self.z, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "u", "z", "expected", "atol"),
+    [
+        ("xflip", 0.7, 0, lambda x: x.flip(3), 0.05),
+        ("rotate90", 0.3, 0, lambda x: x.rot90(1, (2, 3)), 0.05),
+        ("xint", 0.75, 0, lambda x: x.roll((2, 2), (2, 3)), 1e-9),
+        ("brightness", 0, 0.5, lambda x: x + 0.1, 1e-9),
+        ("contrast", 0, 2, lambda x: x * 2, 1e-9),
+        ("lumaflip", 0.7, 0, lambda x: x - 2 * x.mean(1, keepdim=True), 1e-9),
+        ("saturation", 0, 1, lambda x: 2 * x - x.mean(1, keepdim=True), 1e-9),
+        ("noise", 0, 1, lambda x: x + 0.1, 1e-9),
+    ],
+)
+def test_a_transformation_does_what_its_name_says(name, u, z, expected, atol):
+    x = smooth()
+    y = exact({name: 1}, 1.0)(x, Fixed(u, z))
+    inner = (..., slice(4, -4), slice(4, -4))
+    torch.testing.assert_close(y[inner], expected(x)[inner], rtol=0, atol=atol)
+
+
+def test_scaling_up_enlarges_and_positive_angles_turn_counterclockwise():
+    dot = torch.zeros(1, 1, 33, 33).double()
+    dot[..., 16, 20:23] = 1  # to the right of the centre
+    big = exact({"scale": 1}, 1.0)(dot, Fixed(0, 5.0))  # twice as large
+    assert abs(big[0, 0, 16].argmax().item() - (16 + 2 * 5)) <= 1
+    turned = exact({"rotate90": 1}, 1.0)(dot, Fixed(0.3, 0))
+    assert turned[0, 0].argmax().item() // 33 in (11, 10, 12)  # now above it
+
+
+def test_a_colour_image_becomes_as_bright_as_its_grey_copy():
+    T, grey = exact("color", 1.0), smooth()[:, :1]
+    y = T(grey, Fixed(0.7, 0.3))
+    only = exact({k: 1 for k in ("brightness", "contrast", "lumaflip")}, 1.0)
+    three = only(grey.expand(-1, 3, -1, -1), Fixed(0.7, 0.3))
+    torch.testing.assert_close(y, three.mean(1, keepdim=True))
+
+
+def test_hue_of_a_third_of_a_turn_permutes_the_channels():
+    x = smooth()
+    y = exact({"hue": 1}, 1.0)(x, Fixed(5 / 6, 0))  # 2 pi / 3
+    torch.testing.assert_close(y, x[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (3, 1, 16, 8), (2, 3, 8, 8)])
+def test_padding_by_the_most_gives_the_same_images(shape, monkeypatch):
+    T, x = exact("bgc", 1.0), torch.randn(*shape).double()
+    y = T(x, draws(1))
+    monkeypatch.setattr(AugmentPipe, "padding", lambda self, reach, W, H: (W - 1, H - 1))
+    torch.testing.assert_close(T(x, draws(1)), y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bg", "color", "noise", "cutout", "filter"])
+def test_derivatives_of_the_pipe_are_right_to_second_order(name):
+    side = 22 if name == "filter" else 8
+    T, x = exact(name, 0.7), torch.randn(2, 3, side, side).double().requires_grad_()
+
+    def part(x):
+        return (T(x, draws(2)) * weights).sum([1, 3]) ** 2
+
+    weights = torch.randn(2, 3, side, side).double()
+    assert torch.autograd.gradcheck(part, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(part, x, fast_mode=True)
+
+
+def test_the_pipe_refuses_what_it_does_not_know():
+    with pytest.raises(TypeError, match="zoom"):
+        AugmentPipe({"zoom": 1})
+    with pytest.raises(TypeError, match="scale_sdt"):
+        AugmentPipe("bgc", scale_sdt=1)
+    with pytest.raises(ValueError, match="not 4"):
+        AugmentPipe("bgc", 1.0)(torch.zeros(1, 4, 8, 8))
+    assert AugmentPipe("bg", 1.0)(torch.zeros(1, 4, 8, 8)).shape == (1, 4, 8, 8)
+
+
+# ---- p, consistency, frozen layers, options ----
+
+
+def test_p_moves_by_the_share_of_ada_kimg_towards_the_target():
+    p = torch.tensor(0.5)
+    for r_t, expected in ((0.9, 0.502), (0.6, 0.502), (0.1, 0.5)):
+        stylegan2_ada.adapt(p, torch.tensor(r_t), 0.6, images=1000, kimg=500)
+        torch.testing.assert_close(p, torch.tensor(expected))
+
+
+def test_p_stays_within_0_and_the_cap():
+    low, high, free = torch.zeros(()), torch.tensor(0.799), torch.tensor(0.999)
+    for _ in range(3):
+        stylegan2_ada.adapt(low, torch.tensor(0.0), 0.6, 1000, 500)
+        stylegan2_ada.adapt(high, torch.tensor(1.0), 0.6, 1000, 500, cap=0.8)
+        stylegan2_ada.adapt(free, torch.tensor(1.0), 0.6, 1000, 500)
+    assert low == 0 and high == pytest.approx(0.8) and free == pytest.approx(1.005)
+
+
+def test_consistency_is_the_squared_change_under_shifts_of_a_32nd():
+    S = AugmentPipe({"xint": 1}, 1, xint_max=stylegan2_ada.BCR_SHIFT)
+    shifts = S.geometry(1000, 64, 64, draws())[:, :2, 2]
+    assert shifts.unique().tolist() == [-2, -1, 0, 1, 2]
+    x, a = torch.randn(2, 1, 32, 32), torch.randn(1, 32, 32)
+
+    def D(img, c):
+        return (img * a).sum([1, 2, 3])[:, None]
+
+    change = stylegan2_ada.consistency_loss(D, S, x, None, D(x, None), draws(5))
+    torch.testing.assert_close(change, (D(S(x, draws(5)), None) - D(x, None)).square()[:, 0])
+    blind = stylegan2_ada.consistency_loss(lambda x, c: x[:, 0, 0, :1] * 0, S, x, None, 0, draws())
+    assert (blind == 0).all()
+
+
+def small_D(**options):
+    return stylegan2_ada.Discriminator(img_resolution=16, channel_base=64, channel_max=8, **options)
+
+
+@pytest.mark.parametrize(("architecture", "last"), [("resnet", "b16.skip"), ("orig", "b8.conv0")])
+def test_frozen_layers_count_from_the_image_and_keep_their_names(architecture, last):
+    D = small_D(architecture=architecture)
+    names = list(D.state_dict())
+    stylegan2_ada.freeze(D, 4)
+    frozen = {name.rsplit(".", 1)[0] for name, _ in D.named_buffers() if "weight" in name}
+    assert frozen == {"b16.fromrgb", "b16.conv0", "b16.conv1", last}
+    assert sorted(D.state_dict()) == sorted(names)
+    assert all(name.rsplit(".", 1)[0] not in frozen for name, _ in D.named_parameters())
+    with pytest.raises(common.UserError, match="has"):
+        stylegan2_ada.freeze(D, 40)
+
+
+def options(*argv, data=None, gpus=1, size=None):
+    """The options of train as it would use them."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stylegan2_ada, "train", found.append)
+        main("--data", data or "d", *argv)
+    stylegan2_ada.fill_options(found[0], {}, size or 256, gpus)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "expected"),
+    [
+        (128, 1, (32, 0.1024, 10, 4, 16384, 0.0025)),
+        (128, 8, (64, 0.0512, 20, 4, 16384, 0.0025)),
+        (256, 1, (16, 0.8192, 5, 4, 16384, 0.0025)),
+        (256, 4, (64, 0.2048, 20, 4, 16384, 0.0025)),
+        (512, 2, (16, 3.2768, 5, 4, 32768, 0.0025)),
+        (1024, 1, (4, 52.4288, 1.25, 4, 32768, 0.002)),
+        (1024, 8, (32, 6.5536, 10, 4, 32768, 0.002)),
+    ],
+)
+def test_auto_has_the_official_values(size, gpus, expected):
+    a = options(size=size, gpus=gpus)
+    found = (a.batch, a.r1_gamma, a.ema_kimg, a.mbstd_group, a.channel_base, a.lr)
+    assert found == pytest.approx(expected)
+    assert (a.map_layers, a.ema_rampup, a.kimg, a.ada_kimg) == (2, 0.05, 25000, 500)
+    assert (a.pl_weight, a.mixing, a.D, a.batch_gpu) == (2, 0.9, "resnet", a.batch // gpus)
+
+
+def test_named_configs_share_their_batch_as_the_papers_gpus_did():
+    a = options("--cfg", "paper512", gpus=1)
+    assert (a.batch, a.batch_gpu, a.mbstd_group, a.r1_gamma, a.map_layers) == (64, 8, 8, 0.5, 8)
+    a = options("--config", "cifar", gpus=8)
+    assert (a.batch, a.batch_gpu, a.mbstd_group, a.D, a.pl_weight, a.mixing) == (
+        64,
+        8,
+        32,
+        "orig",
+        0,
+        0,
+    )
+    assert a.kimg == 100_000 and a.ema_kimg == 500
+
+
+def test_what_the_user_types_wins():
+    a = options("--cfg", "paper256", "--batch", 8, "--gamma", 3, "--p", 0.2, "--target", 0.5)
+    assert (a.batch, a.batch_gpu, a.r1_gamma, a.ada_p, a.ada_target) == (8, None, 3, 0.2, 0.5)
+    assert options("--aug", "bcr").bcr_weight == 10 and options().bcr_weight == 0
+    assert options("--bcr-weight", 5).bcr_weight == 5
+
+
+def test_transfer_is_four_times_as_quick_and_takes_the_architecture_of_the_file():
+    a, nets = (
+        options(),
+        {
+            "D": small_D(c_dim=3, map_layers=1),
+            "G": stylegan2.Generator(
+                z_dim=6, w_dim=7, img_resolution=16, channel_base=64, channel_max=8, map_layers=5
+            ),
+        },
+    )
+    for name in ("ada_kimg", "ema_rampup", "map_layers", "D_map_layers", "z_dim", "w_dim"):
+        setattr(a, name, None)
+    a.channel_base = a.channel_max = None
+    stylegan2_ada.fill_options(a, nets, 16, 1)
+    assert (a.ada_kimg, a.ema_rampup, a.map_layers, a.D_map_layers) == (100, None, 5, 1)
+    assert (a.z_dim, a.w_dim, a.channel_base, a.channel_max) == (6, 7, 64, 8)
