@@ -69,9 +69,12 @@ CONFIGS = {  # appendix C and the official train.py; gpus: how many share the ba
 # fmt: on
 
 
-def auto_config(res, gpus):
-    """--config auto: sensible values for a resolution and a number of GPUs (official train.py)."""
-    batch = max(min(gpus * min(4096 // res, 32), 64), gpus)
+def auto_config(res, gpus, batch=None):
+    """--config auto: sensible values for a resolution, a number of GPUs and, if given, a batch.
+
+    Where --batch is given, the official train.py keeps R1's weight and the half-life of its own.
+    """
+    batch = batch or max(min(gpus * min(4096 // res, 32), 64), gpus)
     return dict(
         gpus=gpus, batch=batch, mbstd_group=min(batch // gpus, 4), map_layers=2,
         channel_base=32768 if res >= 512 else 16384, lr=0.002 if res >= 1024 else 0.0025,
@@ -1107,7 +1110,8 @@ def train(args):
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
     source = common.open_data(args.data, size=args.size, toy=toy)
     pictures, size = common.square_pictures(args, source, args.channels)
-    fill_options(args, given, size, common.world_size())
+    if not args.resume:
+        fill_options(args, given, size, common.world_size())
     run = common.Run("stylegan2_ada", args, __file__, own_half=True)
     run.log_every = 1000
     check_options(args, size, run.world)
@@ -1148,6 +1152,9 @@ def train(args):
     if labels is not None:
         all_labels = torch.from_numpy(labels[chosen]).to(run.device)
 
+    inception = None
+    if args.fid_samples and run.rank == 0:
+        inception = common.load_inception_or_explain(args.inception, run.device)
     start = run.restore(nets, opts, {"state": common.Held(pl_mean=pl_mean, signs=signs, p=T.p)})
     run.say(
         f"{N} images of {size}x{size}, {len(held_out)} held out; G has {count(G):,} parameters,"
@@ -1157,9 +1164,6 @@ def train(args):
     if N < args.batch:
         run.say(f"only {N} images: a batch of {args.batch} holds each more than once")
     examples = common.sample_inputs(G_ema, labels, args.seed)
-    inception = None
-    if args.fid_samples and run.rank == 0:
-        inception = common.load_inception_or_explain(args.inception, run.device)
 
     def snapshot():
         """Samples, scores and curves of this moment."""
@@ -1215,7 +1219,8 @@ def fill_options(args, nets, size, gpus):
     """Options that were left out: those of the networks to start from, else of --config."""
     options = dict(channel_max=512, z_dim=512, w_dim=512, G="skip", D="resnet", D_map_layers=8)
     options |= dict(kimg=25000, pl_weight=PL_WEIGHT, mixing=MIXING, ema_rampup=None)
-    options |= auto_config(size, gpus) if args.config == "auto" else CONFIGS[args.config]
+    auto = args.config == "auto"
+    options |= auto_config(size, gpus, args.batch) if auto else CONFIGS[args.config]
     options["ada_kimg"] = ADA_KIMG
     options["bcr_weight"] = BCR_WEIGHT if args.aug == "bcr" else 0.0
     if args.batch is None:  # fewer GPUs than there were take their share in rounds

@@ -2,7 +2,6 @@
 as a user runs them. What it shares with stylegan2.py is equal to the letter and tested there."""
 
 import ast
-import copy
 import json
 import math
 import random
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -526,3 +524,478 @@ def test_transfer_is_four_times_as_quick_and_takes_the_architecture_of_the_file(
     stylegan2_ada.fill_options(a, nets, 16, 1)
     assert (a.ada_kimg, a.ema_rampup, a.map_layers, a.D_map_layers) == (100, None, 5, 1)
     assert (a.z_dim, a.w_dim, a.channel_base, a.channel_max) == (6, 7, 64, 8)
+
+
+# ---- train ----
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The run folder of a short toy run with ADA by the command line."""
+    out = tmp_path_factory.mktemp("trained")
+    options = "--size 16 --subset 60 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16"
+    options += " --batch 32 --lr 0.004 --r1-gamma 0.5 --ema-kimg 0.5 --ada-kimg 4 --kimg 2"
+    run("--out", out, *options.split(), "--every", 1)
+    return out / "stylegan2_ada-toy-000"
+
+
+@pytest.fixture(scope="session")
+def conditional(tmp_path_factory):
+    out = tmp_path_factory.mktemp("conditional")
+    main("--cond", "--out", out, *TINY, "--batch", 100, "--subset", 30)
+    return out / "stylegan2_ada-toy-000"
+
+
+LOGGED = {
+    "kimg", "loss/G", "loss/D_fake", "loss/D_real", "reg/r1", "reg/pl", "reg/pl_mean", "ada/p",
+    "ada/r_t", "D/real", "D/fake", "D/sign_real", "D/sign_fake",
+}  # fmt: skip
+
+
+def test_training_learns_and_adapts(trained):
+    scores = jsonl(trained / "metrics.jsonl")
+    assert len(scores) == 3 and scores[-1]["fd8"] < scores[0]["fd8"] / 2
+    assert {"D/train", "D/heldout", "D/fake", "ada/p", "r_v"} <= set(scores[-1])
+    log = jsonl(trained / "log.jsonl")
+    assert LOGGED <= set(log[0]) and log[-1]["step"] == 63
+    assert log[0]["ada/r_t"] > 0.6 and 0 < log[0]["ada/p"] < 0.25
+
+
+def test_train_leaves_a_run_folder(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {"args.json", "stylegan2_ada.py", "log.jsonl", "metrics.jsonl"} <= names
+    assert {"checkpoint.pt", "checkpoint-0000063.pt", "samples", "progress.png"} <= names
+    samples = sorted(p.name for p in (trained / "samples").iterdir())
+    assert samples == ["0000000.png", "0000032.png", "0000063.png", "reals.png"]
+    picture = Image.open(trained / "progress.png").convert("RGB")
+    colors = {color for _, color in picture.getcolors(1 << 20)}
+    assert picture.size[0] == 1120 and {(0x0B, 0x62, 0xA4), (0xD9, 0x48, 0x0F)} <= colors
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    assert state["model"] == "stylegan2_ada" and set(state["nets"]) == {"G", "D", "G_ema"}
+    held = state["ranks"][0]["pools"]["state"]
+    assert held["p"] > 0 and held["pl_mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "config"),
+    [
+        ("--channels 1 --augpipe bgc --aug fixed --p 0.5", {"img_channels": 1}),
+        ("--aug noaug --D skip --r1-gamma 0", {"architecture": "skip"}),
+        ("--aug bcr --batch-gpu 10 --subset 3", {}),
+        ("--bcr-weight 3 --augpipe cutout --ada-cap 0.01 --ada-kimg 0.1 --mirror", {}),
+        ("--augpipe bgcfnc --size 32 --aug fixed --ada-p 1 --batch 20 --kimg 1", {}),
+        ("--cfg cifar --batch 50 --ema-kimg 1 --map-layers 1", {"architecture": "orig"}),
+    ],
+)
+def test_variants_train(tmp_path, more, config):
+    size = 32 if "32" in more else 10
+    main("--data", faces("d", size=size), *TINY, "--out", tmp_path, *more.split())
+    folder = tmp_path / "stylegan2_ada-d-000"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert config.items() <= state["config"]["D"].items()
+    log = jsonl(folder / "log.jsonl")[-1]
+    assert all(math.isfinite(v) for v in log.values())
+    p = state["ranks"][0]["pools"]["state"]["p"]
+    fixed = re.search(r"p (\d\S*)", more)
+    assert p == float(fixed[1]) if fixed else p >= 0
+    assert ("reg/bcr_real" in log) == ("bcr" in more)
+    assert "ada-cap" not in more or p <= 0.01
+    assert state["args"]["aug"] == "ada" or "ada/r_t" in log
+
+
+def test_mirror_doubles_the_pictures_and_subset_takes_some(tmp_path, monkeypatch):
+    faces("d", 5)
+    seen, batches = [], common.Run.batches
+
+    def spy(self, item, start, stop):
+        seen.extend(item(n)[0] for n in range(6))
+        return batches(self, item, start, stop)
+
+    monkeypatch.setattr(common.Run, "batches", spy)
+    main("--data", "d", *TINY, "--out", tmp_path, "--mirror", "--subset", 3)
+    originals = [np.asarray(Image.open(p)) for p in sorted(Path("d").iterdir())]
+    which = [(k, flip) for image in seen for k, o in enumerate(originals) for flip in (1, -1)
+             if np.array_equal(image, o[:, ::flip])]  # fmt: skip
+    chosen = np.arange(5)
+    np.random.RandomState(0).shuffle(chosen)
+    assert sorted(which) == sorted((k, flip) for k in chosen[:3] for flip in (1, -1))
+
+
+def test_fid_is_kept_at_every_snapshot_where_its_network_is_given(tmp_path, monkeypatch, capsys):
+    class Features(torch.nn.Module):
+        label = "a stand-in"
+
+        def forward(self, x):
+            return torch.nn.functional.adaptive_avg_pool2d(x.double(), 2).flatten(1)
+
+    def features(images, net, mode="tf1", device=None):
+        return torch.cat([net(x.float()) for x in common.uint8_batches(images)])
+
+    monkeypatch.setattr(common, "load_inception", lambda path, device: Features())
+    monkeypatch.setattr(common, "inception_features", features)
+    main("--data", faces("d", 12), *TINY, "--out", tmp_path, "--fid-samples", 20)
+    rows = jsonl(tmp_path / "stylegan2_ada-d-000/metrics.jsonl")
+    assert all(row["fid"]["n_real"] == 12 and row["fid"]["n_fake"] == 20 for row in rows)
+    assert "FID" in capsys.readouterr().out
+
+
+def test_without_its_network_fid_is_left_out_in_one_line(tmp_path, capsys):
+    main("--data", faces("d"), *TINY, "--out", tmp_path, "--fid-samples", 20)
+    said = capsys.readouterr().out
+    assert len(re.findall("^FID and KID are left out", said, re.M)) == 1
+    assert "fid" not in jsonl(tmp_path / "stylegan2_ada-d-000/metrics.jsonl")[-1]
+
+
+def test_a_high_p_is_warned_of(tmp_path, capsys):
+    options = [*TINY, "--kimg", 2, "--target", -2, "--ada-kimg", 1]
+    main("--data", faces("d"), *options, "--out", tmp_path)
+    assert "above 0.8 augmentations tend to leak" in capsys.readouterr().out
+
+
+class Runner:
+    """What train_step needs of common.Run."""
+
+    world = 1
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def rand(self, n, *shape, shared=False):
+        return torch.rand(n, *shape, generator=self.generator)
+
+    def randn(self, n, *shape):
+        return torch.randn(n, *shape, generator=self.generator)
+
+    def mean(self, x):
+        return x
+
+    maximum = mean
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, opt):
+        opt.step()
+        opt.zero_grad()
+
+
+def test_all_that_d_sees_is_augmented_and_gradients_of_g_and_r1_pass_through(monkeypatch):
+    G = stylegan2_ada.Generator(z_dim=6, w_dim=8, img_resolution=16, channel_base=64, channel_max=8)
+    D, calls = small_D(), []
+
+    class Watched(AugmentPipe):
+        def forward(self, img, draws=None):
+            y = super().forward(img, draws)
+            calls.append((img, y))
+            return y
+
+    seen = []
+    D.register_forward_hook(lambda net, args, out: seen.append(args[0]))
+    T, opts = Watched("bgc", 0.9), [torch.optim.SGD(net.parameters(), 1e-3) for net in (G, D)]
+    args = types.SimpleNamespace(
+        batch_gpu=2, batch=4, mixing=0.9, pl_weight=2.0, pl_every=1, r1_gamma=1.0, r1_every=1,
+        bcr_weight=0, aug="ada", ada_target=0.6, ada_every=1, ada_kimg=1, ada_cap=None,
+    )  # fmt: skip
+    signs, pl_mean = torch.zeros(2, dtype=torch.float64), torch.zeros(())
+    real = torch.randn(4, 3, 16, 16)
+    losses = stylegan2_ada.train_step(
+        G, D, T, None, opts, pl_mean, signs, real, None, lambda n: None, 0, args, Runner()
+    )
+    assert len(calls) == len(seen) == 2 + 4 + 2  # G, D on fakes and reals, R1; two rounds each
+    assert all(x is y for x, (_, y) in zip(seen, calls, strict=True))
+    assert all(y.requires_grad for _, y in (*calls[:2], *calls[-2:]))  # of G's fakes and for R1
+    logits = torch.cat([D(y.detach()) for _, y in calls[:0]] or [torch.zeros(1)])
+    assert logits.isfinite().all() and (signs == 0).all() and -1 <= losses["ada/r_t"] <= 1
+    assert T.p == pytest.approx(0.9 + 0.004 * (1 if losses["ada/r_t"] > 0.6 else -1))
+
+
+def test_r_t_is_the_mean_sign_of_all_real_logits_since_the_last_change(monkeypatch):
+    given = iter([[1.0, 2.0, -1.0, 1.0], [1.0, -1.0, -1.0, 0.0], [3.0, 3.0, 3.0, 3.0]])
+    on_r1 = iter([[1.0, 1.0, 1.0, 1.0]])
+    monkeypatch.setattr(stylegan2_ada, "generator_phase", lambda *args: torch.zeros(1))
+    monkeypatch.setattr(
+        stylegan2_ada, "discriminator_phase",
+        lambda *args: ({"loss/D_real": torch.zeros(1)}, torch.tensor(next(given))[:, None]),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        stylegan2_ada, "r1_phase",
+        lambda *args: (torch.zeros(1), torch.tensor(next(on_r1))[:, None]),
+    )  # fmt: skip
+    args = types.SimpleNamespace(
+        batch=4, pl_weight=0, r1_gamma=1.0, r1_every=16, aug="ada", ada_target=0.6, ada_every=3,
+        ada_kimg=1, ada_cap=None,
+    )  # fmt: skip
+    runner, T, signs = Runner(), AugmentPipe("bgc", 0.5), torch.zeros(2, dtype=torch.float64)
+    runner.step = lambda opt: None
+    net = types.SimpleNamespace(requires_grad_=lambda flag: None)
+    for step in range(3):
+        losses = stylegan2_ada.train_step(
+            net, net, T, None, (None, None), None, signs, torch.zeros(4, 1), None, None, step,
+            args, runner,
+        )  # fmt: skip
+        assert ("ada/r_t" in losses) == (step == 2)
+    assert losses["ada/r_t"] == pytest.approx((2 - 1 + 4 + 4) / 16)  # not above 0.6
+    assert T.p == pytest.approx(0.5 - 12 / 1000)
+
+
+# ---- resume, transfer, processes ----
+
+RESUMED = [*NETS, *"--batch 40 --mbstd-group 2 --kimg 3 --every 1 --r1-every 4".split()]
+RESUMED += "--pl-every 3 --ada-kimg 5 --subset 25 --mirror".split()
+
+
+def finished(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_runs(one, two):
+    """Weights, state and logs of two run folders are equal bit for bit."""
+    states = [finished(one), finished(two)]
+    for name, net in states[0]["nets"].items():
+        assert all(torch.equal(states[1]["nets"][name][k], v) for k, v in net.items()), name
+    held = [state["ranks"][0]["pools"]["state"] for state in states]
+    assert all(torch.equal(held[1][k], v) for k, v in held[0].items())
+    logs = [jsonl(f / "log.jsonl") for f in (one, two)]
+    for line in logs[0] + logs[1]:
+        del line["sec"], line["mem_gb"]
+    assert logs[0] == logs[1]
+    assert jsonl(one / "metrics.jsonl") == jsonl(two / "metrics.jsonl")
+    return held[0]
+
+
+def kill_after(process, folder, steps, draw):
+    """A real SIGKILL some time after that many steps."""
+    log = folder / "log.jsonl"
+    while process.poll() is None:
+        text = log.read_text() if log.exists() else ""
+        done = [int(n) for n in re.findall(r'"step": (\d+)', text)]
+        if done and done[-1] >= steps:
+            break
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts, and its data."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = faces(folder / "d", 30)
+    run("--data", data, *RESUMED, "--out", folder)
+    return data, folder / "stylegan2_ada-d-000"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path, workers):
+    folder, draw = tmp_path / "stylegan2_ada-d-000", random.Random(workers)
+    command = script("--data", whole[0], *RESUMED, "--out", tmp_path, "--workers", workers)
+    for steps in (25, 50):  # of 75
+        kill_after(subprocess.Popen(command, stdout=subprocess.DEVNULL), folder, steps, draw)
+        command = script("--resume", folder)
+    run("--resume", folder)
+    held = assert_same_runs(whole[1], folder)
+    assert held["p"] > 0 and held["pl_mean"] > 0 and held["signs"][1] > 0
+
+
+@pytest.fixture(scope="module")
+def humans(tmp_path_factory):
+    """A run on the toy faces of domain 0."""
+    out = tmp_path_factory.mktemp("humans")
+    main("--data", "toy/human", *RESUMED, "--out", out, "--aug", "noaug")
+    return out / "stylegan2_ada-human-000"
+
+
+def test_transfer_from_humans_to_goblins_survives_two_kills(humans, tmp_path):
+    def start(out):
+        return ["--data", "toy/goblin", *NETS, "--channels", 3, *RESUMED, "--checkpoint", humans,
+                "--freezed", 2, "--out", out, "--ada-kimg", 2]  # fmt: skip
+
+    text = run(*start(tmp_path / "whole"))
+    for name in ("G", "D", "G_ema"):
+        assert re.search(rf"^{name}: (\d+) of \1 tensors copied$", text, re.M), text
+    folder, draw = tmp_path / "killed/stylegan2_ada-goblin-000", random.Random(5)
+    command = script(*start(tmp_path / "killed"))
+    for steps in (25, 50):
+        kill_after(subprocess.Popen(command, stdout=subprocess.DEVNULL), folder, steps, draw)
+        command = script("--resume", folder)
+    run("--resume", folder)
+    held = assert_same_runs(tmp_path / "whole/stylegan2_ada-goblin-000", folder)
+    before, after = finished(humans)["nets"]["D"], finished(folder)["nets"]["D"]
+    for name, t in before.items():
+        frozen = name.startswith(("b8.fromrgb", "b8.conv0"))
+        assert torch.equal(after[name], t) == frozen, name
+    assert held["p"] > 0
+    first, *_, last = jsonl(folder / "metrics.jsonl")
+    assert last["fd8"] < first["fd8"]  # goblins are nearer than at the start
+
+
+def test_transfer_lists_what_is_new_and_what_does_not_fit(humans, tmp_path, capsys):
+    options = [*TINY, "--data", faces("d", size=16), "--size", 16, "--checkpoint", humans]
+    main(*options, "--w-dim", 6, "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"^G: \d+ of \d+ tensors copied; \d+ new: \S*noise", said, re.M), said
+    assert re.search(r"^G: .*; \d+ of another shape: \S+affine", said, re.M), said
+    options = [*TINY, "--data", faces("e"), "--checkpoint", humans, "--D", "orig"]
+    main(*options, "--out", tmp_path)
+    assert re.search(r"^D: .*; 1 not used: b8.skip.weight$", capsys.readouterr().out, re.M)
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    options = ["--data", faces(tmp_path / "d"), *TINY, "--batch", 200, "--mbstd-group", 1]
+    options += ["--pl-every", 2, "--r1-every", 2, "--device", "cpu", "--p", 0.6, "--ada-every", 1]
+    options += ["--ada-kimg", 10, "--bcr-weight", 1]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run(*options, "--out", tmp_path / "one")
+    run(*options, "--out", tmp_path / "two", launcher=two)
+    one, two = (finished(tmp_path / n / "stylegan2_ada-d-000") for n in ("one", "two"))
+    assert one["step"] == two["step"] == 5 and len(two["ranks"]) == 2
+    for name, net in one["nets"].items():
+        for key, t in net.items():
+            torch.testing.assert_close(
+                t, two["nets"][name][key], rtol=1e-4, atol=2e-5, msg=f"{name}.{key}"
+            )
+    p = [state["ranks"][-1]["pools"]["state"]["p"] for state in (one, two)]
+    assert p[0] == p[1] != 0.6
+
+
+# ---- generate, timelapse, evaluate, project ----
+
+
+def test_generate_and_evaluate_take_a_run(trained):
+    text = run("generate", "--checkpoint", trained, "--seeds", "0-2", "--psi", 0.7)
+    assert "3 pictures" in text and Image.open("out/seed0002.png").size == (16, 16)
+    text = run("evaluate", "--checkpoint", trained, "--samples", 100, "--out", "s.json")
+    assert json.loads(Path("s.json").read_text())["fd8"] > 0 and "of toy at 16x16" in text
+
+
+def test_stylegan2_projects_into_a_checkpoint_of_ada(trained):
+    main("generate", "--checkpoint", trained, "--seeds", 5)
+    options = ["--input", "out/seed0005.png", "--steps", 40, "--out", "p"]
+    text = run("project", "--checkpoint", trained, *options, file="stylegan2.py")
+    first, *_, last = (float(d) for d in re.findall(r"distance ([\d.]+)", text))
+    assert last < first
+
+
+def test_classes_of_a_conditional_model_differ(conditional, capsys):
+    assert finished(conditional)["config"]["D"]["c_dim"] == 3  # though 30 of 6000 were used
+    for k in range(2):
+        main("generate", "--checkpoint", conditional, "--class", k, "--seeds", 0, "--out", k)
+    assert not np.allclose(*[np.load(f"{k}/latents.npz")["w"] for k in range(2)])
+    assert "0 to 2" in fails(capsys, "generate", "--checkpoint", conditional, "--class", 3)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif", "png"])
+def test_a_timelapse_shows_every_grid_and_rests_on_the_last(trained, suffix, capsys):
+    main("timelapse", "--checkpoint", trained, "--out", f"f.{suffix}", "--fps", 2, "--width", 200)
+    film = Image.open(f"f.{suffix}")
+    width, height = film.size
+    grid = Image.open(trained / "samples/0000063.png")
+    assert width == 200 and height == round(grid.height * 200 / grid.width) + 20
+    durations, frames = 0, []
+    for k in range(film.n_frames):
+        film.seek(k)
+        film.load()
+        durations += film.info["duration"]
+        frames.append(np.asarray(film.convert("RGB")).astype(int))
+    assert durations == 500 * 5 and len(frames) >= 3
+    assert np.abs(frames[0] - frames[-1]).mean() > 5 and "3 grids" in capsys.readouterr().out
+
+
+def test_an_official_file_with_its_pipe_starts_a_training(tmp_path, capsys):
+    G = stylegan2_ada.Generator(
+        z_dim=8, w_dim=8, img_resolution=8, channel_base=32, channel_max=8, map_layers=2
+    )
+    D = stylegan2_ada.Discriminator(img_resolution=8, channel_base=32, channel_max=8)
+    arrays = {"G": G.state_dict(), "D": D.state_dict(), "G_ema": G.state_dict()}
+    official_files.write_pytorch_pickle("net.pkl", arrays, {"conv_clamp": 256})
+    options = [*TINY[2:6], *TINY[-6:]]
+    main(*options, "--data", faces("d"), "--checkpoint", "net.pkl", "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"^D: (\d+) of \1 tensors copied$", said, re.M)
+    state = finished(tmp_path / "stylegan2_ada-d-000")
+    assert state["config"]["G"]["z_dim"] == 8 and state["args"]["ada_kimg"] == 100
+
+
+# ---- mistakes ----
+
+
+def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
+    faces("d"), faces("wide", 1), Path("empty").mkdir()
+    Image.new("RGB", (20, 16)).save("wide/000.png")
+    Path("text.png").write_text("hello")
+    Path("bare/samples").mkdir(parents=True)
+    Path("bare/args.json").write_text('{"batch": 4}')
+    Path("odd").mkdir()
+    Path("odd/args.json").write_text("[1]")
+    torch.save({"model": "cyclegan", "nets": {}}, "other.pt")
+    small = ["--data", "d", *TINY]
+    cases = [
+        (["--data", "wide", *TINY[2:]], "not square"),
+        (["--data", "nowhere", *TINY], "nowhere"),
+        (["--data", "toy/elf", *TINY], "toy/elf"),
+        (["--data", "toy/human", "--cond", *TINY], "toy/human"),
+        (["--data", "empty", *TINY], "no images"),
+        ([*small, "--cond"], "no labels"),
+        ([*small, "--subset", 7], "there are 6 pictures"),
+        ([*small, "--subset", 0], "--subset"),
+        ([*small, "--batch", 6, "--mbstd-group", 4], "--mbstd-group 4"),
+        ([*small, "--batch-gpu", 1, "--mbstd-group", 1], "--pl-weight 0"),
+        ([*small, "--batch-gpu", 3], "--batch-gpu 3"),
+        ([*small, "--augpipe", "zoom"], "zoom"),
+        ([*small, "--augpipe", "bgcf"], "32 pixels or more"),
+        ([*small, "--aug", "fixed"], "--ada-p"),
+        ([*small, "--aug", "fixed", "--p", 1.5], "--ada-p"),
+        ([*small, "--aug", "noaug", "--p", 0.5], "no use"),
+        ([*small, "--aug", "adarv"], "adarv"),
+        ([*small, "--p", -0.1], "negative"),
+        ([*small, "--ada-kimg", 0], "not above 0"),
+        ([*small, "--target", "x"], "--target"),
+        ([*small, "--freezed", 9], "--freezed 9"),
+        ([*small, "--freezed", -1], "--freezed"),
+        ([*small, "--cfg", "paper2048"], "paper2048"),
+        ([*small, "--checkpoint", "none.pt"], "none.pt"),
+        ([*small, "--checkpoint", "other.pt"], "holds a cyclegan model"),
+        ([*small, "--fid-samples", 10, "--inception", "no.pt"], "no.pt"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+        (["--resume", "odd"], "damaged"),
+        (["--resume", trained, "--batch", 64], "the batch was 32"),
+        (["--resume", trained, "--channel-max", 8], "other networks"),
+        (["generate"], "--checkpoint"),
+        (["generate", "--checkpoint", conditional], "pass --class"),
+        (["timelapse"], "--checkpoint"),
+        (["timelapse", "--checkpoint", "nowhere"], "--checkpoint nowhere"),
+        (["timelapse", "--checkpoint", "odd"], "damaged"),
+        (["timelapse", "--checkpoint", "bare"], "two sample grids"),
+        (["timelapse", "--checkpoint", trained, "--out", "x.mp4"], "x.mp4"),
+        (["evaluate", "--checkpoint", trained, "--data", "nowhere"], "nowhere"),
+    ]
+    problems = []
+    for args, message in cases:
+        try:
+            assert message in fails(capsys, *args)
+        except Exception as e:  # the rest is tried, too
+            problems.append(f"{args}: {type(e).__name__}: {e}")
+    assert not problems, "\n".join(problems)
+    assert not Path("runs").exists() and not Path("out").exists()  # a mistake leaves nothing
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys):
+    line = fails(capsys, "--data", faces("d"), *TINY, "--lr", "1e30", "--out", "r")
+    assert re.search(r"(loss|reg|D)/\w+ became (nan|inf)", line) and "none yet" in line
+
+
+def test_the_pipe_networks_and_losses_can_be_pasted_elsewhere(trained):
+    text = (ROOT / "stylegan2_ada.py").read_text()
+    bar = "# " + "=" * 77 + "\n"
+    sections = dict(zip(*[iter(text.split(bar)[1:])] * 2, strict=True))
+    names = "import functools\nimport math\nimport numpy as np\nimport torch\n"
+    names += "import torch.nn.functional as F\nfrom torch import nn\nimport ops_cuda as ops\n"
+    here = {}
+    code = [sections[f"# {name}\n"] for name in ("Networks", "Augmentation", "Losses")]
+    exec(names + "W_AVG_BETA = 0.995\n" + "".join(code), here)
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    G = here["build"](state["config"]["G_ema"]).eval()
+    G.load_state_dict(state["nets"]["G_ema"])
+    img = here["AugmentPipe"]("bgc", 0.5)(G(torch.randn(4, G.config["z_dim"])))
+    assert img.shape == (4, 3, 16, 16)
