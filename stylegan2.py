@@ -391,7 +391,8 @@ def minibatch_std(x, group=4, features=1):
     if N % G:
         raise ValueError(f"a batch of {N} does not fall into groups of {G} (minibatch std)")
     y = x.reshape(G, N // G, features, C // features, H, W)
-    y = (y.var(0, correction=0) + 1e-8).sqrt().mean([2, 3, 4])  # (N / G, features)
+    y = (y - y.mean(0)).square().mean(0)  # Tensor.var takes several times as long on a CPU
+    y = (y + 1e-8).sqrt().mean([2, 3, 4])  # (N / G, features)
     y = y.reshape(N // G, features, 1, 1).repeat(G, 1, H, W)
     return torch.cat([x, y.to(x.dtype)], 1)
 

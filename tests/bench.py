@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import cyclegan
 import stylegan2
+import stylegan2_ada
 
 
 def seconds(function, device, repeats):
@@ -106,44 +107,65 @@ def bench_cyclegan(options, device):
         yield name, batch / t, f"{1000 * t:.1f}", memory(device)
 
 
+def options_of(paper, device, options, **preset):
+    """The options that a paper's train would get; False: --no-..."""
+    preset |= dict(data="toy", device=device)
+    preset |= {"precision": options.precision} if options.precision else {}
+    named = {name.replace("_", "-"): value for name, value in preset.items()}
+    argv = [f"--no-{k}" if v is False else f"--{k}={v}" for k, v in named.items()]
+    with mock.patch.object(paper, "train") as train:
+        paper.main(argv)
+    return train.call_args.args[0]
+
+
 def bench_stylegan2(options, device):
     """Rows: training, by phase, with both regularizers counted at their intervals; generation."""
     full = options.full or device.type == "cuda"
     for size, batch in [(256, 32), (1024, 8)] if full else [(32, 32)]:
-        preset = dict(data="toy", device=device, size=size, batch=batch)
-        preset |= dict(channel_base=32768, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
-        preset |= {} if full else stylegan2.TOY
-        preset |= {"precision": options.precision} if options.precision else {}
-        argv = [] if preset.pop("noise_inputs", True) else ["--no-noise-inputs"]
-        argv += [f"--{name.replace('_', '-')}={value}" for name, value in preset.items()]
-        with mock.patch.object(stylegan2, "train") as train:  # for the options that it is given
-            stylegan2.main(argv)
-        yield from bench_stylegan2_at(*train.call_args.args, device, options.repeats)
+        preset = dict(channel_base=32768, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
+        preset |= dict(size=size, batch=batch) | ({} if full else stylegan2.TOY)
+        args = options_of(stylegan2, device, options, **preset)
+        stylegan2.fill_options(args, {})
+        yield from bench_stylegan2_at(stylegan2, args, device, options.repeats)
 
 
-def bench_stylegan2_at(args, device, repeats):
-    stylegan2.fill_options(args, {})
-    run, size, batch = common.Run("stylegan2", args, "", own_half=True), args.size, args.batch
+def bench_stylegan2_ada(options, device):
+    """The same with every image that D sees augmented: bgc at p = 0.3."""
+    full = options.full or device.type == "cuda"
+    sizes = [(64, 32), (256, 32), (256, 64), (512, 16), (1024, 8), (1024, 16)]
+    for size, batch in sizes if full else [(32, 32)]:
+        preset = dict(channel_max=512, z_dim=512, w_dim=512) if full else dict(stylegan2_ada.TOY)
+        preset |= dict(size=size, batch=batch, ada_p=0.3)
+        args = options_of(stylegan2_ada, device, options, **preset)
+        stylegan2_ada.fill_options(args, {}, size, 1)
+        yield from bench_stylegan2_at(stylegan2_ada, args, device, options.repeats)
+
+
+def bench_stylegan2_at(paper, args, device, repeats):
+    run, size, batch = common.Run("bench", args, "", own_half=True), args.size, args.batch
     half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
-    nets = stylegan2.new_networks(args, size, 0, half).values()
+    nets = paper.new_networks(args, size, 0, half).values()
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    opt_G, opt_D = (stylegan2.lazy_adam(run, net, args.lr, 4) for net in (G, D))
+    opt_G, opt_D = (paper.lazy_adam(run, net, args.lr, 4) for net in (G, D))
     pl_mean, x = torch.zeros((), device=device), torch.randn(batch, 3, size, size, device=device)
+    ada = paper is stylegan2_ada
+    T = [paper.AugmentPipe(args.augpipe, args.ada_p).to(device)] if ada else []
+    S = [None] if ada else []
     rest = (lambda n: None, args, run, run.randn)
 
     def phase(function, *arguments, opt):
         return seconds(lambda: (function(*arguments), run.step(opt)), device, repeats)
 
     D.requires_grad_(False)
-    g = phase(stylegan2.generator_phase, G, D, batch, *rest, opt=opt_G)
-    pl = phase(stylegan2.path_length_phase, G, pl_mean, batch, *rest, opt=opt_G)
+    g = phase(paper.generator_phase, G, D, *T, batch, *rest, opt=opt_G)
+    pl = phase(paper.path_length_phase, G, pl_mean, batch, *rest, opt=opt_G)
     D.requires_grad_(True)
-    d = phase(stylegan2.discriminator_phase, G, D, x, None, *rest, opt=opt_D)
-    r1 = phase(stylegan2.r1_phase, D, x, None, args, run, opt=opt_D)
+    d = phase(paper.discriminator_phase, G, D, *T, *S, x, None, *rest, opt=opt_D)
+    r1 = phase(paper.r1_phase, D, *T, x, None, args, run, opt=opt_D)
     t = g + pl / args.pl_every + d + r1 / args.r1_every
     ms = f"G {1000 * g:.1f}, pl {1000 * pl:.1f}, D {1000 * d:.1f}, R1 {1000 * r1:.1f}"
     name = f"train {size} px, channel base {args.channel_base}, batch {batch}, {run.precision}"
-    yield name, batch / t, ms, memory(device)
+    yield f"{name}{', bgc at p 0.3' * ada}", batch / t, ms, memory(device)
     z, G = torch.randn(batch, args.z_dim), G.eval()
     t = seconds(lambda: common.sample(G, z, None, batch), device, repeats)
     yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
@@ -194,7 +216,11 @@ def memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
 
 
-ROWS = {"cyclegan": bench_cyclegan, "stylegan2": bench_stylegan2}
+ROWS = {
+    "cyclegan": bench_cyclegan,
+    "stylegan2": bench_stylegan2,
+    "stylegan2_ada": bench_stylegan2_ada,
+}
 
 
 def main():
