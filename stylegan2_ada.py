@@ -751,17 +751,17 @@ class AugmentPipe(nn.Module):
                 ranges.append(((k >= scale * first) & (k < scale * end)).to(img.dtype))
             return ranges[1][:, None] * ranges[0]
 
-        x = F.pad(img, (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
+        # The resampling kernels are faster on planes (NCHW) than on pixels of three channels.
+        x = F.pad(img.contiguous(), (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
         x = ops.upsample2d(x, self.lowpass) * inside(2)
 
         # Where the output's pixels at twice the resolution are, in pixels from the centre, where
         # those come from, and the same as grid_sample counts: from -1 to 1 over the upsampled one.
-        outer = (W + 2 * rim, H + 2 * rim)
-        u, v = ((torch.arange(2 * n, device=G.device) + 1 - n).to(G.dtype) / 2 for n in outer)
-        places = torch.stack(torch.meshgrid(u, v, indexing="xy"), -1)  # (2 H', 2 W', 2)
-        places = places.reshape(1, -1, 2) @ G[:, :, :2].mT + G[:, None, :, 2]
-        grid = (2 * places - 0.5) / vector(G, W + 2 * pad[0], H + 2 * pad[1])
-        x = ops.grid_sample(x, grid.reshape(N, 2 * outer[1], 2 * outer[0], 2).to(x.dtype))
+        u, v = (torch.arange(1 - n, n + 1, device=G.device) / 2 for n in (W + 2 * rim, H + 2 * rim))
+        G = G[:, None, None]
+        places = G[..., 0] * u[:, None] + G[..., 1] * v[:, None, None] + G[..., 2]
+        grid = (2 * places - 0.5) / vector(G, W + 2 * pad[0], H + 2 * pad[1])  # (N, 2H', 2W', 2)
+        x = ops.grid_sample(x, grid.to(x.dtype))
         return ops.downsample2d(x, self.lowpass, padding=-2 * rim, flip_filter=True)
 
     # ---- 8 to 12: colours ----------------------------------------------------------------------
@@ -1027,12 +1027,14 @@ def train_step(
     D.requires_grad_(True)
     stats, logits = discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise)
     losses |= {name: values.mean() for name, values in stats.items()}
-    signs += torch.stack([logits.sign().sum(), logits.isfinite().sum()])
+    signs[0] += logits.sign().sum()
+    signs[1] += logits.numel()
     run.step(opt_D)
     if args.r1_gamma and step % args.r1_every == 0:
         r1, logits = r1_phase(D, T, real, real_c, args, run)
         losses["reg/r1"] = r1.mean()
-        signs += torch.stack([logits.sign().sum(), logits.isfinite().sum()])
+        signs[0] += logits.sign().sum()
+        signs[1] += logits.numel()
         run.step(opt_D)
 
     # ---- p: is D too sure of the training images? ---------------------------------------------

@@ -636,3 +636,15 @@ def test_available_memory_is_plausible():
         < common.available_memory()
         <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
+
+
+def test_a_subset_is_the_seeds_own_and_the_rest_is_held_out():
+    chosen, rest = common.split(10, 4, seed=3)
+    order = np.arange(10)
+    np.random.RandomState(3).shuffle(order)
+    assert chosen.tolist() == sorted(order[:4]) and rest.tolist() == sorted(order[4:])
+    assert common.split(10, None, 3)[0].tolist() == list(range(10)) and not len(
+        common.split(10, None, 3)[1]
+    )
+    with pytest.raises(common.UserError, match="there are 10 pictures"):
+        common.split(10, 11, 3)

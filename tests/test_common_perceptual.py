@@ -1,6 +1,7 @@
 """LPIPS, path length, precision, recall, projection, films, seeds: closed forms and bad input."""
 
 import argparse
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import common
 from common import (
     LPIPS,
     VGG16,
@@ -620,3 +622,56 @@ def test_a_film_that_breaks_off_leaves_the_old_one(tmp_path):
     with pytest.raises(ValueError):
         save_film(tmp_path / "a.webp", [])
     assert (tmp_path / "a.webp").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- curves ----
+
+
+def test_curves_show_every_point_where_its_axes_say(tmp_path):
+    line = [(0, 0.0), (5, 1.0), (10, 0.5)]
+    picture = common.curves({"a": {"y": line}, "empty": {"z": []}, "b": {"y": [(1, 2.0)]}}, "x")
+    assert picture.size == (1120, 280)  # two panels: one without points is left out
+    blue = np.asarray(picture)[:, :560] == (0x0B, 0x62, 0xA4)
+    ys, xs = np.nonzero(blue.all(2))
+    left, width, top, height = 64, 480, 44, 202
+    plotted = ys >= top - 2  # below the legend
+    assert abs(xs[plotted].min() - left) <= 3 and abs(xs[plotted].max() - left - width) <= 3
+    middle = ys[plotted & (np.abs(xs - left - width / 2) <= 1)]
+    assert abs(middle.min() - top) <= 3
+    right = ys[plotted & (np.abs(xs - left - width) <= 1)]
+    assert abs(right.mean() - top - height / 2) <= 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-3, 12, [0, 5, 10]), (0.101, 0.102, 5), (0, 60000, 7)],
+)
+def test_ticks_are_few_and_round(low, high, expected):
+    found = common.ticks(low, high)
+    assert 3 <= len(found) <= 7 and all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+    if isinstance(expected, list):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_progress_takes_names_from_both_logs(tmp_path):
+    rows = [{"step": k, "loss/G": 1.0 + k, "kimg": 0.1 * k} for k in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"step": 2, "fd8": 3.0, "fid": {"fid": 40.0, "n_real": 5}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    panels = {"G": ("loss/G", "no such"), "scores": ("fd8", "fid"), "none": ("ada/p",)}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "curves", lambda *args: seen.append(args) or Image.new("L", (1, 1)))
+        common.save_curves(tmp_path, panels, batch=500)
+    assert seen == [
+        (
+            {
+                "G": {"loss/G": [(0.5, 2.0), (1.0, 3.0)]},
+                "scores": {"fd8": [(1.0, 3.0)], "fid": [(1.0, 40.0)]},
+                "none": {},
+            },
+            "thousands of images",
+        )
+    ]
+    common.save_curves(tmp_path / "nowhere", panels, batch=500)
+    assert (tmp_path / "nowhere/progress.png").exists()

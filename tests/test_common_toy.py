@@ -104,3 +104,13 @@ def test_a_wrong_seed_or_domain_is_refused():
         toy_labels(0, 3)
     with pytest.raises(TypeError):
         toy_attributes(0.5)
+
+
+def test_one_domain_is_a_set_of_its_own():
+    goblins = common.open_data("toy/goblin", size=16, toy=common.TOY_FACES)
+    assert goblins.is_toy and len(goblins.names) == 4000
+    picture = np.asarray(goblins.image(goblins.names[7]))
+    assert np.array_equal(picture, np.asarray(toy_face(7, TOY_DOMAINS.index("goblin"), 16)))
+    for name, parts in (("toy/elf", common.TOY_FACES), ("toy/goblin", common.TOY_PARTS)):
+        with pytest.raises(common.UserError, match=name):
+            common.open_data(name, size=16, toy=parts)
