@@ -21,6 +21,7 @@ import colorsys
 import concurrent.futures
 import contextlib
 import copy
+import datetime
 import difflib
 import errno
 import functools
@@ -1534,6 +1535,12 @@ def prefetch(make, start, stop, workers):
 # =============================================================================
 
 
+def first_weights(args):
+    """--checkpoint, unless that is past: None where the run to resume has a checkpoint already."""
+    started = args.resume and Path(args.resume, "checkpoint.pt").exists()
+    return None if started else args.checkpoint
+
+
 def world_size():
     """The number of processes, of torchrun or 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -1559,7 +1566,9 @@ class Run:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            patience = datetime.timedelta(hours=2)  # while rank 0 computes scores
+            dist.init_process_group(backend, timeout=patience)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
@@ -2327,8 +2336,8 @@ def fill(net, arrays, optional=()):
     net.load_state_dict(own | {name: t.reshape(own[name].shape) for name, t in arrays.items()})
 
 
-def copy_matching(nets, found):
-    """Copies from networks `found` into {name: net} what agrees in name and shape, and lists what
+def copy_matching(nets, found, say):
+    """Copies from networks `found` into {name: net} what agrees in name and shape, and says what
     does not: the start of transfer learning. UserError if nothing agrees."""
 
     def some(names):
@@ -2337,7 +2346,7 @@ def copy_matching(nets, found):
     for name, net in nets.items():
         source = found.get(name) or found.get("G_ema" if name == "G" else "G" * (name == "G_ema"))
         if source is None:
-            print(f"{name}: not in the checkpoint, starts anew")
+            say(f"{name}: not in the checkpoint, starts anew")
             continue
         own, held = net.state_dict(), source.state_dict()
         fits = {k: v for k, v in held.items() if k in own and v.shape == own[k].shape}
@@ -2350,7 +2359,7 @@ def copy_matching(nets, found):
             "not used": [k for k in held if k not in own],
         }
         rest = "".join(f"; {len(v)} {what}: {some(v)}" for what, v in lists.items() if v)
-        print(f"{name}: {len(fits)} of {len(own)} tensors copied{rest}")
+        say(f"{name}: {len(fits)} of {len(own)} tensors copied{rest}")
 
 
 def save_arrays(path, **arrays):
@@ -3820,9 +3829,11 @@ def latents(seeds, z_dim):
 
 
 def sample_inputs(G, labels, seed, n=32):
-    """z and c of the sample grid."""
+    """z of n seeds and c, the labels of random images, the same each time."""
     z = latents(range(seed, seed + n), G.config["z_dim"])
-    return z, None if labels is None else torch.from_numpy(labels[np.arange(n) % len(labels)])
+    if labels is None:
+        return z, None
+    return z, torch.from_numpy(labels[np.random.default_rng(seed).integers(len(labels), size=n)])
 
 
 @torch.no_grad()
@@ -3853,7 +3864,7 @@ def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
             def fakes():
                 for k in range(0, m, batch):
                     inputs = sample_inputs(G, labels, 10_000 + k, min(batch, m - k))
-                    yield sample(G, *inputs, batch)
+                    yield sample(G, *inputs, batch, noise="random")
 
             row["fid"] = fid_kid(Again(reals), fakes(), net)
         run.save_scores(row | more)

@@ -584,7 +584,7 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
 
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
-    """Gradients of G for path length regularization (sec. 3.2), of 1 / PL_SHRINK of n samples."""
+    """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
     losses, size = [], args.batch_gpu or n
     n, size = n // size * (size // PL_SHRINK), size // PL_SHRINK
     res, C = G.config["img_resolution"], G.config["img_channels"]
@@ -657,7 +657,7 @@ def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noi
 
 def lazy_adam(run, net, lr, every):
     """Adam with the rate and betas to the power of k / (k + 1), since every k steps come with one
-    more, of the regularizer (appendix B)."""
+    more, of the regularizer (StyleGAN2 appendix B)."""
     share = every / (every + 1)
     return run.adam([net], lr * share, tuple(beta**share for beta in BETAS))
 
@@ -683,7 +683,8 @@ def new_networks(args, size, c_dim, half):
 
 
 def train(args):
-    given = load_networks(args.checkpoint)[0] if args.checkpoint and not args.resume else {}
+    first = common.first_weights(args)
+    given = load_networks(first)[0] if first else {}
     fill_options(args, given)
     run = common.Run("stylegan2", args, __file__, own_half=True)
     run.log_every = 1000
@@ -713,7 +714,7 @@ def train(args):
     nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if given:
-        common.copy_matching(nets, given)
+        common.copy_matching(nets, given, run.say)
     order = torch.channels_last
     G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
     opts = {

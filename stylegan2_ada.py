@@ -3,11 +3,12 @@ Hellsten, Laine, Lehtinen, Aila 2020, arXiv:2006.06676).
 
 In this file, after the networks of StyleGAN2         paper
     AugmentPipe                                       sec. 2, appendix B: T, the 18 transformations
-    adapt                                             sec. 3: r_t, and p that follows it
     consistency_loss                                  sec. 2.1: bCR, which the paper compares with
-    CONFIGS, auto_config                              appendix C
+    adapt                                             sec. 3: r_t, and p that follows it
     train                                             Fig. 2b: D sees all images through T
     freeze                                            sec. 4.2, Freeze-D for transfer learning
+    overfitting                                       Fig. 1, Eq. (1)
+    CONFIGS                                           appendix D
 
     python stylegan2_ada.py                           # 200 toy faces, 2 CPU cores, minutes
     python stylegan2_ada.py --data FOLDER_OR_ZIP --size 256 --mirror
@@ -18,8 +19,8 @@ In this file, after the networks of StyleGAN2         paper
     python stylegan2.py project --checkpoint RUN --input FACE.png
 
 Results: README. Differs from the paper, with the official PyTorch code (NVlabs/
-stylegan2-ada-pytorch): p has no upper limit unless --ada-cap is given; r_t counts the logits of R1
-steps, too; flips and turns pass through the wavelet resampler and so are not exact to the pixel.
+stylegan2-ada-pytorch): r_t counts the logits of R1 steps, too; flips and turns pass through the
+wavelet resampler and so are not exact to the pixel.
 """
 
 import argparse
@@ -50,10 +51,10 @@ FP16_BLOCKS, CLAMP = 4, 256.0  # resolutions in half precision, and the limit of
 ADA_TARGET, ADA_EVERY = 0.6, 4  # of r_t, sec. 3; steps between changes of p
 ADA_KIMG, ADA_KIMG_TRANSFER = 500, 100  # thousands of images in which p may go from 0 to 1
 LEAKS = 0.8  # p from which on augmentations tend to appear in generated images, sec. 2.2
-BCR_WEIGHT, BCR_SHIFT = 10.0, 1 / 32  # Zhao et al. 2020; shifts as a share of the image's side
+BCR_WEIGHT, BCR_SHIFT = 10.0, 1 / 32  # Zhao et al., arXiv:2002.04724; shift / image's side
 
 # fmt: off
-CONFIGS = {  # appendix C and the official train.py; gpus: how many share the batch there
+CONFIGS = {  # appendix D and the official train.py; gpus: how many share the batch there
     "stylegan2": dict(gpus=8, batch=32, mbstd_group=4, channel_base=32768, map_layers=8,
                       lr=0.002, r1_gamma=10.0, ema_kimg=10.0),
     "paper256": dict(gpus=8, batch=64, mbstd_group=8, channel_base=16384, map_layers=8,
@@ -70,10 +71,8 @@ CONFIGS = {  # appendix C and the official train.py; gpus: how many share the ba
 
 
 def auto_config(res, gpus, batch=None):
-    """--config auto: sensible values for a resolution, a number of GPUs and, if given, a batch.
-
-    Where --batch is given, the official train.py keeps R1's weight and the half-life of its own.
-    """
+    """--config auto, of the official train.py: sensible values for a resolution and a number of
+    GPUs. They follow --batch if given; there, they stay those of the batch that it replaces."""
     batch = batch or max(min(gpus * min(4096 // res, 32), 64), gpus)
     return dict(
         gpus=gpus, batch=batch, mbstd_group=min(batch // gpus, 4), map_layers=2,
@@ -90,6 +89,8 @@ TOY |= dict(kimg=60, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ada_kimg=30, every=5)
 # =============================================================================
 # Networks
 # =============================================================================
+# Those of StyleGAN2 (arXiv:1912.04958), whose sections, figures and equations are meant here.
+#
 # Weights are N(0, 1) and scaled where they are used (equalized learning rate, Karras et al. 2017,
 # sec. 4.1). Names of parameters are those of the official PyTorch checkpoints.
 
@@ -535,10 +536,10 @@ def build(config):
 # =============================================================================
 # Augmentation
 # =============================================================================
-# D must never see a clean image, or it would learn the few there are by heart; nor may G learn to
-# draw augmented ones. Both hold where everything that D sees, real or generated, passes through the
-# same random T, and T, as a map of distributions, can be undone (sec. 2.2): each transformation is
-# left out with probability 1 - p, which makes even those invertible that would not be at p = 1.
+# D sees images only through a random T, or it would learn the few there are by heart. G does not
+# learn to draw augmented ones where real and generated images pass through the same T, and T, as a
+# map of distributions, can be undone (sec. 2.2, appendix C): each transformation is left out with
+# probability 1 - p, which makes even those invertible that would not be so at p = 1.
 
 CATEGORIES = {  # appendix B: what each --augpipe is made of, in the order in which it is applied
     "blit": ("xflip", "rotate90", "xint"),
@@ -612,7 +613,7 @@ def rotation(theta):
 
 
 def vector(like, *values):
-    """(k,) of Python numbers, filled in on the device: a CUDA graph holds no copy from the host."""
+    """(k,) of numbers, filled in on the device of `like`: a copy from the host would wait."""
     return torch.stack([like.new_full((), value) for value in values])
 
 
@@ -682,7 +683,7 @@ class AugmentPipe(nn.Module):
         chosen = chosen.reshape(-1, *[1] * (value.ndim - 1))
         return torch.where(chosen, value.to(self.p.dtype), identity)
 
-    # ---- 1 to 7: geometry ----------------------------------------------------------------------
+    # ---- geometry --------------------------------------------------------------------------------
 
     def geometry(self, N, W, H, draws):
         """(N, 3, 3), from output to input positions: in pixels from the image's centre, x to the
@@ -719,9 +720,13 @@ class AugmentPipe(nn.Module):
         return G
 
     def padding(self, reach, W, H):
-        """Pixels to add on either side, (x, y). Without waiting for a GPU that is always the most;
-        on a CPU it costs nothing to look how far the batch reaches."""
-        most = int(reach.max()) if reach.device.type == "cpu" else max(W, H)
+        """Pixels to add on either side, (x, y). On a CPU it costs nothing to look how far the batch
+        reaches; a GPU would wait, and pads by the most that is possible."""
+        most = max(W, H)
+        if reach.device.type == "cpu":
+            most = int(reach.max())
+        elif not self.has(*CATEGORIES["geom"], "rotate90"):
+            most = math.ceil(self.strengths["xint_max"] * most) + len(self.lowpass) // 2
         return min(most, W - 1), min(most, H - 1)
 
     def warp(self, img, draws):
@@ -731,7 +736,7 @@ class AugmentPipe(nn.Module):
             return img
         N, _, H, W = img.shape
         G = self.geometry(N, W, H, draws)[:, :2]  # (N, 2, 3)
-        rim = len(self.lowpass) // 4  # pixels that the filter adds at each side, at either end
+        rim = len(self.lowpass) // 4  # half of the filter's length, in pixels of the image
 
         # How far beyond the image the batch reaches to the left and up, to the right and down; at
         # most to where a second reflection would begin. What lies further is 0.
@@ -755,8 +760,9 @@ class AugmentPipe(nn.Module):
         x = F.pad(img.contiguous(), (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
         x = ops.upsample2d(x, self.lowpass) * inside(2)
 
-        # Where the output's pixels at twice the resolution are, in pixels from the centre, where
-        # those come from, and the same as grid_sample counts: from -1 to 1 over the upsampled one.
+        # The output at twice the resolution, with a rim for the filter: its n-th pixel from the
+        # centre lies at n / 2. Those of the upsampled image are half of such a pixel off (the
+        # filter has an even length), and grid_sample counts from -1 to 1 over all of them.
         u, v = (torch.arange(1 - n, n + 1, device=G.device) / 2 for n in (W + 2 * rim, H + 2 * rim))
         G = G[:, None, None]
         places = G[..., 0] * u[:, None] + G[..., 1] * v[:, None, None] + G[..., 2]
@@ -764,7 +770,7 @@ class AugmentPipe(nn.Module):
         x = ops.grid_sample(x, grid.to(x.dtype))
         return ops.downsample2d(x, self.lowpass, padding=-2 * rim, flip_filter=True)
 
-    # ---- 8 to 12: colours ----------------------------------------------------------------------
+    # ---- colours ---------------------------------------------------------------------------------
 
     def colors(self, N, C, draws):
         """(N, 4, 4), homogeneous maps of RGB."""
@@ -801,7 +807,7 @@ class AugmentPipe(nn.Module):
             A, b = A.sum(2, keepdim=True).mean(1, keepdim=True), b.mean(1, keepdim=True)
         return (A @ img.flatten(2) + b).reshape(N, C, H, W)
 
-    # ---- 13 to 16: image-space filtering -------------------------------------------------------
+    # ---- image-space filtering -------------------------------------------------------------------
 
     def gains(self, N, draws):
         """Factors (N, 4) of the four octaves, which keep the expected power of the image."""
@@ -825,7 +831,7 @@ class AugmentPipe(nn.Module):
         x = ops.conv2d(x, taps.mT, groups=N * C)
         return x.reshape(N, C, H, W)
 
-    # ---- 17 and 18: noise and cutout -----------------------------------------------------------
+    # ---- noise and cutout ------------------------------------------------------------------------
 
     def corrupt(self, img, draws):
         N, C, H, W = img.shape
@@ -847,6 +853,7 @@ class AugmentPipe(nn.Module):
 # =============================================================================
 # Losses
 # =============================================================================
+# All but the last are StyleGAN2's, which the sections and equations belong to.
 
 
 def mixed_ws(G, z, c, z2=None, crossover=None):
@@ -892,7 +899,8 @@ def path_lengths(G, ws, y, noise="random"):
 
 
 def consistency_loss(D, S, seen, c, logits, draws):
-    """bCR (Zhao et al. 2020): D's logits (N, 1) of `seen` should not change when S shifts it. (N,)
+    """bCR (Zhao et al., arXiv:2002.04724): how much D's logits (N, 1) of the images `seen` change
+    when S shifts these. (N,)
 
     With colours or turns as S, G would be free to paint them, too (sec. 2.1): a leak.
     """
@@ -936,7 +944,7 @@ def generator_phase(G, D, T, n, sample_c, args, run, noise):
 
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
-    """Gradients of G for path length regularization (sec. 3.2), of 1 / PL_SHRINK of n samples."""
+    """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
     losses, size = [], args.batch_gpu or n
     n, size = n // size * (size // PL_SHRINK), size // PL_SHRINK
     res, C = G.config["img_resolution"], G.config["img_channels"]
@@ -996,7 +1004,7 @@ def adapt(p, r_t, target, images, kimg, cap=None):
     """One step of p (): up if r_t = E[sign D(T(x))] > target, D overfitting, else down (sec. 3).
 
     images: seen since the last step; kimg: thousands of images in which p may go from 0 to 1; cap:
-    None, as officially, lets p pass 1, from where it takes as long to come back.
+    None lets p pass 1, as officially, from where it takes as long to come back.
     """
     p.copy_((p + (r_t - target).sign() * (images / (kimg * 1000))).clamp(0, cap))
 
@@ -1051,7 +1059,7 @@ def train_step(
 
 def lazy_adam(run, net, lr, every):
     """Adam with the rate and betas to the power of k / (k + 1), since every k steps come with one
-    more, of the regularizer (appendix B)."""
+    more, of the regularizer (StyleGAN2 appendix B)."""
     share = every / (every + 1)
     return run.adam([net], lr * share, tuple(beta**share for beta in BETAS))
 
@@ -1065,8 +1073,8 @@ def update_ema(G_ema, G, beta):
 
 
 def freeze(D, n):
-    """Freeze-D (Mo et al. 2020; sec. 4.2): the first n layers of D, counted from the image, become
-    buffers, which no optimiser moves. Raises UserError if D's blocks have fewer."""
+    """Freeze-D (sec. 4.2; Mo et al., arXiv:2002.10964): the first n layers of D, counted from the
+    image, become buffers, which no optimiser moves. UserError if D's blocks have fewer."""
     names = ("fromrgb", "conv0", "conv1", "skip")
     blocks = [getattr(D, f"b{res}") for res in D.resolutions]
     layers = [getattr(b, name) for b in blocks for name in names if hasattr(b, name)]
@@ -1091,25 +1099,31 @@ def new_networks(args, size, c_dim, half):
 
 
 @torch.no_grad()
-def overfitting(D, T, sets, group):
-    """What the paper's Fig. 1 shows: {"D/train", "D/heldout", "D/fake"}, mean logits through T, and
-    r_v, Eq. (1). sets: {name: uint8 images (N, C, H, W), labels (N, c_dim) or None}, cut to whole
-    groups of minibatch std."""
+def overfitting(D, T, sets, size):
+    """What Fig. 1 shows: {"D/train", "D/heldout", "D/generated"}, mean logits through T, and r_v,
+    Eq. (1), unless D takes fakes for more real than training images.
+
+    sets: {name: uint8 images (N, C, H, W), labels (N, c_dim) or None}, N a multiple of `size`, of
+    which D sees so many at once as in training (minibatch std).
+    """
     device, row = T.p.device, {}
     for name, (images, labels) in sets.items():
-        n = len(images) // group * group or len(images)
-        labels = None if labels is None else labels[:n].to(device)
         draws, scores = Draws(device, seed=0), []
-        for x, c in rounds(8 * group, common.to_float(images[:n], device), labels):
+        for x, c in rounds(size, images, labels):
+            x, c = common.to_float(x, device), None if c is None else c.to(device)
             scores.append(D(T(x, draws), c))
         row[f"D/{name}"] = torch.cat(scores).mean().item()
-    if "heldout" in sets and row["D/train"] > row["D/fake"]:
-        row["r_v"] = (row["D/train"] - row["D/heldout"]) / (row["D/train"] - row["D/fake"])
+    if "heldout" in sets and row["D/train"] > row["D/generated"]:
+        gap = row["D/train"] - row["D/generated"]
+        row["r_v"] = (row["D/train"] - row["D/heldout"]) / gap
     return row
 
 
 def train(args):
-    given = load_networks(args.checkpoint)[0] if args.checkpoint and not args.resume else {}
+    first = common.first_weights(args)
+    given = load_networks(first)[0] if first else {}
+    if args.channels is None:
+        args.channels = next((net.config["img_channels"] for net in given.values()), 3)
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
     source = common.open_data(args.data, size=args.size, toy=toy)
     pictures, size = common.square_pictures(args, source, args.channels)
@@ -1139,7 +1153,7 @@ def train(args):
     nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if given:
-        common.copy_matching(nets, given)
+        common.copy_matching(nets, given, run.say)
     freeze(nets["D"], args.freezed)
     order = torch.channels_last
     G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
@@ -1159,9 +1173,11 @@ def train(args):
     if args.fid_samples and run.rank == 0:
         inception = common.load_inception_or_explain(args.inception, run.device)
     start = run.restore(nets, opts, {"state": common.Held(pl_mean=pl_mean, signs=signs, p=T.p)})
+    if args.aug == "fixed":
+        T.p.fill_(args.ada_p)  # on --resume it may have changed
     run.say(
         f"{N} images of {size}x{size}, {len(held_out)} held out; G has {count(G):,} parameters,"
-        f" D {count(D):,}; batch {args.batch}, {args.batch_gpu or args.batch // run.world} at a"
+        f" D {count(D):,}; batch {args.batch}, {args.batch_gpu} at a"
         f" time on {run.world} processes, R1 {args.r1_gamma:.3g}, --aug {args.aug}"
     )
     if N < args.batch:
@@ -1173,19 +1189,21 @@ def train(args):
         if run.rank > 0:
             return
         run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
-        fakes = common.sample_inputs(G_ema, labels, 20_000, 500)
-        sets = {"fake": (common.sample(G_ema, *fakes, args.batch), fakes[1])}
+        size = args.batch_gpu
+        fakes = common.sample_inputs(G_ema, labels, 20_000, max(500 // size, 1) * size)
+        sets = {"generated": (common.sample(G_ema, *fakes, args.batch), fakes[1])}
         for name, some in (("train", chosen[:500]), ("heldout", held_out[:500])):
             if len(some):
+                some = np.resize(some, max(len(some) // size, 1) * size)  # few are repeated
                 c = None if labels is None else torch.from_numpy(labels[some])
                 sets[name] = (common.stack([pictures[i] for i in some]), c)
-        row = {"ada/p": T.p.item()} | overfitting(D, T, sets, args.mbstd_group)
+        row = overfitting(D, T, sets, size)
         fid = (inception, args.fid_samples) if inception else None
         common.score_samples(run, G_ema, pictures, labels, args.batch, fid=fid, **row)
         common.save_curves(run.folder, CURVES, args.batch)
-        if args.aug == "ada" and row["ada/p"] > LEAKS:
+        if args.aug == "ada" and T.p > LEAKS:
             run.say(
-                f"p is {row['ada/p']:.2f}: above {LEAKS} augmentations tend to leak into the"
+                f"p is {T.p.item():.2f}: above {LEAKS} augmentations tend to leak into the"
                 " samples, colours first. Look at them; --augpipe bg, a lower --ada-target or"
                 f" --ada-cap {LEAKS} help."
             )
@@ -1212,8 +1230,8 @@ def train(args):
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due(args.every * 1000):
             snapshot()
-            for net in (G, G_ema):
-                net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
+            for own in (G.mapping.w_avg, G_ema.mapping.w_avg, signs):
+                own.copy_(run.mean(own))
             run.save(keep=keep)
     run.say(f"samples, progress.png and checkpoint are in {run.folder}")
 
@@ -1221,30 +1239,35 @@ def train(args):
 def fill_options(args, nets, size, gpus):
     """Options that were left out: those of the networks to start from, else of --config."""
     options = dict(channel_max=512, z_dim=512, w_dim=512, G="skip", D="resnet", D_map_layers=8)
+    options |= dict(noise_inputs=True)
     options |= dict(kimg=25000, pl_weight=PL_WEIGHT, mixing=MIXING, ema_rampup=None)
     auto = args.config == "auto"
     options |= auto_config(size, gpus, args.batch) if auto else CONFIGS[args.config]
     options["ada_kimg"] = ADA_KIMG
     options["bcr_weight"] = BCR_WEIGHT if args.aug == "bcr" else 0.0
     if args.batch is None:  # fewer GPUs than there were take their share in rounds
-        options["batch_gpu"] = min(options["batch"] // options["gpus"], options["batch"] // gpus)
+        options["batch_gpu"] = options["batch"] // options["gpus"]
     if nets:  # transfer learning, as officially
         options |= dict(ada_kimg=ADA_KIMG_TRANSFER, ema_rampup=None)
-    for kind, net in sorted(nets.items()):  # D first: its mapping network has a depth of its own
-        depth = options["map_layers"]
-        options |= {k: v for k, v in net.config.items() if k in options}
-        options["D" if kind == "D" else "G"] = net.config["architecture"]
+    for kind, net in sorted(nets.items()):
+        held = net.config
+        options |= {k: held[k] for k in ("channel_base", "channel_max")}
         if kind == "D":
-            options |= dict(D_map_layers=options["map_layers"], map_layers=depth)
+            options |= dict(D=held["architecture"])
+            options |= dict(D_map_layers=held["map_layers"]) if held["c_dim"] else {}
+        else:
+            options |= dict(G=held["architecture"], noise_inputs=held["use_noise"])
+            options |= {k: held[k] for k in ("z_dim", "w_dim", "map_layers")}
     for name, value in options.items():
         if name != "gpus" and getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def check_options(args, size, world):
-    n = args.batch_gpu or args.batch // world
-    if args.batch // world % n:
-        raise UserError(f"--batch-gpu {n} does not divide the {args.batch // world} of a process.")
+    share = args.batch // world
+    n = args.batch_gpu = min(args.batch_gpu or share, share)
+    if share % n:
+        raise UserError(f"--batch-gpu {n} does not divide the {share} of a process.")
     if n % min(args.mbstd_group, n):
         raise UserError(
             f"--mbstd-group {args.mbstd_group} does not divide the {n} images that D sees at once."
@@ -1267,7 +1290,7 @@ def count(net):
 
 CURVES = {  # the panels of progress.png: names in log.jsonl and metrics.jsonl
     "mean logits of D: real and fake in training": ("D/real", "D/fake"),
-    "mean logits of D: training and held-out images": ("D/train", "D/heldout"),
+    "mean logits of D, as in Fig. 1": ("D/train", "D/heldout", "D/generated"),
     "r_t and signs of D": ("ada/r_t", "D/sign_real", "D/sign_fake"),
     "p": ("ada/p",),
     "R1": ("reg/r1",),
@@ -1348,13 +1371,13 @@ def main(argv=None):
     p.add("--ada-target", "--target", type=common.finite, default=ADA_TARGET, help="of r_t")
     p.add("--ada-kimg", type=above_0, help="kimg for p to go from 0 to 1: 500; transfer 100")
     p.add("--ada-every", type=number, default=ADA_EVERY, help="steps between changes of p")
-    p.add("--ada-cap", type=from_0, help="the highest p: none, as officially")
+    p.add("--ada-cap", type=from_0, help="the highest p: no limit, as officially")
     p.add("--bcr-weight", type=from_0, help="of consistency: 0; --aug bcr: 10")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="add the mirror image of every picture")
     p.add("--subset", type=number, help="train on so many pictures, hold out the others: all")
     p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
-    p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
+    p.add("--channels", type=int, choices=(1, 3), help="3, or 1: greyscale")
     p.add("--kimg", type=number, help="length, in thousands of images: 25000; cifar 100000")
     p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
     p.add("--freezed", type=common.not_negative_int, default=0, help="layers of D to freeze")
@@ -1375,8 +1398,8 @@ def main(argv=None):
     p.add("--w-dim", type=number, help="512")
     p.add("--map-layers", type=number, help="depth of the mapping network: 2 or 8")
     p.add("--D-map-layers", type=common.not_negative_int, help="likewise for D's labels: 8")
-    noisy = dict(action=argparse.BooleanOptionalAction, default=True)
-    p.add("--noise-inputs", **noisy, help="StyleGAN's noise in every layer of G")
+    noisy = dict(action=argparse.BooleanOptionalAction)
+    p.add("--noise-inputs", **noisy, help="StyleGAN's noise in every layer of G: yes")
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
     p.add("--fid-samples", type=number, help="FID of so many samples at every snapshot: no FID")
     p.add("--inception", help="weights of FID's network, where they cannot be fetched")
