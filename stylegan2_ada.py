@@ -1177,8 +1177,8 @@ def train(args):
         T.p.fill_(args.ada_p)  # on --resume it may have changed
     run.say(
         f"{N} images of {size}x{size}, {len(held_out)} held out; G has {count(G):,} parameters,"
-        f" D {count(D):,}; batch {args.batch}, {args.batch_gpu} at a"
-        f" time on {run.world} processes, R1 {args.r1_gamma:.3g}, --aug {args.aug}"
+        f" D {count(D):,}; batch {args.batch}, {args.batch_gpu} at a time on {run.world} processes,"
+        f" R1 {args.r1_gamma:.3g}, --aug {args.aug}"
     )
     if N < args.batch:
         run.say(f"only {N} images: a batch of {args.batch} holds each more than once")
@@ -1189,15 +1189,15 @@ def train(args):
         if run.rank > 0:
             return
         run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
-        size = args.batch_gpu
-        fakes = common.sample_inputs(G_ema, labels, 20_000, max(500 // size, 1) * size)
+        n = args.batch_gpu  # what D sees at once
+        fakes = common.sample_inputs(G_ema, labels, 20_000, max(500 // n, 1) * n)
         sets = {"generated": (common.sample(G_ema, *fakes, args.batch), fakes[1])}
         for name, some in (("train", chosen[:500]), ("heldout", held_out[:500])):
             if len(some):
-                some = np.resize(some, max(len(some) // size, 1) * size)  # few are repeated
+                some = np.resize(some, max(len(some) // n, 1) * n)  # few are repeated
                 c = None if labels is None else torch.from_numpy(labels[some])
                 sets[name] = (common.stack([pictures[i] for i in some]), c)
-        row = overfitting(D, T, sets, size)
+        row = overfitting(D, T, sets, n)
         fid = (inception, args.fid_samples) if inception else None
         common.score_samples(run, G_ema, pictures, labels, args.batch, fid=fid, **row)
         common.save_curves(run.folder, CURVES, args.batch)
