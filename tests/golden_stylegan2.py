@@ -563,8 +563,9 @@ def cat(pieces):
 class Source:
     """Recorded draws of an AugmentPipe, or those of a percentile: the same for every sample."""
 
-    def __init__(self, draws, percentile=None, noise=None):
-        self.draws, self.percentile, self.noise = list(draws), percentile, noise
+    def __init__(self, case, draws, percentile=None):
+        self.draws, self.percentile, self.noise = list(draws), percentile, case.get("noise")
+        self.device = case.file.device
 
     def take(self, kinds, shape):
         kind, draw = self.draws.pop(0)
@@ -574,14 +575,14 @@ class Source:
     def rand(self, *shape):
         if self.percentile is None:
             return self.take(("rand", "uniform"), shape)
-        return torch.full(shape, self.percentile)
+        return torch.full(shape, self.percentile, device=self.device)
 
     def randn(self, *shape):
         if self.percentile is None:
             return self.take(("randn",), shape)
         if len(shape) == 4:
             return self.noise
-        return torch.full(shape, 2 * self.percentile - 1).erfinv()
+        return torch.full(shape, 2 * self.percentile - 1, device=self.device).erfinv()
 
     def maximum(self, x):
         return x
@@ -612,7 +613,7 @@ def recorded_pipe(case):
     """The pipe of a loss or a trajectory, which takes its draws from the case."""
     a = case.args
     T = pipe_of(case, stylegan2_ada.AugmentPipe, a.get("augment", {}), a.get("augment_p", 0))
-    T.source, forward = Source(case.get("aug_draws") or []), T.forward
+    T.source, forward = Source(case, case.get("aug_draws") or []), T.forward
     T.forward = lambda img, run: forward(img, T.source)
     return T
 
@@ -622,7 +623,7 @@ def augment(case):
     percentile = a.get("debug_percentile")
     kind = stylegan2_ada.AugmentPipe if percentile is None else PercentilePipe
     T = pipe_of(case, kind, a["ctor"], a["p"])
-    source = Source(case.get("draws") or [], percentile, case.get("noise"))
+    source = Source(case, case.get("draws") or [], percentile)
     x, v = case.inputs["x"].requires_grad_(), case.inputs["v"].requires_grad_()
     y = T(x, source)
     assert not source.draws
