@@ -6,7 +6,7 @@ In this file, in the order in which a run meets it
     toy                         cartoon faces drawn from a seed: domains, regions, attributes
     the loader                  ImageSet, batches: order is a pure function of (seed, step)
     a run                       Run: devices, processes, folder, log, update, checkpoint, resume
-    pictures and files out      sheets of samples, checkpoints in and out
+    pictures and files out      sheets of samples, curves, films, checkpoints in and out
     official checkpoints        read_official: pickles read as data, nothing in them is run
     metrics                     fd8, FID, KID; InceptionV3 written out
     VGG16                       LPIPS, path length, precision and recall
@@ -1922,9 +1922,9 @@ class Run:
                 f.write(json.dumps({"step": self.steps_done, **scores}) + "\n")
             if self.tensorboard:
                 numbers = scores | scores.get("fid", {})
-                for name in ("fd8", "fid", "kid_x1000", "r_v", "D/train", "D/heldout"):
-                    if isinstance(numbers.get(name), float):
-                        self.tensorboard.add_scalar(name, numbers[name], self.steps_done)
+                for name, value in numbers.items():
+                    if isinstance(value, float):
+                        self.tensorboard.add_scalar(name, value, self.steps_done)
 
 
 class MeanOverRanks(torch.autograd.Function):
@@ -2292,7 +2292,7 @@ def save_curves(folder, panels, batch):
     for row in rows:
         row |= row.get("fid", {})  # the FID of a row stands beside its counts
         for name, y in row.items():
-            if isinstance(y, float):
+            if isinstance(y, float) and math.isfinite(y):
                 found[name].append((row["step"] * batch / 1000, y))
     lines = {t: {name: found[name] for name in names if found[name]} for t, names in panels.items()}
     save_png(Path(folder, "progress.png"), curves(lines, "thousands of images"))
