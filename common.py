@@ -134,6 +134,14 @@ def finite(text):
     return value
 
 
+def probability(text):
+    """A number from 0 to 1, for argparse."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
+    return value
+
+
 def fraction(text):
     """A number from 0 to below 1, for argparse."""
     value = not_negative(text)
@@ -191,14 +199,15 @@ class Parser(argparse.ArgumentParser):
 class CommandLine:
     """`FILE.py [COMMAND] [options]`; with no command it is `train`.
 
-    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data. On
-    --resume the options of that run are the defaults. What the user types always wins.
+    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, but
+    for `sizes`, options that a --checkpoint decides. On --resume the options of that run are the
+    defaults. What the user types always wins.
     """
 
-    def __init__(self, prog, doc, presets):
+    def __init__(self, prog, doc, presets, sizes=()):
         self.parser = Parser(prog, description=doc.split("\n\n")[0])
         self.commands = self.parser.add_subparsers(dest="command", parser_class=Parser)
-        self.presets = presets
+        self.presets, self.sizes = presets, sizes
 
     def command(self, name, function, help):
         parser = self.commands.add_parser(name, help=help, description=help)
@@ -221,10 +230,12 @@ class CommandLine:
         if unknown:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
-            defaults = self.presets.get("toy" if args.data.startswith("toy/") else args.data)
+            defaults = self.presets.get("toy" if args.data.startswith("toy/") else args.data, {})
+            if args.checkpoint:
+                defaults = {k: v for k, v in defaults.items() if k not in self.sizes}
             if args.resume:
                 defaults = read_run_args(args.resume, Path(self.parser.prog).stem)
-            commands["train"].set_defaults(**defaults or {})
+            commands["train"].set_defaults(**defaults)
             args = self.parser.parse_args(argv)
         return args
 
@@ -1284,6 +1295,8 @@ def open_data(data, root="data", size=None, toy=TOY_PARTS):
     if path.is_file() and path.suffix.lower() == ".zip":
         return Zip(path)
     names = sorted([*PUBLIC, *WITHDRAWN])
+    if data.startswith("toy/") and toy is TOY_FACES:
+        raise UserError(f"--data {data}: there are {', '.join(f'toy/{d}' for d in TOY_DOMAINS)}.")
     close = difflib.get_close_matches(str(data).lower(), [*names, "toy"], 1)
     problem = "is a file, but not a .zip" if path.is_file() else "does not exist"
     raise UserError(
@@ -1438,6 +1451,8 @@ def square_pictures(args, source, channels=3):
         raise UserError(
             f"{given} {size}: a power of two from 8 on is needed. Pass --size 256, say."
         )
+    if len(source.names) < 2:
+        raise UserError(f"--data {args.data}: one picture is no set to learn from; add others.")
     prepare = functools.partial(square, size, args.size is None)
     return ImageSet(source, prepare, mode, args.cache), size
 
@@ -1846,6 +1861,10 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.steps_done, self.elapsed = state["step"], state["sec"]
+        before, now = state["args"], plain(vars(self.args))
+        for name in sorted(set(before) & set(now) - {"resume", "out", "device", "workers"}):
+            if before[name] != now[name]:
+                self.say(f"--{name.replace('_', '-')} was {before[name]}, is {now[name]} from here")
         if len(state["ranks"]) == self.world and state["device"] == self.device.type:
             self.load_rank_state(state["ranks"][self.rank])
         else:
@@ -3965,6 +3984,7 @@ def generate(args, G, c):
 def timelapse(args):
     """The command `timelapse`: the sample grids of a run as a film, each with its date in kimg."""
     run = Path(args.checkpoint)
+    run = run.parent if run.is_file() else run
     batch = read_json(run / "args.json", "--checkpoint").get("batch")
     grids = sorted(p for p in run.glob("samples/*.png") if p.stem.isdigit())
     if len(grids) < 2 or not isinstance(batch, int):

@@ -873,7 +873,8 @@ def evaluate(args):
 
 
 def main(argv=None):
-    cli = common.CommandLine("stylegan2.py", __doc__, presets={"toy": TOY})
+    sizes = ("channel_base", "channel_max", "z_dim", "w_dim", "map_layers", "noise_inputs")
+    cli = common.CommandLine("stylegan2.py", __doc__, {"toy": TOY}, sizes)
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
 
     p = cli.command("train", train, "train on one set of pictures (default command)")

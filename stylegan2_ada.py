@@ -648,8 +648,9 @@ class AugmentPipe(nn.Module):
 
     def __init__(self, pipe="bgc", p=0.0, **strengths):
         super().__init__()
-        self.multipliers = dict.fromkeys(PIPES[pipe], 1.0) if isinstance(pipe, str) else dict(pipe)
-        self.strengths = STRENGTHS | strengths
+        if isinstance(pipe, str):
+            pipe = dict.fromkeys(PIPES.get(pipe, (pipe,)), 1.0)
+        self.multipliers, self.strengths = dict(pipe), STRENGTHS | strengths
         known = set(PIPES["bgcfnc"])
         if unknown := [*(set(self.multipliers) - known), *(set(strengths) - set(STRENGTHS))]:
             raise TypeError(f"AugmentPipe knows no {', '.join(map(str, unknown))}")
@@ -1172,9 +1173,11 @@ def train(args):
     inception = None
     if args.fid_samples and run.rank == 0:
         inception = common.load_inception_or_explain(args.inception, run.device)
+    examples = common.sample_inputs(nets["G"], labels, args.seed)
+    reals = common.stack([pictures[chosen[i % N]] for i in range(len(examples[0]))])
     start = run.restore(nets, opts, {"state": common.Held(pl_mean=pl_mean, signs=signs, p=T.p)})
-    if args.aug == "fixed":
-        T.p.fill_(args.ada_p)  # on --resume it may have changed
+    if args.aug != "ada":
+        T.p.fill_(args.ada_p)  # on --resume that may have changed
     run.say(
         f"{N} images of {size}x{size}, {len(held_out)} held out; G has {count(G):,} parameters,"
         f" D {count(D):,}; batch {args.batch}, {args.batch_gpu} at a time on {run.world} processes,"
@@ -1182,7 +1185,6 @@ def train(args):
     )
     if N < args.batch:
         run.say(f"only {N} images: a batch of {args.batch} holds each more than once")
-    examples = common.sample_inputs(G_ema, labels, args.seed)
 
     def snapshot():
         """Samples, scores and curves of this moment."""
@@ -1209,8 +1211,7 @@ def train(args):
             )
 
     if start == 0:
-        some = common.stack([pictures[chosen[i % N]] for i in range(len(examples[0]))])
-        run.save_picture(common.grid(some, 8), "reals")
+        run.save_picture(common.grid(reals, 8), "reals")
         snapshot()
 
     for step, (real, *real_c) in run.batches(image, start, -(-args.kimg * 1000 // args.batch)):
@@ -1274,8 +1275,12 @@ def check_options(args, size, world):
         )
     if args.pl_weight and n < PL_SHRINK:
         raise UserError(f"path length needs {PL_SHRINK} images at once: or pass --pl-weight 0.")
-    if args.aug == "fixed" and not 0 < args.ada_p <= 1:
+    if args.aug == "fixed" and not args.ada_p:
         raise UserError("--aug fixed needs --ada-p, above 0 and at most 1.")
+    if args.ada_cap is not None and args.ada_p > args.ada_cap:
+        raise UserError(f"--ada-p {args.ada_p} is above --ada-cap {args.ada_cap}.")
+    if args.freezed and not args.checkpoint:
+        raise UserError(f"--freezed {args.freezed} without --checkpoint: they would stay random.")
     if args.aug in ("noaug", "bcr") and args.ada_p:
         raise UserError(f"--ada-p {args.ada_p} has no use with --aug {args.aug}.")
     if "imgfilter" in PIPES[args.augpipe] and size < 32:
@@ -1290,7 +1295,7 @@ def count(net):
 
 CURVES = {  # the panels of progress.png: names in log.jsonl and metrics.jsonl
     "mean logits of D: real and fake in training": ("D/real", "D/fake"),
-    "mean logits of D, as in Fig. 1": ("D/train", "D/heldout", "D/generated"),
+    "mean logits of D, the paper's Fig. 1": ("D/train", "D/heldout", "D/generated"),
     "r_t and signs of D": ("ada/r_t", "D/sign_real", "D/sign_fake"),
     "p": ("ada/p",),
     "R1": ("reg/r1",),
@@ -1355,7 +1360,8 @@ def evaluate(args):
 
 
 def main(argv=None):
-    cli = common.CommandLine("stylegan2_ada.py", __doc__, presets={"toy": TOY})
+    sizes = ("channel_base", "channel_max", "z_dim", "w_dim", "map_layers", "noise_inputs")
+    cli = common.CommandLine("stylegan2_ada.py", __doc__, {"toy": TOY}, sizes)
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
@@ -1367,7 +1373,7 @@ def main(argv=None):
     augs = ("ada", "noaug", "fixed", "bcr")
     p.add("--aug", choices=augs, default="ada", help="bcr: consistency regularization instead")
     p.add("--augpipe", choices=list(PIPES), default="bgc", help="transformations of D's images")
-    p.add("--ada-p", "--p", type=from_0, default=0.0, help="where p starts; --aug fixed: stays")
+    p.add("--ada-p", "--p", type=common.probability, default=0.0, help="first p; --aug fixed: p")
     p.add("--ada-target", "--target", type=common.finite, default=ADA_TARGET, help="of r_t")
     p.add("--ada-kimg", type=above_0, help="kimg for p to go from 0 to 1: 500; transfer 100")
     p.add("--ada-every", type=number, default=ADA_EVERY, help="steps between changes of p")
@@ -1388,7 +1394,7 @@ def main(argv=None):
     p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
     p.add("--pl-weight", type=from_0, help="of path length, 0: off; default 2, cifar 0")
     p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
-    p.add("--mixing", type=from_0, help="probability of style mixing: 0.9; cifar 0")
+    p.add("--mixing", type=common.probability, help="chance of style mixing: 0.9; cifar 0")
     p.add("--ema-kimg", type=above_0, help="half-life of G's average: that of --config")
     p.add("--ema-rampup", type=from_0, help="limit of it, as a share of the images seen")
     p.add("--mbstd-group", type=number, help="of minibatch std: that of --config")

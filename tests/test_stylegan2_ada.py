@@ -398,6 +398,8 @@ def test_derivatives_of_the_pipe_are_right_to_second_order(name):
 def test_the_pipe_refuses_what_it_does_not_know():
     with pytest.raises(TypeError, match="zoom"):
         AugmentPipe({"zoom": 1})
+    with pytest.raises(TypeError, match="bgx"):
+        AugmentPipe("bgx")
     with pytest.raises(TypeError, match="scale_sdt"):
         AugmentPipe("bgc", scale_sdt=1)
     with pytest.raises(ValueError, match="not 4"):
@@ -845,10 +847,19 @@ def test_a_transfer_stopped_before_its_first_checkpoint_starts_from_the_same_wei
     assert jsonl(folder / "metrics.jsonl") == before
 
 
-def test_a_fixed_p_may_be_changed_on_resume(tmp_path):
+def test_sizes_come_from_the_checkpoint_on_toy_data_too(humans, tmp_path, capsys):
+    short = "--size 8 --batch 50 --mbstd-group 2 --kimg 1 --every 1".split()
+    main("--data", "toy/robot", *short, "--checkpoint", humans, "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^{k}: (\d+) of \1 tensors copied$", said, re.M) for k in ("G", "D"))
+
+
+def test_a_fixed_p_may_be_changed_on_resume(tmp_path, capsys):
     main("--data", faces("d"), *TINY, "--out", tmp_path, "--aug", "fixed", "--p", 0.2)
     folder = tmp_path / "stylegan2_ada-d-000"
     main("--resume", folder, "--p", 0.4, "--kimg", 2)
+    said = capsys.readouterr().out
+    assert "--ada-p was 0.2, is 0.4 from here" in said and "--kimg was 1, is 2" in said
     assert [round(row["ada/p"], 3) for row in jsonl(folder / "log.jsonl")] == [0.2, 0.4]
 
 
@@ -953,7 +964,8 @@ def test_an_official_file_with_its_pipe_starts_a_training(tmp_path, capsys):
 
 
 def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
-    faces("d"), faces("wide", 1), Path("empty").mkdir()
+    faces("d"), faces("wide", 1), faces("one", 1), Path("empty").mkdir()
+    faces("mixed", 3), faces("mixed/b", 3, size=16)
     Image.new("RGB", (20, 16)).save("wide/000.png")
     Path("text.png").write_text("hello")
     Path("bare/samples").mkdir(parents=True)
@@ -965,9 +977,11 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
     cases = [
         (["--data", "wide", *TINY[2:]], "not square"),
         (["--data", "nowhere", *TINY], "nowhere"),
-        (["--data", "toy/elf", *TINY], "toy/elf"),
+        (["--data", "toy/elf", *TINY], "toy/goblin"),
         (["--data", "toy/human", "--cond", *TINY], "toy/human"),
         (["--data", "empty", *TINY], "no images"),
+        (["--data", "one", *TINY], "one picture"),
+        (["--data", "mixed", *TINY[2:]], "pictures of different sizes"),
         ([*small, "--cond"], "no labels"),
         ([*small, "--subset", 7], "there are 6 pictures"),
         ([*small, "--subset", 0], "--subset"),
@@ -977,13 +991,15 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--augpipe", "zoom"], "zoom"),
         ([*small, "--augpipe", "bgcf"], "32 pixels or more"),
         ([*small, "--aug", "fixed"], "--ada-p"),
-        ([*small, "--aug", "fixed", "--p", 1.5], "--ada-p"),
+        ([*small, "--p", 1.5], "above 1"),
+        ([*small, "--p", 0.5, "--ada-cap", 0.4], "above --ada-cap 0.4"),
         ([*small, "--aug", "noaug", "--p", 0.5], "no use"),
         ([*small, "--aug", "adarv"], "adarv"),
         ([*small, "--p", -0.1], "negative"),
         ([*small, "--ada-kimg", 0], "not above 0"),
         ([*small, "--target", "x"], "--target"),
-        ([*small, "--freezed", 9], "--freezed 9"),
+        ([*small, "--freezed", 9, "--checkpoint", trained], "D has 4 layers"),
+        ([*small, "--freezed", 3], "without --checkpoint"),
         ([*small, "--freezed", -1], "--freezed"),
         ([*small, "--cfg", "paper2048"], "paper2048"),
         ([*small, "--checkpoint", "none.pt"], "none.pt"),
