@@ -560,7 +560,7 @@ def test_transfer_says_what_was_copied(trained, tmp_path, capsys):
     main(*options, "--out", tmp_path, "--ema-kimg", 1000)
     said = capsys.readouterr().out
     for name in ("G", "D", "G_ema"):
-        assert re.search(rf"^{name}: \d+ of \d+ tensors copied; new: ", said, re.M), said
+        assert re.search(rf"^{name}: \d+ of \d+ tensors copied; \d+ new: ", said, re.M), said
     start, end = (
         stylegan2.load_networks(f)[0]["D"].state_dict()
         for f in (trained, tmp_path / "stylegan2-d-000")
