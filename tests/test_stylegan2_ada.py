@@ -685,7 +685,7 @@ class Runner:
         opt.zero_grad()
 
 
-def test_all_that_d_sees_is_augmented_and_gradients_of_g_and_r1_pass_through(monkeypatch):
+def test_all_that_d_sees_is_augmented_and_gradients_of_g_and_r1_pass_through():
     G = stylegan2_ada.Generator(z_dim=6, w_dim=8, img_resolution=16, channel_base=64, channel_max=8)
     D, calls = small_D(), []
 
@@ -710,8 +710,7 @@ def test_all_that_d_sees_is_augmented_and_gradients_of_g_and_r1_pass_through(mon
     assert len(calls) == len(seen) == 2 + 4 + 2  # G, D on fakes and reals, R1; two rounds each
     assert all(x is y for x, (_, y) in zip(seen, calls, strict=True))
     assert all(y.requires_grad for _, y in (*calls[:2], *calls[-2:]))  # of G's fakes and for R1
-    logits = torch.cat([D(y.detach()) for _, y in calls[:0]] or [torch.zeros(1)])
-    assert logits.isfinite().all() and (signs == 0).all() and -1 <= losses["ada/r_t"] <= 1
+    assert (signs == 0).all() and -1 <= losses["ada/r_t"] <= 1
     assert T.p == pytest.approx(0.9 + 0.004 * (1 if losses["ada/r_t"] > 0.6 else -1))
 
 
