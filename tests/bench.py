@@ -135,7 +135,7 @@ def bench_stylegan2_ada(options, device):
     sizes = [(64, 32), (256, 32), (256, 64), (512, 16), (1024, 8), (1024, 16)]
     for size, batch in sizes if full else [(32, 32)]:
         preset = dict(channel_max=512, z_dim=512, w_dim=512) if full else dict(stylegan2_ada.TOY)
-        preset |= dict(size=size, batch=batch, ada_p=0.3)
+        preset |= dict(size=size, batch=batch, channels=3, ada_p=0.3)
         args = options_of(stylegan2_ada, device, options, **preset)
         stylegan2_ada.fill_options(args, {}, size, 1)
         yield from bench_stylegan2_at(stylegan2_ada, args, device, options.repeats)
