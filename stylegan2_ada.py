@@ -81,7 +81,7 @@ def auto_config(res, gpus, batch=None):
     )  # fmt: skip
 
 
-# What a plain `python stylegan2_ada.py` trains: 200 faces, for two CPU cores and a few minutes.
+# What a plain `python stylegan2_ada.py` trains: 200 faces, on two CPU cores in ten minutes or so.
 TOY = dict(size=32, subset=200, channel_base=512, channel_max=64, z_dim=64, w_dim=64)
 TOY |= dict(noise_inputs=False)  # cartoons have no stochastic detail: noise would stay as specks
 TOY |= dict(kimg=60, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ada_kimg=30, every=5)
@@ -549,9 +549,10 @@ CATEGORIES = {  # appendix B: what each --augpipe is made of, in the order in wh
     "noise": ("noise",),
     "cutout": ("cutout",),
 }
-PIPES = dict(CATEGORIES)
-for name in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc"):
-    PIPES[name] = sum(list(CATEGORIES.values())[: len(name)], ())
+PIPES = CATEGORIES | {
+    letters: sum(list(CATEGORIES.values())[: len(letters)], ())
+    for letters in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
+}
 
 STRENGTHS = dict(
     xint_max=0.125,  # of the image's side, uniform to both sides
