@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import mistakes
 import numpy as np
 import official_files
 import pytest
@@ -998,14 +999,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),
         (["evaluate", "--checkpoint", conditional, "--data", "d"], "no labels"),
     ]
-    problems = []
-    for args, message in cases:
-        try:
-            assert message in fails(capsys, *args)
-        except Exception as e:  # the rest is tried, too
-            problems.append(f"{args}: {type(e).__name__}: {e}")
-    assert not problems, "\n".join(problems)
-    assert not Path("runs").exists() and not Path("out").exists()  # a mistake leaves nothing
+    mistakes.each_ends_in_one_line(fails, capsys, cases)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys):

@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import mistakes
 import numpy as np
 import official_files
 import pytest
@@ -1017,14 +1018,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["timelapse", "--checkpoint", trained, "--out", "x.mp4"], "x.mp4"),
         (["evaluate", "--checkpoint", trained, "--data", "nowhere"], "nowhere"),
     ]
-    problems = []
-    for args, message in cases:
-        try:
-            assert message in fails(capsys, *args)
-        except Exception as e:  # the rest is tried, too
-            problems.append(f"{args}: {type(e).__name__}: {e}")
-    assert not problems, "\n".join(problems)
-    assert not Path("runs").exists() and not Path("out").exists()  # a mistake leaves nothing
+    mistakes.each_ends_in_one_line(fails, capsys, cases)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys):
