@@ -1371,6 +1371,22 @@ class ImageSet:
                 self.report(name, e)
         raise UserError(f"--data {self.source.path}: not one readable picture.")
 
+    def shrunk(self, factor):
+        """The same pictures averaged over boxes of factor x factor pixels, with a cache of their
+        own: the levels that progressive growing begins with."""
+        if factor == 1:
+            return self
+
+        def prepare(img):
+            boxes = pixels(self.prepare(img))
+            H, W, C = boxes.shape
+            boxes = boxes.reshape(H // factor, factor, W // factor, factor, C)
+            return np.rint(boxes.mean((1, 3), np.float32)).astype(np.uint8)
+
+        small = copy.copy(self)
+        small.prepare, small.kept = prepare, {}
+        return small
+
     def report(self, name, problem):
         if name in self.bad:
             return
@@ -1396,7 +1412,7 @@ class ImageSet:
 
 
 def pixels(img):
-    """PIL picture -> uint8 array (H, W, C)."""
+    """PIL picture, or uint8 array, -> uint8 array (H, W, C)."""
     array = np.asarray(img)
     return array if array.ndim == 3 else array[:, :, None]
 
@@ -1567,12 +1583,15 @@ class Run:
     Run(model, args, script) reads RANK and WORLD_SIZE of torchrun and seeds torch; restore() makes
     the run folder, <out>/<model>-<data>-<nnn>, so that mistakes found before it leave nothing.
     own_half: the networks know where to use half precision (the default on CUDA is then fp16):
-    no autocast, no loss scaling, but gradients that are not finite are mended.
+    no autocast, no loss scaling, but gradients that are not finite are mended. precision: what
+    is the default on CUDA instead.
     """
 
     log_every = 100  # images between lines of log.jsonl
+    firsts = None  # where batches differ: how many images come before each step, and in all
+    fixed = ("batch",)  # options that a resumed run may not change
 
-    def __init__(self, model, args, script, own_half=False):
+    def __init__(self, model, args, script, own_half=False, precision=None):
         self.model, self.args, self.script = model, args, script
         self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         if args.batch % self.world:
@@ -1589,7 +1608,7 @@ class Run:
             torch.backends.cudnn.benchmark = True
         if own_half and self.device.type == "cpu" and args.precision in ("fp16", "bf16"):
             raise UserError(f"--precision {args.precision} needs a GPU; here, leave it out.")
-        best = "fp16" if own_half else "tf32"
+        best = precision or ("fp16" if own_half else "tf32")
         self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
         self.own_half = own_half
         exact = self.precision == "fp32" or (own_half and self.precision != "tf32")
@@ -1620,13 +1639,13 @@ class Run:
         """Yields (step, tensors): this rank's share of batches start .. stop - 1.
 
         item(n) -> uint8 arrays (H, W, C), or label vectors (c_dim,), a pure function of n; batch k
-        is made of items k * batch ... The tensors are floats (batch / world, C, H, W) in [-1, 1],
+        is made of items images(k) ... The tensors are floats (batch / world, C, H, W) in [-1, 1],
         or (batch / world, c_dim), on the device.
         """
-        batch, share = self.args.batch, self.args.batch // self.world
 
         def make(k):
-            first = k * batch + self.rank * share
+            share = (self.images(k + 1) - self.images(k)) // self.world
+            first = self.images(k) + self.rank * share
             columns = zip(*(item(n) for n in range(first, first + share)), strict=True)
             tensors = [
                 stack(column) if column[0].ndim == 3 else torch.from_numpy(np.stack(column))
@@ -1651,6 +1670,10 @@ class Run:
                     self.save()
                     done = f"stopped at step {self.steps_done}"
                     raise KeyboardInterrupt(f"{done}; continue with --resume {self.folder}")
+
+    def images(self, step):
+        """How many images come before a step."""
+        return step * self.args.batch if self.firsts is None else self.firsts[step]
 
     @contextlib.contextmanager
     def stop_signals(self):
@@ -1744,8 +1767,7 @@ class Run:
 
     def due(self, every):
         """Whether this step is the first one past a multiple of `every` images."""
-        images = self.steps_done * self.args.batch
-        return images // every > (images - self.args.batch) // every
+        return self.images(self.steps_done) // every > self.images(self.steps_done - 1) // every
 
     def log(self, losses, **where):
         """Adds {name: 0-d tensor} to the means of the interval; `where` goes into the log as is.
@@ -1787,10 +1809,11 @@ class Run:
     def write_log(self, means):
         done, seconds = self.steps_done, time.monotonic() - self.began
         speed = (done - self.first) / max(seconds, 1e-9)
+        images = (self.images(done) - self.images(self.first)) / max(seconds, 1e-9)
         gb = memory_gb(self.device)
         line = {
             "step": done,
-            "images": done * self.args.batch,
+            "images": self.images(done),
             **self.where,
             "sec": round(self.elapsed + seconds, 1),
             "mem_gb": round(gb, 2),
@@ -1804,11 +1827,11 @@ class Run:
         left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / speed))
         days = int((self.total - done) / speed // 86400)
         losses = " ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in means.items())
-        where = " ".join(f"{k} {v}" for k, v in self.where.items() if isinstance(v, int))
+        where = " ".join(f"{k} {v:g}" for k, v in self.where.items())
         status = (
             f"{self.model} {Path(self.args.data).stem} | {where} {done}/{self.total}"
             f" {done / self.total:.0%} | left {f'{days}d ' * (days > 0)}{left}"
-            f" | {speed * self.args.batch:.1f} img/s {gb:.1f} GB | {losses}"
+            f" | {images:.1f} img/s {gb:.1f} GB | {losses}"
         )
         if sys.stdout.isatty():
             print(f"\r\033[K{status[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
@@ -1842,11 +1865,11 @@ class Run:
 
     def load_state(self, state):
         """The reverse of save()."""
-        if state["args"]["batch"] != self.args.batch:
-            before = state["args"]["batch"]
-            raise UserError(
-                f"--resume: the batch was {before}, --batch {self.args.batch} would differ."
-            )
+        for name in self.fixed:
+            before, now = state["args"][name], plain(vars(self.args))[name]
+            if before != now:
+                option = name.replace("_", "-")
+                raise UserError(f"--resume: --{option} was {before}, {now} would differ.")
         try:
             for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])

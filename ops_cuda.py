@@ -139,6 +139,7 @@ template <class T> struct Tensors {
     const T *x, *y, *gy, *gdx;
     const float *scale, *noise, *strength, *b, *gscale, *gstrength, *gb;
     int64_t noise_step;  // elements between the noise of two samples; 0: one map for all
+    int strength_step;  // 1: a strength for each channel; 0: one for all
     T *out, *gx;
     float* sums;
 };
@@ -147,6 +148,11 @@ __device__ __forceinline__ void channels(float* to, const float* from, float non
 #pragma unroll
     for (int j = 0; j < K; j++) to[j] = from ? from[j] : none;
 }
+template <int K, class T>
+__device__ __forceinline__ void strengths(float* to, const Tensors<T>& t, int c) {
+#pragma unroll
+    for (int j = 0; j < K; j++) to[j] = t.strength ? t.strength[(c + j) * t.strength_step] : 1;
+}
 
 // y = clamp(gain * f(x * scale + noise * strength + b)) to out
 template <class T, int V, bool CL>
@@ -154,10 +160,10 @@ __global__ void __launch_bounds__(256) fused_act_kernel(Grid g, Act a, Tensors<T
     Place<V, CL> p(g);
     constexpr int K = CL ? V : 1;  // channels of a thread
     if (!p.inside) return;
-    float scale[K], b[K], v[V];
+    float scale[K], b[K], strength[K], v[V];
     channels<K>(scale, t.scale ? t.scale + p.sample * g.C + p.c : nullptr, 1);
     channels<K>(b, t.b ? t.b + p.c : nullptr, 0);
-    float strength = t.strength ? *t.strength : 1;
+    strengths<K>(strength, t, p.c);
     const float* noise = t.noise ? t.noise + p.sample * t.noise_step : nullptr;
 #pragma unroll 4
     for (; p.slot < p.last; p.slot += p.rows) {
@@ -165,7 +171,7 @@ __global__ void __launch_bounds__(256) fused_act_kernel(Grid g, Act a, Tensors<T
 #pragma unroll
         for (int j = 0; j < V; j++) {
             float u = v[j] * scale[CL ? j : 0] + b[CL ? j : 0];
-            if (noise) u += noise[p.pixel(j)] * strength;
+            if (noise) u += noise[p.pixel(j)] * strength[CL ? j : 0];
             float f, f1, f2;
             if (a.kind <= 2) f = a.kind > 0 && u <= 0 ? u * a.alpha : u;
             else curve(a, u, f, f1, f2);
@@ -209,19 +215,19 @@ template <class T, int V, bool CL, int ORDER>
 __global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tensors<T> t) {
     Place<V, CL> p(g);
     constexpr int K = CL ? V : 1;
-    float scale[K] = {}, b[K] = {}, gscale[K] = {}, gb[K] = {}, gs[K] = {};
+    float scale[K] = {}, b[K] = {}, strength[K] = {}, gscale[K] = {}, gb[K] = {}, gs[K] = {};
     float acc[3][K] = {};
     if (t.y && a.clamp >= 0) a.clamp = to_float(from_float<T>(a.clamp));  // as y holds it
     if (p.inside) {
         channels<K>(scale, t.scale ? t.scale + p.sample * g.C + p.c : nullptr, 1);
         channels<K>(b, t.b ? t.b + p.c : nullptr, 0);
+        strengths<K>(strength, t, p.c);
         if (ORDER == 2) {
             channels<K>(gscale, t.gscale ? t.gscale + p.sample * g.C + p.c : nullptr, 0);
             channels<K>(gb, t.gb ? t.gb + p.sample * g.C + p.c : nullptr, 0);
             channels<K>(gs, t.gstrength ? t.gstrength + p.sample * g.C + p.c : nullptr, 0);
         }
     }
-    float strength = t.strength ? *t.strength : 1;
     const float* noise = t.noise ? t.noise + p.sample * t.noise_step : nullptr;
 #pragma unroll 2
     for (; p.slot < p.last; p.slot += p.rows) {
@@ -238,7 +244,7 @@ __global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tens
             if (t.y) m = slope(a, y[j]);
             else {
                 float f, f1, f2;
-                curve(a, x[j] * scale[k] + n * strength + b[k], f, f1, f2);
+                curve(a, x[j] * scale[k] + n * strength[k] + b[k], f, f1, f2);
                 float open = a.clamp >= 0 && fabsf(f * a.gain) >= a.clamp ? 0 : a.gain;
                 m = f1 * open; m2 = f2 * open;
             }
@@ -270,10 +276,11 @@ static void fused_act_order(int order, dim3 grid, int threads, cudaStream_t stre
 }
 template <class T>
 static void fused_act_type(int order, int vector, int cl, dim3 grid, int threads, cudaStream_t s,
-                           const Grid& g, const Act& a, void** p, int64_t noise_step) {
+                           const Grid& g, const Act& a, void** p, int64_t noise_step,
+                           int strength_step) {
     const float** f = (const float**)p;
     Tensors<T> t = {(T*)p[0], (T*)p[1], (T*)p[2], (T*)p[3], f[4], f[5], f[6], f[7], f[8], f[9],
-                    f[10], noise_step, (T*)p[11], (T*)p[12], (float*)p[13]};
+                    f[10], noise_step, strength_step, (T*)p[11], (T*)p[12], (float*)p[13]};
     constexpr int V = 16 / sizeof(T);
     if (vector && cl) fused_act_order<T, V, true>(order, grid, threads, s, g, a, t);
     else if (vector) fused_act_order<T, V, false>(order, grid, threads, s, g, a, t);
@@ -283,14 +290,14 @@ static void fused_act_type(int order, int vector, int cl, dim3 grid, int threads
 extern "C" int fused_act(int order, int type, int vector, int cl, int64_t groups, int64_t HW, int C,
                          int chunks, int slots, int lanes, int lane_blocks, int threads, int kind,
                          float alpha, float gain, float clamp, void** p, int64_t noise_step,
-                         void* stream) {
+                         int strength_step, void* stream) {
     Grid g = {HW, C, chunks, slots, lanes};
     Act a = {kind, alpha, gain, clamp};
     dim3 grid((unsigned)(groups * chunks), lane_blocks);
     auto f = fused_act_type<float>;
     if (type == 1) f = fused_act_type<__half>;
     if (type == 2) f = fused_act_type<__nv_bfloat16>;
-    f(order, vector, cl, grid, threads, (cudaStream_t)stream, g, a, p, noise_step);
+    f(order, vector, cl, grid, threads, (cudaStream_t)stream, g, a, p, noise_step, strength_step);
     return cudaGetLastError();
 }
 
@@ -508,7 +515,7 @@ def declare(library):
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     integer, real = ctypes.c_int, ctypes.c_float
     library.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
-    library.fused_act.argtypes += [ctypes.POINTER(pointer), number, pointer]
+    library.fused_act.argtypes += [ctypes.POINTER(pointer), number, integer, pointer]
     library.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
     library.upfirdn2d.argtypes += [pointer] * 4
     return library
@@ -592,7 +599,7 @@ def memory_order(x):
 # =============================================================================
 # fused_act, bias_act
 # =============================================================================
-#   forward    u = x * scale[n, c] + noise[n, h, w] * strength + b[c],  y = clamp(gain * f(u))
+#   forward    u = x * scale[n, c] + noise[n, h, w] * strength[c] + b[c],  y = clamp(gain * f(u))
 #   backward   with s = dL/dy * dy/du:   dx = s * scale,   dscale = sum_hw s * x,
 #              dstrength = sum s * noise,   dnoise = strength * sum_c s,   db = sum_nhw s
 #   second     all of these are linear in dL/dy; f is piecewise linear in every network here, so
@@ -620,9 +627,10 @@ def fused_act(
 ):  # fmt: skip
     """y = clamp(gain * f(x * scale + noise * strength + b)), in one pass.
 
-    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W) or (H, W); strength: (); b: (C,), each of
-    them may be None. act: a key of ACTIVATIONS, which holds the defaults of alpha (the slope below
-    0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the type of x.
+    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W) or (H, W); strength: () or (C,); b: (C,),
+    each of them may be None. act: a key of ACTIVATIONS, which holds the defaults of alpha (the
+    slope below 0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the
+    type of x.
     """
     _, default_alpha, default_gain = ACTIVATIONS[act]
     alpha = default_alpha if alpha is None else float(alpha)
@@ -641,7 +649,7 @@ def fused_act(
 
 def check_shapes(x, scale, noise, strength, b):
     N, C, *sides = x.shape
-    allowed = {"scale": [(N, C)], "strength": [()], "b": [(C,)]}
+    allowed = {"scale": [(N, C)], "strength": [(), (C,)], "b": [(C,)]}
     allowed["noise"] = [(N, 1, *sides), (1, 1, *sides), tuple(sides)]
     for name, t in dict(scale=scale, noise=noise, strength=strength, b=b).items():
         if t is not None and (tuple(t.shape) not in allowed[name] or t.device != x.device):
@@ -659,7 +667,8 @@ def fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp):
     elif inner != 1 or b.ndim:
         x = torch.add(b, x, alpha=inner)
     if noise is not None:
-        x = x + noise.to(x.dtype) * (inner if strength is None else strength.to(x.dtype) * inner)
+        each = inner if strength is None else strength.to(x.dtype).reshape(-1, 1, 1) * inner
+        x = x + noise.to(x.dtype) * each
     x = f(x, alpha)
     x = x if gain == inner else x * gain
     return (x if clamp is None else x.clamp(-clamp, clamp)).to(dtype)
@@ -733,7 +742,9 @@ def gradients_of_sums(sums, scale, noise, strength, b):
     if sums is None:
         return [None] * 5
     dscale = None if scale is None else sums[:, 1]
-    dstrength = None if strength is None else sums[:, 2].sum()
+    dstrength = None if strength is None else sums[:, 2].sum(0)  # (C,)
+    if strength is not None and strength.ndim == 0:
+        dstrength = dstrength.sum()
     return dscale, None, dstrength, None if b is None else sums[:, 0].sum(0), None
 
 
@@ -776,7 +787,7 @@ def run_fused_act(order, spec, reference, summed=False, **tensors):
         library.fused_act, reference, order, DTYPES[reference.dtype], V > 1, last, groups, HW, C,
         chunks, rows * walk, lanes, lane_blocks, rows * lanes, list(ACTIVATIONS).index(act), alpha,
         gain, -1.0 if clamp is None else clamp, (ctypes.c_void_p * 14)(*map(pointer, held)),
-        noise_step,
+        noise_step, int(get("strength") is not None and get("strength").ndim == 1),
     )  # fmt: skip
     if summed:
         sums = sums.sum(1)

@@ -30,7 +30,7 @@ class Vectors:
     """One file and how closely it must be met: in float64, or, on a GPU, in float32."""
 
     def __init__(self, path, device="cpu", dtype=torch.float64, impl=None):
-        self.z, self.paper = np.load(path), PAPERS[path.parent.name]
+        self.z, self.paper = np.load(path), PAPERS.get(path.parent.name)
         self.meta = json.loads(str(self.z["meta"]))
         self.device, self.dtype, self.impl = device, dtype, impl
 

@@ -609,7 +609,7 @@ def test_checkpoints_that_do_not_suit_the_command_are_refused(trained, capsys, t
         ),
         (["evaluate", "--checkpoint", ours, "--size", "30"], "--size 30"),
         ([*small, "--checkpoint", ours, "--channels-A", "1", "--channels-B", "1"], "channels"),
-        (["--resume", trained[0], "--batch", "4"], "the batch was 2"),
+        (["--resume", trained[0], "--batch", "4"], "--batch was 2"),
     ]
     before = (trained[0] / "args.json").read_bytes()
     for args, message in cases:

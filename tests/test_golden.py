@@ -13,6 +13,7 @@ import types
 import zlib
 from pathlib import Path
 
+import golden_stylegan
 import golden_stylegan2
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ import common
 import cyclegan
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-READY = ("cyclegan", "fid", "stylegan2", "stylegan2_ada")
+READY = ("cyclegan", "fid", "stylegan", "stylegan2", "stylegan2_ada")
+STYLEGANS = dict.fromkeys(golden_stylegan2.PAPERS, golden_stylegan2.check)
+STYLEGANS |= {"stylegan": golden_stylegan.check}
 FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
 
 
@@ -35,8 +38,8 @@ def float64():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_golden(path):
-    if path.parent.name in golden_stylegan2.PAPERS:
-        golden_stylegan2.check(path)
+    if path.parent.name in STYLEGANS:
+        STYLEGANS[path.parent.name](path)
         return
     case = Case(path)
     SYSTEMS[path.parent.name](case)
@@ -47,12 +50,12 @@ def test_golden(path):
 @pytest.mark.parametrize("impl", ["cuda", "ref"])
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_golden_on_a_gpu_in_float32(path, impl, monkeypatch):
-    no_kernels = path.parent.name not in golden_stylegan2.PAPERS
-    if no_kernels or path.stem.startswith(("trajectory", "ada_controller")):
+    no_kernels = path.parent.name not in STYLEGANS
+    if no_kernels or path.stem.startswith(("trajectory", "ada_controller", "schedule")):
         pytest.skip("its networks use no kernels, or float32 drifts away in eight steps")
     monkeypatch.setenv("GAN_OPS", impl)  # for networks; operators are given impl
     torch.set_default_dtype(torch.float32)
-    golden_stylegan2.check(path, device="cuda", dtype=torch.float32, impl=impl)
+    STYLEGANS[path.parent.name](path, device="cuda", dtype=torch.float32, impl=impl)
 
 
 def test_there_are_vectors_of_every_system():

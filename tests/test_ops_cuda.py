@@ -40,8 +40,9 @@ def twice(function, *inputs):
 @pytest.mark.parametrize("clamp", [None, 0.9])
 def test_fused_act_is_twice_differentiable(act, clamp):
     x, scale, noise = double(2, 3, 4, 3), double(2, 3, seed=1), double(2, 1, 4, 3, seed=2)
-    strength, b = double(seed=3), double(3, seed=4)
-    twice(lambda *t: ops.fused_act(*t, act=act, clamp=clamp), x, scale, noise, strength, b)
+    b = double(3, seed=4)
+    for strength in (double(seed=3), double(3, seed=3)):  # of all channels, of each
+        twice(lambda *t: ops.fused_act(*t, act=act, clamp=clamp), x, scale, noise, strength, b)
 
 
 @pytest.mark.parametrize("options", [{}, {"up": 2}, {"down": 2}, {"up": (2, 1), "down": (1, 2)}])
@@ -202,6 +203,7 @@ def test_the_kernel_of_fused_act_equals_its_reference(device, shape, dtype, last
 
     compare(run, full, dtype, device, last)
     compare(lambda impl, **t: run(impl, noise=noise[0, 0], **t), full, dtype, device, last)
+    compare(run, full | {"strength": torch.randn(C)}, dtype, device, last)
     del full["strength"]
     few = {"x": x, "b": full["b"]}
     compare(lambda impl, **t: run(impl, noise=None, **t), few, dtype, device, last)

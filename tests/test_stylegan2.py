@@ -976,7 +976,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--channel-base", 0], "not above 0"),
         ([*small, "--mixing", -1], "negative"),
         (["--resume", "nowhere"], "--resume nowhere"),
-        (["--resume", trained, "--batch", 64], "the batch was 32"),
+        (["--resume", trained, "--batch", 64], "--batch was 32"),
         (["--resume", trained, "--size", 32], "other networks"),
         (["generate"], "--checkpoint"),
         (["generate", *net, "--class", 0], "--class 0"),

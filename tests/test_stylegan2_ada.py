@@ -1007,7 +1007,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--fid-samples", 10, "--inception", "no.pt"], "no.pt"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--resume", "odd"], "damaged"),
-        (["--resume", trained, "--batch", 64], "the batch was 32"),
+        (["--resume", trained, "--batch", 64], "--batch was 32"),
         (["--resume", trained, "--channel-max", 8], "other networks"),
         (["generate"], "--checkpoint"),
         (["generate", "--checkpoint", conditional], "pass --class"),
