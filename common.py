@@ -10,6 +10,7 @@ In this file, in the order in which a run meets it
     official checkpoints        read_official: pickles read as data, nothing in them is run
     metrics                     fd8, FID, KID; InceptionV3 written out
     VGG16                       LPIPS, path length, precision and recall
+    separability                the toy faces' attributes, a classifier, planes in latent space
     projection                  a picture's latent
 
 Networks and losses of the model files do not need this file; their loops and commands do.
@@ -303,12 +304,13 @@ def add_generator_options(p):
     add_device_option(p)
 
 
-def add_generate_options(p):
+def add_generate_options(p, psi=1.0, cutoff=None):
     """The options of `generate`."""
     add_generator_options(p)
     p.add("--seeds", type=seeds, default="0-15", help="as in 0-7,42")
-    p.add("--psi", type=finite, default=1.0, help="truncation: 1 is none, 0 the mean picture")
-    p.add("--cutoff", type=positive_int, help="layers that are truncated: all")
+    p.add("--psi", type=finite, default=psi, help="truncation: 1 is none, 0 the mean picture")
+    limit = "layers that are truncated" + ": all" * (cutoff is None)
+    p.add("--cutoff", type=positive_int, default=cutoff, help=limit)
     p.add("--noise", choices=("const", "random", "none"), default="const")
     p.add("--mix-rows", type=seeds, help="seeds: a table of these with --mix-cols")
     p.add("--mix-cols", type=seeds, help="seeds whose layers replace those of the rows")
@@ -323,11 +325,12 @@ def add_vgg_options(p):
     p.add("--lpips", help="the LPIPS weights of VGG16, likewise")
 
 
-def add_sample_scores_options(p):
+def add_sample_scores_options(p, metrics="fd8,fid,pr,ppl"):
     """The options of an `evaluate` of samples, beside those of add_evaluate_options."""
     p.add("--samples", type=positive_int, help="fakes: 50000, on toy 4000")
     p.add("--reals", type=positive_int, help="at most: as many as fakes")
-    p.add("--metrics", default="fd8,fid,pr,ppl", help="some of these")
+    p.add("--metrics", default=metrics, help="some of these")
+    p.set_defaults(known_metrics=metrics)
     p.add("--batch", type=positive_int, default=32)
     p.add("--seed", type=not_negative_int, default=0)
     add_vgg_options(p)
@@ -2232,24 +2235,28 @@ def to_picture(image):
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
 
 
-def save_sheet(path, columns):
+def save_sheet(path, columns, rows=()):
     """A captioned sheet of samples as PNG.
 
     columns: {caption: images (N, C, H, W), floats in [-1, 1] or uint8}; row i shows image i of
-    every column. Small images are enlarged, pixel by pixel, so that one can see them.
+    every column; rows: captions of theirs. Small images are enlarged, pixel by pixel, so that one
+    can see them.
     """
     pictures = {caption: [to_picture(x) for x in images] for caption, images in columns.items()}
     side = max(max(p.size) for column in pictures.values() for p in column)
-    zoom, gap, top = max(1, 128 // side), 4, 18
+    zoom, gap, top, font = max(1, 128 // side), 4, 18, ImageFont.load_default()
     cell = side * zoom + gap
-    rows = max(len(column) for column in pictures.values())
-    sheet = Image.new("RGB", (len(columns) * cell + gap, rows * cell + top), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    left = int(max([font.getlength(row) + gap for row in rows if row], default=0))
+    count = max(len(column) for column in pictures.values())
+    sheet = Image.new("RGB", (left + len(columns) * cell + gap, count * cell + top), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, row in enumerate(rows):
+        draw.text((gap, (y + 0.45) * cell + top), row, "black", font)
     for x, (caption, column) in enumerate(pictures.items()):
-        draw.text((x * cell + gap, 3), caption, "black", font)
+        draw.text((left + x * cell + gap, 3), caption, "black", font)
         for y, picture in enumerate(column):
             picture = picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
-            sheet.paste(picture, (x * cell + gap, y * cell + top))
+            sheet.paste(picture, (left + x * cell + gap, y * cell + top))
     with write_whole(path) as f:
         sheet.save(f, "PNG")
 
@@ -2859,6 +2866,8 @@ def stylegan2_names(arrays):
     """The tensors of an official StyleGAN2 network of any kind, named and laid out as those of
     stylegan2-ada-pytorch are, but for sides of 1. Raises ValueError if that cannot be."""
     arrays = {k: v for k, v in arrays.items() if not k.endswith(("_filter", ".kernel", "lod"))}
+    if any(re.search(r"StyleMod/|RGB_lod\d", name) for name in arrays):
+        raise ValueError("these are tensors of a StyleGAN: use stylegan.py")
     if any("LabelConcat" in name for name in arrays):
         raise ValueError("its labels are concatenated to z, which is not supported")
     rules = ()
@@ -3438,16 +3447,22 @@ class Again:
 def metrics_of(args):
     """The names in --metrics."""
     metrics = [name for name in args.metrics.split(",") if name]
-    if unknown := set(metrics) - {"fd8", "fid", "pr", "ppl"}:
+    known = args.known_metrics.split(",")
+    if unknown := set(metrics) - set(known):
         raise UserError(
-            f"--metrics: no {', '.join(sorted(unknown))}; there are fd8, fid (with KID), pr, ppl."
+            f"--metrics: no {', '.join(sorted(unknown))}; there are {', '.join(known)}."
         )
     return metrics
 
 
-def generator_scores(reals, fakes, pairs, n, args, device):
+PPL2 = {"ppl2_wend": dict(space="w")}  # path lengths of StyleGAN2 and later: perceptual_path_length
+
+
+def generator_scores(reals, fakes, pairs, n, args, device, paths=PPL2):
     """The scores of --metrics. reals, fakes: iterables of uint8 batches, gone over several times;
-    pairs: see perceptual_path_length; n: fakes and paths. Without its network a score is left out.
+    pairs(m, space): see perceptual_path_length; paths: {name: its options}; n: fakes and paths.
+    Without its network a score is left out; path is ppl with a distance of pixels, which needs
+    none.
     """
     metrics = metrics_of(args)
     row = {}
@@ -3459,10 +3474,16 @@ def generator_scores(reals, fakes, pairs, n, args, device):
     if "pr" in metrics and (vgg := load_or_explain(without, load_vgg16, args.vgg, device=device)):
         features = [vgg_features(images, vgg).to(device) for images in (reals, fakes)]
         row["precision"], row["recall"] = precision_recall(*features)
-    without, paths = "path length is left out", (args.vgg, args.lpips)
-    if "ppl" in metrics and (lpips := load_or_explain(without, load_lpips, *paths, device=device)):
-        torch.manual_seed(args.seed)  # of the noise maps
-        row["ppl2_wend"] = perceptual_path_length(pairs, lpips, n, args.batch, seed=args.seed)
+    distances = {"path": pixel_distance} if "path" in metrics else {}
+    without, files = "perceptual path length is left out", (args.vgg, args.lpips)
+    if "ppl" in metrics and (lpips := load_or_explain(without, load_lpips, *files, device=device)):
+        distances["ppl"] = lpips
+    for kind, distance in distances.items():
+        for name, options in paths.items():
+            torch.manual_seed(args.seed)  # of the noise maps
+            draw = functools.partial(pairs, space=options["space"])
+            options = dict(n=n, batch=args.batch, seed=args.seed) | options
+            row[name.replace("ppl", kind)] = perceptual_path_length(draw, distance, **options)
     return row
 
 
@@ -3478,8 +3499,11 @@ def describe_scores(row):
         parts += [fid["warning"]] if "warning" in fid else []
     if "precision" in row:
         parts += [f"precision {row['precision']:.3f}, recall {row['recall']:.3f} (VGG16, k = 3)"]
-    if "ppl2_wend" in row:
-        parts += [f"ppl2_wend {row['ppl2_wend']:.1f}"]
+    lengths = [k for k in row if k.startswith(("ppl", "path"))]
+    parts += [", ".join(f"{k} {row[k]:.4g}" for k in lengths)] if lengths else []
+    if "ls" in row:
+        ls = row["ls"]
+        parts += [f"linear separability z {ls['z']:.2f}, w {ls['w']:.2f} ({ls['n']} samples)"]
     if "cycle_error" in row:
         parts += [f"cycle error {row['cycle_error']:.4f}"]
     if "error" in row:
@@ -3754,6 +3778,135 @@ def perceptual_path_length(
 
 
 # =============================================================================
+# Linear separability
+# =============================================================================
+# StyleGAN sec. 4.2, of the toy faces: their attributes, known exactly, stand for CelebA's 40.
+
+TOY_BINARY = {  # of toy_attributes: those that split the faces and show in 32 x 32 pixels
+    "looks right": lambda a: a["yaw"] > 0,
+    "leans right": lambda a: a["tilt"] > 0,
+    "mouth open": lambda a: a["mouth_open"] > 0.1,
+    "glasses": lambda a: a["glasses"] > 0,
+    "long hair": lambda a: a["hair_length"] > 0.3,
+    "hair up": lambda a: TOY_HAIR[a["hair_style"]] in ("bun", "bunches"),
+    "dark hair": lambda a: a["hair_tone"] < 0.5,
+    "dark skin": lambda a: a["skin_tone"] < 0.5,
+    "dark clothes": lambda a: a["clothes_light"] < 0.5,
+    "blue clothes": lambda a: a["clothes_hue"] in (1, 2),
+    "striped sky": lambda a: a["background_style"] == 2,
+    "yellow sky": lambda a: a["background_hue"] >= 0.75,
+}
+CLASSIFIER_SEEDS = 10_000  # its faces start here, after those that the GANs learn from
+
+
+def attribute_classifier(size):
+    """Images (N, 3, size, size) -> logits (N, K): a discriminator without minibatch statistics.
+
+    Larger images are averaged to 64 pixels first, as the paper's are to 256.
+    """
+    layers, I, res = [nn.AvgPool2d(max(size // 64, 1))], 3, min(size, 64)
+    while res > 4:
+        O = 512 // res
+        layers += [nn.Conv2d(I, O, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2)]
+        I, res = O, res // 2
+    layers += [nn.Conv2d(I, 128, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten()]
+    layers += [nn.Linear(128 * 4 * 4, 128), nn.LeakyReLU(0.2), nn.Linear(128, len(TOY_BINARY))]
+    return nn.Sequential(*layers)
+
+
+def toy_examples(seeds, domain, size):
+    """Toy faces (N, 3, size, size), uint8, and which of TOY_BINARY they have, (N, K) bool."""
+    images = stack([pixels(toy_face(seed, domain, size)) for seed in seeds])
+    has = [[test(a) for test in TOY_BINARY.values()] for a in map(toy_attributes, seeds)]
+    return images, torch.tensor(has)
+
+
+def toy_classifier(size, device="cpu", seed=0, domain=0, faces=16_000, held_out=2000, epochs=4):
+    """Learns to see TOY_BINARY in toy faces of size x size, a power of 2 from 8.
+
+    Returns net, {attribute: accuracy on `held_out` other faces}, with net(images (N, 3, size, size)
+    in [-1, 1]) -> logits (N, K), positive where a face has the attribute. Half a minute on one CPU
+    core at 32 pixels. A pure function on the CPU; torch's global random state is left alone.
+    """
+    seeds = range(CLASSIFIER_SEEDS, CLASSIFIER_SEEDS + faces + held_out)
+    images, has = toy_examples(seeds[:faces], domain, min(size, 64))
+    images, has = images.to(device), has.to(device).float()
+    with torch.random.fork_rng(devices=[]), exact_float32(device):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+        net = attribute_classifier(size).to(device)
+        opt = torch.optim.Adam(net.parameters())
+        batches = [rows for _ in range(epochs) for rows in torch.randperm(faces).split(32)]
+        for k, rows in enumerate(batches):  # the learning rate falls to 0 over the second half
+            opt.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * k / len(batches))
+            logits = net[1:](to_float(images[rows], device))  # at most 64 x 64 already
+            loss = F.binary_cross_entropy_with_logits(logits, has[rows])
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        net.eval().requires_grad_(False)
+        right = 0
+        for start in range(faces, len(seeds), 100):
+            images, has = toy_examples(seeds[start : start + 100], domain, size)
+            right = right + ((net(to_float(images, device)) > 0).cpu() == has).sum(0)
+    return net, {name: n / held_out for name, n in zip(TOY_BINARY, right.tolist(), strict=True)}
+
+
+def linear_svm(x, y):
+    """What a linear support vector machine, fitted to x (N, d) and y (N,) bool, takes y for.
+
+    It minimises |w|^2 / 2 + sum_i max(0, 1 - y_i w.x_i)^2, y_i = -1 or 1, with a constant 1 as last
+    feature: the objective of scikit-learn's LinearSVC, whose defaults the paper's code uses. Newton
+    steps in float64, exact along the step; between kinks the objective is a parabola, so that a few
+    reach its minimum. Returns (N,) bool; raises ValueError after 1000 steps.
+    """
+    if y.all() or not y.any():
+        return y.clone()
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1).double()  # (N, d + 1)
+    signed = torch.where(y[:, None], x, -x)
+    w = x.new_zeros(x.shape[1])
+    for _ in range(1000):
+        margin = 1 - signed @ w
+        inside = signed[margin > 0]  # the samples that cost something
+        grad = w - 2 * inside.T @ margin[margin > 0]
+        if grad.norm() <= 1e-6 * signed.norm():  # at w = 0 and for random y, it is twice that norm
+            return x @ w > 0
+        hessian = 2 * inside.T @ inside
+        hessian.diagonal().add_(1)
+        move = -torch.linalg.solve(hessian, grad)
+        along, low, high = signed @ move, 0.0, 1.0
+        for _ in range(30):
+            t = (low + high) / 2
+            slope = (w + t * move) @ move - 2 * (margin - t * along).clamp(min=0) @ along
+            low, high = (t, high) if slope < 0 else (low, t)
+        w = w + high * move
+    raise ValueError(f"no plane found in 1000 steps: latents of norm {x.norm(dim=1).mean():.3g}")
+
+
+def conditional_entropy(x, y):
+    """H(Y|X) in bits of samples x, y (N,) bool: what is left to know of y where x is known."""
+    joint = torch.bincount(2 * x.long() + y.long(), minlength=4).double().reshape(2, 2) / len(x)
+    nats = torch.special.entr(joint).sum() - torch.special.entr(joint.sum(1)).sum()
+    return max(0.0, float(nats) / math.log(2))
+
+
+def linear_separability(latents, logits):
+    """How well planes split latent spaces by what the images show (StyleGAN sec. 4.2): 1 is best.
+
+    latents: {space: (N, d)}; logits (N, K) of the images, as toy_classifier's. Of each attribute
+    the half of the images with the surest logits counts; an attribute that all of them share adds
+    nothing. Returns {space: 2 ** (sum of H)}, the paper's exp with H in nats, and {space: H (K,)}.
+    The planes are fitted to the samples that they are judged by: N must be well above d.
+    """
+    entropies = {space: [] for space in latents}
+    for logit in logits.T:
+        sure = logit.abs().argsort(descending=True, stable=True)[: len(logit) // 2]
+        has = logit[sure] > 0
+        for space, x in latents.items():
+            entropies[space].append(conditional_entropy(linear_svm(x[sure], has), has))
+    return {space: 2 ** sum(H) for space, H in entropies.items()}, entropies
+
+
+# =============================================================================
 # Projection: a picture's latent
 # =============================================================================
 
@@ -3761,23 +3914,24 @@ def perceptual_path_length(
 def distance_to(target, lpips=None):
     """distance(x) -> scalar, of x to the target, both (1, C, H, W) in [-1, 1], for `project`.
 
-    LPIPS of at most 256 pixels; without it the mean squared differences of the pixels, of 2 x 2
-    averages and so on down to 8 pixels, summed: coarser, but it needs no weights.
+    LPIPS of at most 256 pixels; without it pixel_distance: coarser, but it needs no weights.
     """
-    if lpips is not None:
-        with torch.no_grad():
-            features = lpips.features(at_most_256(target))
-        return lambda x: (lpips.features(at_most_256(x)) - features).square().sum()
+    if lpips is None:
+        return lambda x: pixel_distance(x, target).sum()
+    with torch.no_grad():
+        features = lpips.features(at_most_256(target))
+    return lambda x: (lpips.features(at_most_256(x)) - features).square().sum()
 
-    def pixel_distance(x):
-        difference = x - target
-        total = difference.square().mean()
-        while min(difference.shape[2:]) > 8:
-            difference = F.avg_pool2d(difference, 2)
-            total = total + difference.square().mean()
-        return total
 
-    return pixel_distance
+def pixel_distance(x, y):
+    """(N,): the mean squared difference of images (N, C, H, W), of their averages over 2 x 2 pixels
+    and so on down to 8 pixels, summed."""
+    difference = x - y
+    total = difference.square().mean([1, 2, 3])
+    while min(difference.shape[2:]) > 8:
+        difference = F.avg_pool2d(difference, 2)
+        total = total + difference.square().mean([1, 2, 3])
+    return total
 
 
 def lr_ramp(t):
@@ -3950,17 +4104,20 @@ def synthesize(G, ws, noise="const", batch=16):
     return torch.cat([to_uint8(G.synthesis(w, noise)).cpu() for w in ws.split(batch)])
 
 
+@torch.no_grad()
+def ws_of_seeds(args, G, c, seeds):
+    """ws (N, num_ws, w_dim) of seeds, truncated by --psi in --cutoff layers."""
+    device = next(G.parameters()).device
+    z = latents(seeds, G.config["z_dim"]).to(device)
+    c = None if c is None else c.to(device).expand(len(z), -1)
+    return G.mapping(z, c, args.psi, args.cutoff)
+
+
 def generate(args, G, c):
     """The command `generate`: pictures of seeds or of a file, a style-mixing table, or a film."""
     out_folder(args)
     out, device = Path(args.out), next(G.parameters()).device
-
-    def ws_of(seeds):
-        """ws (N, num_ws, w_dim) of seeds."""
-        z = latents(seeds, G.config["z_dim"]).to(device)
-        c_n = None if c is None else c.to(device).expand(len(z), -1)
-        with torch.no_grad():
-            return G.mapping(z, c_n, args.psi, args.cutoff)
+    ws_of = functools.partial(ws_of_seeds, args, G, c)
 
     if args.mix_rows or args.mix_cols:  # the style-mixing table of StyleGAN, Fig. 3
         layers = args.mix_layers or list(range(round(0.39 * G.num_ws)))  # 0-6 of 18, as officially
@@ -4054,8 +4211,9 @@ def load_noise(path, G):
             noise.copy_(load_array(path, name, tuple(noise.shape)))
 
 
-def evaluate_generator(args, G, exact, saved):
-    """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout."""
+def evaluate_generator(args, G, exact, saved, paths=PPL2):
+    """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout; paths:
+    see generator_scores."""
     device = next(G.parameters()).device
     exact.to(device)
     metrics_of(args)
@@ -4091,13 +4249,16 @@ def evaluate_generator(args, G, exact, saved):
 
     rng = np.random.default_rng(args.seed)
 
-    def pairs(m):
-        """Ends of m paths in W, and how to render points of them: one label, one noise for both."""
+    def pairs(m, space):
+        """Ends of m paths in Z or W, and how to render points of them: one label, one noise for
+        both."""
         z, c = (None if t is None else t.to(device) for t in random_z(rng, 2 * m))
-        c = None if c is None else torch.cat([c[:m], c[:m]])
+        c = None if c is None else c[:m]
         for noise in noise_maps(exact).values():
             noise.normal_()
-        a, b = exact.mapping(z, c).chunk(2)
+        if space == "z":
+            return *z.chunk(2), lambda z: exact(z, c, noise="const")
+        a, b = (exact.mapping(half, c) for half in z.chunk(2))
         return a, b, lambda ws: exact.synthesis(ws, "const")
 
     print(
@@ -4105,10 +4266,40 @@ def evaluate_generator(args, G, exact, saved):
         f" {args.size}x{args.size}, not mirrored"
     )
     row = {"n_real": n_real, "n_fake": n}
-    found = generator_scores(Again(reals), Again(fakes), pairs, n, args, device)
+    found = generator_scores(Again(reals), Again(fakes), pairs, n, args, device, paths)
+    if "ls" in metrics_of(args):
+        found |= separability(args, G, source, random_z)
     if not found:
         raise UserError("no score is left to compute.")
     row |= found
     print(describe_scores(row))
     if args.out:
         write_json(args.out, row)
+
+
+def separability(args, G, source, random_z):
+    """{"ls": linear separability of z and w (StyleGAN sec. 4.2)} of toy faces, else nothing."""
+    if not source.is_toy or G.config["c_dim"] or G.config["img_channels"] != 3:
+        known = "attributes are known of toy faces in colour, without labels"
+        print(f"linear separability is left out: {known}")
+        return {}
+    device, n = next(G.parameters()).device, args.samples or 20_000
+    print(f"training a classifier of {len(TOY_BINARY)} attributes of toy faces")
+    domain = source.domain_and_seed(source.names[0])[0]
+    net, accuracy = toy_classifier(args.size, device, args.seed, domain)
+    rng, found = np.random.default_rng(args.seed), {"z": [], "w": [], "logits": []}
+    torch.manual_seed(args.seed)
+    for k in range(0, n, args.batch):
+        z = random_z(rng, min(args.batch, n - k))[0].to(device)
+        with torch.no_grad():
+            ws = G.mapping(z)
+            images = to_uint8(G.synthesis(ws, "random"))
+            logits = net(to_float(images, device))
+        for name, t in {"z": z, "w": ws[:, -1], "logits": logits}.items():
+            found[name].append(t.cpu())
+    found = {name: torch.cat(parts) for name, parts in found.items()}
+    scores, entropies = linear_separability({k: found[k] for k in "zw"}, found["logits"])
+    for i, name in enumerate(TOY_BINARY):
+        bits = ", ".join(f"{space} {entropies[space][i]:.3f}" for space in "zw")
+        print(f"{name}: H(Y|X) in bits {bits}; the classifier is right on {accuracy[name]:.1%}")
+    return {"ls": {"n": n, **scores}}

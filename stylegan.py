@@ -24,10 +24,12 @@ full size, so that it weighs four times as much after each doubling of the resol
 import argparse
 import bisect
 import copy
+import functools
 import math
 import re
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +124,15 @@ def conv2d(x, weight, resample=None):
     return ops.conv2d(x, weight, padding=weight.shape[2] // 2)
 
 
+@functools.cache
+def binomial(device):
+    """The filter [1, 2, 1], of sum 1, once per device."""
+    return ops.setup_filter([1, 2, 1], separable=True, device=device)
+
+
 def blur(x):
-    """Binomial filter [1, 2, 1] along either axis (sec. 2: bilinear sampling)."""
-    return ops.filter2d(x, ops.setup_filter([1, 2, 1], separable=True, device=x.device))
+    """Binomial filter along either axis (sec. 2: bilinear sampling)."""
+    return ops.filter2d(x, binomial(x.device))
 
 
 def upscale(x, factor=2):
@@ -269,7 +277,7 @@ class SynthesisLayer(Epilogue):
 def block_type(block, x):
     """The type that a block computes in: its half type on a GPU, else that of its weights."""
     half = block.half if x.is_cuda else None
-    return half or block.conv1.weight.dtype
+    return half or next(block.parameters()).dtype
 
 
 class SynthesisBlock(nn.Module):
@@ -299,6 +307,11 @@ class SynthesisBlock(nn.Module):
             x = self.dense(ws[0]).unflatten(1, (-1, 4, 4))
         x = self.conv0(x.to(block_type(self, x)), ws[0], noise)
         return self.conv1(x, ws[-1], noise)
+
+    def rgb(self, x):
+        """(N, O, res, res) -> (N, img_channels, res, res), not in half precision"""
+        img = self.torgb(x)
+        return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
 
 def channels(res, channel_base, channel_max):
@@ -354,10 +367,10 @@ class SynthesisNetwork(nn.Module):
         for i, res in enumerate(self.resolutions[: len(self.resolutions) - missing]):
             block, before = getattr(self, f"b{res}"), x
             x = block(x, ws[2 * i : 2 * i + 2] if len(ws) > 1 else ws, noise)
-        img = block.torgb(x)
+        img = block.rgb(x)
         if t:  # fade in the last resolution (Karras et al. 2017, Fig. 2)
-            img = img.lerp(upscale(getattr(self, f"b{res // 2}").torgb(before)), t)
-        return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
+            img = img.lerp(upscale(getattr(self, f"b{res // 2}").rgb(before)), t)
+        return img
 
     def forward(self, ws, noise="random"):
         return upscale(self.grown(ws, noise), 2 ** int(self.lod))
@@ -428,6 +441,10 @@ class DiscriminatorBlock(nn.Module):
         x = self.conv0(x.to(block_type(self, x)))
         return self.conv1(blur(x) if self.blurred else x)
 
+    def features(self, img):
+        """(N, img_channels, res, res) -> (N, I, res, res)"""
+        return self.fromrgb(img.to(block_type(self, img)))
+
 
 class DiscriminatorEpilogue(nn.Module):
     """The 4x4 end of D: minibatch standard deviation, convolution, two dense layers.
@@ -442,6 +459,10 @@ class DiscriminatorEpilogue(nn.Module):
         self.conv = Conv2d(I + bool(mbstd_group), I, 3, "lrelu")
         self.fc = Linear(I * 16, I, "lrelu")
         self.out = Linear(I, c_dim or 1)
+
+    def features(self, img):
+        """(N, img_channels, 4, 4) -> (N, I, 4, 4)"""
+        return self.fromrgb(img)
 
     def forward(self, x, c):
         x = x.to(self.conv.weight.dtype)
@@ -486,11 +507,11 @@ class Discriminator(nn.Module):
         missing, t = int(self.lod), self.lod % 1
         first, *rest = self.resolutions[missing:]
         img = downscale(img, img.shape[2] // first)
-        x = getattr(self, f"b{first}").fromrgb(img)
+        x = getattr(self, f"b{first}").features(img)
         for res, below in zip([first, *rest], rest, strict=False):
             x = getattr(self, f"b{res}")(x)
             if t and res == first:  # fade in the first resolution
-                x = x.lerp(getattr(self, f"b{below}").fromrgb(downscale(img)).to(x.dtype), t)
+                x = x.lerp(getattr(self, f"b{below}").features(downscale(img)).to(x.dtype), t)
         return self.b4(x, c if self.config["c_dim"] else None)
 
 
@@ -834,7 +855,9 @@ def fill_options(args, nets):
 
 
 def plan_of(args, size, world):
-    """The steps of the options."""
+    """The steps of the options, which are checked."""
+    if args.map_layers == 0 and (args.cond or args.w_dim != args.z_dim):
+        raise UserError("--map-layers 0 makes w of z alone: --w-dim as --z-dim, and no --cond.")
     if args.start_size not in resolutions(size):
         raise UserError(f"--start-size {args.start_size}: one of 4, 8, ..., {size} is needed.")
     steps = plan(
@@ -924,7 +947,7 @@ def from_official(arrays, options=None):
     detail of a network that was still growing is kept. Raises ValueError for anything else.
     """
     options = options or {}
-    if any("mod_weight" in name or name.startswith("b4.") for name in arrays):
+    if any(re.search(r"mod_weight$|^(synthesis\.)?b4\.", name) for name in arrays):
         raise ValueError("these are tensors of a StyleGAN2: use stylegan2.py")
     lods = [float(t) for name, t in arrays.items() if name.split("/")[-1] == "lod"]
     arrays = {name: t for name, t in arrays.items() if name.split("/")[-1] != "lod"}
@@ -989,16 +1012,106 @@ def load_networks(path):
     return common.load_gan(path, "stylegan", build, from_official)
 
 
+def bands(G):
+    """{name: layers} of coarse, middle and fine styles: those of 4-8, 16-32 and 64-1024 pixels
+    (sec. 3.1), which smaller networks have fewer of."""
+    n = len(G.synthesis.resolutions)
+    coarse = min(2, -(-n // 3))
+    middle = min(2, n - coarse - 1)
+    ends = {
+        "coarse": (0, coarse),
+        "middle": (coarse, coarse + middle),
+        "fine": (coarse + middle, n),
+    }
+    return {k: list(range(2 * a, 2 * b)) for k, (a, b) in ends.items() if b > a}
+
+
+def figure_mixing(args, G, c):
+    """Fig. 3: coarse, middle or fine styles of each column's picture in those of the rows."""
+    if not (args.mix_rows and args.mix_cols) or G.num_ws == 1:
+        raise UserError("--figure mixing needs --mix-rows, --mix-cols, and a network with styles.")
+    rows, columns = (common.ws_of_seeds(args, G, c, k) for k in (args.mix_rows, args.mix_cols))
+    first, top = (common.synthesize(G, ws, args.noise) for ws in (rows, columns))
+    parts = bands(G)
+    table = {"": torch.cat([torch.full_like(first[:1], 255), *[first] * len(parts)])}
+    for seed, w, image in zip(args.mix_cols, columns, top, strict=True):
+        column = [image[None]]
+        for layers in parts.values():
+            mixed = rows.clone()
+            mixed[:, layers] = w[layers]
+            column.append(common.synthesize(G, mixed, args.noise))
+        table[f"seed {seed}"] = torch.cat(column)
+    names = [f"{part} {seed}" for part in parts for seed in args.mix_rows]
+    return table, ["", *names]
+
+
+def figure_noise(args, G, c, realisations=100):
+    """Figs. 4 and 5: noise in all layers, twice, and the deviation of its pixels, times 4; in none;
+    in the finer and the coarser half of the resolutions."""
+    ws, half = common.ws_of_seeds(args, G, c, args.seeds), len(G.synthesis.resolutions) // 2
+    limit, device = G.synthesis.resolutions[half], ws.device
+    generator = torch.Generator(device)
+
+    def noise(low=0, high=math.inf):
+        def draw(*shape):
+            maps = torch.randn(shape, generator=generator, device=device)
+            return maps * (low <= shape[-1] < high)
+
+        return draw
+
+    def pictures(draw, seed=0):
+        generator.manual_seed(seed)
+        return common.synthesize(G, ws, draw)
+
+    grey = torch.stack([
+        pictures(noise(), seed).float().mean(1, keepdim=True) for seed in range(realisations)
+    ])  # fmt: skip
+    deviation = (4 * grey.std(0)).clamp(max=255).round().byte().expand(-1, 3, -1, -1)
+    return {
+        "noise": pictures(noise()), "again": pictures(noise(), 1),
+        "deviation x 4": deviation[:, : G.config["img_channels"]], "none": pictures("none"),
+        f"from {limit} px": pictures(noise(limit)), f"below {limit}": pictures(noise(0, limit)),
+    }, [f"seed {seed}" for seed in args.seeds]  # fmt: skip
+
+
+def figure_truncation(args, G, c):
+    """Fig. 8: all layers truncated, down to psi = -1, the opposite of each picture."""
+    table = {}
+    for psi in (1.0, 0.7, 0.5, 0.0, -0.5, -1.0):
+        truncated = argparse.Namespace(psi=psi, cutoff=None)
+        ws = common.ws_of_seeds(truncated, G, c, args.seeds)
+        table[f"psi {psi:g}"] = common.synthesize(G, ws, args.noise)
+    return table, [f"seed {seed}" for seed in args.seeds]
+
+
+FIGURES = {"mixing": figure_mixing, "noise": figure_noise, "truncation": figure_truncation}
+
+
 def generate(args):
     """Pictures of seeds, a figure of the paper, or an interpolation film."""
-    common.generate(args, *common.load_generator(args, load_networks)[:2])
+    G, c, _ = common.load_generator(args, load_networks)
+    if not args.figure:
+        common.generate(args, G, c)
+        return
+    common.out_folder(args)
+    path = Path(args.out) / f"{args.figure}.png"
+    common.save_sheet(path, *FIGURES[args.figure](args, G, c))
+    print(path)
 
 
 def evaluate(args):
+    """fd8, FID and KID, precision and recall, path lengths and linear separability of untruncated
+    samples. Path lengths are of the face, as in the official code: of paths in Z and in W, whole
+    (full) or near their ends."""
     G, _, saved = common.load_generator(args, load_networks)
     exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
     exact.load_state_dict(G.state_dict())
-    common.evaluate_generator(args, G, exact, saved)
+    paths = {
+        f"ppl_{space}{'full' if full else 'end'}": dict(space=space, full=full, crop=True)
+        for full in (True, False)
+        for space in "zw"
+    }
+    common.evaluate_generator(args, G, exact, saved, paths)
 
 
 def main(argv=None):
@@ -1030,7 +1143,7 @@ def main(argv=None):
     p.add("--gp-target", type=above_0, default=1.0, help="norm of the gradient that it asks for")
     p.add("--lr", type=above_0, default=LR, help="times 1.5 at 128 pixels, 2 at 256, 3 from 512")
     p.add("--lr-rampup", type=from_0, default=0.0, help="kimg over which the rate rises from 0")
-    p.add("--mixing", type=from_0, help="probability of style mixing: 0.9")
+    p.add("--mixing", type=common.probability, help="probability of style mixing: 0.9")
     p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
     p.add("--mbstd-group", type=common.not_negative_int, default=4, help="0: no minibatch std")
     p.add("--channel-base", type=number, help="channels times side: 16384")
@@ -1043,11 +1156,13 @@ def main(argv=None):
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, figures of the paper, or a film")
-    common.add_generate_options(p)
+    common.add_generate_options(p, psi=0.7, cutoff=8)
+    figures = "of the paper: mixing (Fig. 3), noise (Figs. 4, 5), truncation (Fig. 8)"
+    p.add("--figure", choices=list(FIGURES), help=figures)
 
     p = cli.command("evaluate", evaluate, "fd8, FID, path length, linear separability")
     common.add_evaluate_options(p)
-    common.add_sample_scores_options(p)
+    common.add_sample_scores_options(p, "fd8,fid,pr,path,ppl,ls")
 
     args = cli.parse(argv)
     args.function(args)

@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import cyclegan
+import stylegan
 import stylegan2
 import stylegan2_ada
 
@@ -116,6 +117,46 @@ def options_of(paper, device, options, **preset):
     with mock.patch.object(paper, "train") as train:
         paper.main(argv)
     return train.call_args.args[0]
+
+
+def bench_stylegan(options, device):
+    """Rows: training by phase, full-grown, in the middle of a fade, and at 8 pixels; generation."""
+    full = options.full or device.type == "cuda"
+    for size, batch in [(64, 32), (256, 32), (1024, 8)] if full else [(32, 32)]:
+        preset = dict(size=size) | (dict(batch=batch) if full else stylegan.TOY)
+        args = options_of(stylegan, device, options, **preset)
+        stylegan.fill_options(args, {})
+        run = common.Run("bench", args, "", own_half=True, precision="fp32")
+        half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
+        nets = stylegan.new_networks(args, size, 0, half).values()
+        G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
+        opt_G, opt_D = (run.adam([net], args.lr, stylegan.BETAS) for net in (G, D))
+        smallest = float(len(stylegan.resolutions(size)) - 2)  # 8 pixels
+        for lod in (0.0, 0.5, smallest):
+            res = size >> int(lod)
+            x = torch.randn(batch, 3, res, res, device=device)
+            x = x.to(memory_format=torch.channels_last)
+
+            def phase(function, opt, *arguments, args=args, run=run):
+                def step():
+                    function(*arguments, args, run, run.randn)
+                    run.step(opt)
+
+                return seconds(step, device, options.repeats)
+
+            for net in (G, D):
+                net.grow(lod)
+            D.requires_grad_(True)
+            d = phase(stylegan.discriminator_phase, opt_D, G, D, x, None)
+            D.requires_grad_(False)
+            g = phase(stylegan.generator_phase, opt_G, G, D, batch, lambda n: None)
+            name = f"train {size} px at lod {lod:g}, batch {batch}, {run.precision}"
+            ms = f"D with R1 {1000 * d:.1f}, G {1000 * g:.1f}"
+            yield name, batch / (d + g), ms, memory(device)
+        G.grow(0.0)
+        z, G = torch.randn(batch, args.z_dim), G.eval()
+        t = seconds(lambda G=G, z=z, n=batch: common.sample(G, z, None, n), device, options.repeats)
+        yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
 
 
 def bench_stylegan2(options, device):
@@ -218,6 +259,7 @@ def memory(device):
 
 ROWS = {
     "cyclegan": bench_cyclegan,
+    "stylegan": bench_stylegan,
     "stylegan2": bench_stylegan2,
     "stylegan2_ada": bench_stylegan2_ada,
 }
