@@ -232,7 +232,7 @@ def tf_mapping(case):
 
 def tf_synthesis(case):
     arrays = tensors(case, "net", gradient=True)
-    full = with_mapping(arrays, case.args["G"])
+    full = {k: case.to(t) for k, t in with_mapping(arrays, case.args["G"]).items()}
     net, call = network(case, full, "G")
     net.eval()
     ws = case.inputs["dlatents"].requires_grad_()

@@ -55,7 +55,8 @@ def test_golden_on_a_gpu_in_float32(path, impl, monkeypatch):
         pytest.skip("its networks use no kernels, or float32 drifts away in eight steps")
     monkeypatch.setenv("GAN_OPS", impl)  # for networks; operators are given impl
     torch.set_default_dtype(torch.float32)
-    STYLEGANS[path.parent.name](path, device="cuda", dtype=torch.float32, impl=impl)
+    with common.exact_float32(torch.device("cuda")):
+        STYLEGANS[path.parent.name](path, device="cuda", dtype=torch.float32, impl=impl)
 
 
 def test_there_are_vectors_of_every_system():
