@@ -123,7 +123,8 @@ def bench_stylegan(options, device):
     """Rows: training by phase, full-grown, in the middle of a fade, and at 8 pixels; generation."""
     full = options.full or device.type == "cuda"
     for size, batch in [(64, 32), (256, 32), (1024, 8)] if full else [(32, 32)]:
-        preset = dict(size=size) | (dict(batch=batch) if full else stylegan.TOY)
+        preset = dict(channel_base=16384, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
+        preset |= dict(size=size, batch=batch) | ({} if full else stylegan.TOY)
         args = options_of(stylegan, device, options, **preset)
         stylegan.fill_options(args, {})
         run = common.Run("bench", args, "", own_half=True, precision="fp32")
