@@ -1591,7 +1591,6 @@ class Run:
     """
 
     log_every = 100  # images between lines of log.jsonl
-    firsts = None  # where batches differ: how many images come before each step, and in all
     fixed = ("batch",)  # options that a resumed run may not change
 
     def __init__(self, model, args, script, own_half=False, precision=None):
@@ -1675,8 +1674,8 @@ class Run:
                     raise KeyboardInterrupt(f"{done}; continue with --resume {self.folder}")
 
     def images(self, step):
-        """How many images come before a step."""
-        return step * self.args.batch if self.firsts is None else self.firsts[step]
+        """How many images come before a step; a loop whose batches differ puts its own here."""
+        return step * self.args.batch
 
     @contextlib.contextmanager
     def stop_signals(self):
@@ -4227,6 +4226,8 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2):
     labels = one_hot(args, source) if G.config["c_dim"] else None
 
     n = args.samples or (4000 if source.is_toy else 50_000)
+    if args.samples or source.is_toy:
+        paths = {name: options | dict(n=n) for name, options in paths.items()}
     n_real = min(args.reals or n, len(images))
     if min(n, n_real) < 2:
         raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")

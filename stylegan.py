@@ -69,14 +69,17 @@ RATES = {128: 1.5, 256: 2, 512: 3, 1024: 3}
 TICKS = {4: 160, 8: 140, 16: 120, 32: 100, 64: 80, 128: 60, 256: 40, 512: 30, 1024: 20}
 LR, BETAS, EPS = 0.001, (0.0, 0.99), 1e-8  # Adam
 REPEATS = 4  # steps between looks at the schedule
+SWITCHES = ("use_styles", "pixel_norm", "instance_norm", "const_input")  # of G, by --config
+SCHEDULE = ("start_size", "train_kimg", "fade_kimg", "batches", "batch_max")  # options of growth
 MIXING = 0.9  # sec. 3.1
 EMA_KIMG = 10.0  # half-life of the weights' average, thousands of images
 W_AVG_BETA = 0.995
+PATHS = 100_000  # of path length
 FP16_BLOCKS, CLAMP = 4, 256.0  # with --precision fp16: as StyleGAN2 has it
 
 # What a plain `python stylegan.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64, map_layers=4)
-TOY |= dict(kimg=170, train_kimg=20, fade_kimg=10, batches="", lr=0.002, r1_gamma=1.0)
+TOY |= dict(kimg=150, train_kimg=20, fade_kimg=10, batches="", lr=0.002, r1_gamma=1.0)
 TOY |= dict(ema_kimg=2.0, every=10)
 
 # =============================================================================
@@ -619,20 +622,19 @@ def is_growth(lod, before):
     return (math.floor(lod), math.ceil(lod)) != (math.floor(before), math.ceil(before))
 
 
-Step = namedtuple("Step", "first age stage")  # images before it; steps since Adam was reset
+Round = namedtuple("Round", "first age stage")  # images, and steps since Adam's reset, before it
 
 
 def plan(kimg, **options):
-    """All steps of a training, of so many thousands of images; options: of `schedule`."""
-    steps, images, age, before = [], 0, 0, -1
+    """All rounds of REPEATS steps, each at one stage of the schedule, of a training that sees so
+    many thousands of images; options: of `schedule`."""
+    found, images, age, before = [], 0, 0, -1
     while images < kimg * 1000:
         stage = schedule(images / 1000, **options)
         age, before = 0 if is_growth(stage.lod, before) else age, stage.lod
-        for _ in range(REPEATS):
-            age += 1
-            steps.append(Step(images, age, stage))
-            images += stage.batch
-    return steps
+        found.append(Round(images, age, stage))
+        images, age = images + REPEATS * stage.batch, age + REPEATS
+    return found
 
 
 def tensorflow_eps(age):
@@ -658,7 +660,7 @@ def rounds(size, z, c):
 def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer of those that are grown and
     of fresh latents above; one layer for all samples."""
-    if args.mixing == 0:
+    if args.mixing == 0 or G.num_ws == 1:
         return mixed_ws(G, z, c)
     gate, place = run.rand(2, shared=True)
     grown = G.num_ws - 2 * int(G.synthesis.lod)
@@ -761,13 +763,13 @@ def train(args):
 
     # ---- the schedule, and data: image n is a pure function of (seed, n) ----------------------
     data, size = common.square_pictures(args, source, args.channels)
-    steps = plan_of(args, size, run.world)
-    run.firsts = [*(s.first for s in steps), steps[-1].first + steps[-1].stage.batch]
+    stages = plan_of(args, size, run.world)
+    run.images = functools.partial(images_before, stages)
     labels = common.one_hot(args, source) if args.cond else None
     levels = {2**k * 4: data.shrunk(size // 4 >> k) for k in range(int(math.log2(size)) - 1)}
 
     def image(n):
-        stage = steps[bisect.bisect(run.firsts, n) - 1].stage
+        stage = stages[bisect.bisect(stages, n, key=lambda r: r.first) - 1].stage
         epoch, i = divmod(n, len(data))
         k = common.shuffled(len(data), args.seed, epoch)[i]
         rng = common.item_rng(args.seed, epoch, i)
@@ -795,16 +797,17 @@ def train(args):
     start = run.restore(nets, opts, {})
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
-        f" {len(steps)} steps from {steps[0].stage.res} to {steps[-1].stage.res} pixels, batches of"
-        f" {', '.join(str(n) for n in dict.fromkeys(s.stage.batch for s in steps))}"
+        f" from {stages[0].stage.res} to {stages[-1].stage.res} pixels, in batches of"
+        f" {', '.join(str(n) for n in dict.fromkeys(r.stage.batch for r in stages))}"
     )
     examples = common.sample_inputs(G_ema, labels, args.seed)
     if start == 0:
         run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
 
-    for step, (real, *real_c) in run.batches(image, start, len(steps)):
+    for step, (real, *real_c) in run.batches(image, start, len(stages) * REPEATS):
         real_c = real_c[0] if real_c else None
-        _, age, stage = steps[step]
+        _, age, stage = stages[step // REPEATS]
+        age += step % REPEATS + 1
 
         # ---- growth: where a fade begins or ends Adam forgets ---------------------------------
         for net in nets.values():
@@ -824,16 +827,12 @@ def train(args):
         run.log(losses, kimg=kimg, res=stage.res, lod=round(stage.lod, 3))
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due((args.every or stage.tick) * 1000):
-            run.save_picture(common.grid(common.sample(G_ema, *examples, stage.batch), 8))
-            common.score_samples(run, G_ema, data, labels, stage.batch)
+            run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
+            common.score_samples(run, G_ema, data, labels, args.batch)
             for net in (G, G_ema):
                 net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
             run.save(keep=keep)
     run.say(f"samples and checkpoint are in {run.folder}")
-
-
-SWITCHES = ("use_styles", "pixel_norm", "instance_norm", "const_input")  # of G, by --config
-SCHEDULE = ("start_size", "train_kimg", "fade_kimg", "batches", "batch_max", "lr_rampup")
 
 
 def fill_options(args, nets):
@@ -855,23 +854,29 @@ def fill_options(args, nets):
 
 
 def plan_of(args, size, world):
-    """The steps of the options, which are checked."""
+    """The `plan` of the options, which are checked."""
     if args.map_layers == 0 and (args.cond or args.w_dim != args.z_dim):
         raise UserError("--map-layers 0 makes w of z alone: --w-dim as --z-dim, and no --cond.")
     if args.start_size not in resolutions(size):
         raise UserError(f"--start-size {args.start_size}: one of 4, 8, ..., {size} is needed.")
-    steps = plan(
+    stages = plan(
         args.kimg, size=size, start_size=args.start_size, train_kimg=args.train_kimg,
         fade_kimg=args.fade_kimg, batch=args.batch, batches=table(args.batches),
         batch_max=table(args.batch_max), lr=args.lr,
         lr_max=LOSSES[args.loss].get("lr_max", math.inf), rampup_kimg=args.lr_rampup, world=world,
     )  # fmt: skip
-    for batch in {s.stage.batch for s in steps}:
+    for batch in {r.stage.batch for r in stages}:
         if batch < world:
             raise UserError(f"a batch of {batch} cannot be split over {world} processes.")
         if args.batch_gpu and batch // world % min(args.batch_gpu, batch // world):
             raise UserError(f"--batch-gpu {args.batch_gpu} does not divide {batch // world}.")
-    return steps
+    return stages
+
+
+def images_before(stages, step):
+    """How many images come before a step."""
+    k = min(step // REPEATS, len(stages) - 1)
+    return stages[k].first + (step - k * REPEATS) * stages[k].stage.batch
 
 
 def table(text):
@@ -1107,7 +1112,7 @@ def evaluate(args):
     exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
     exact.load_state_dict(G.state_dict())
     paths = {
-        f"ppl_{space}{'full' if full else 'end'}": dict(space=space, full=full, crop=True)
+        f"ppl_{space}{'full' if full else 'end'}": dict(space=space, full=full, crop=True, n=PATHS)
         for full in (True, False)
         for space in "zw"
     }
