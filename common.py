@@ -1350,7 +1350,8 @@ class ImageSet:
     def __init__(self, source, prepare, mode="RGB", cache="auto"):
         self.source, self.names, self.prepare, self.mode = source, source.names, prepare, mode
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a cache of its own
-        self.room = available_memory() // 4 // ranks if cache == "auto" else 0
+        # In a list: the levels of `shrunk` share it.
+        self.room = [available_memory() // 4 // ranks if cache == "auto" else 0]
         self.kept, self.bad = {}, set()
 
     def __len__(self):
@@ -1360,8 +1361,8 @@ class ImageSet:
         image = self.kept.get(i)
         if image is None:
             image = self.load(i)
-            if image.nbytes <= self.room:
-                self.room -= image.nbytes
+            if image.nbytes <= self.room[0]:
+                self.room[0] -= image.nbytes
                 self.kept[i] = image
         return image
 
@@ -1375,8 +1376,8 @@ class ImageSet:
         raise UserError(f"--data {self.source.path}: not one readable picture.")
 
     def shrunk(self, factor):
-        """The same pictures averaged over boxes of factor x factor pixels, with a cache of their
-        own: the levels that progressive growing begins with."""
+        """The same pictures averaged over boxes of factor x factor pixels: the levels that
+        progressive growing begins with."""
         if factor == 1:
             return self
 
@@ -1389,6 +1390,11 @@ class ImageSet:
         small = copy.copy(self)
         small.prepare, small.kept = prepare, {}
         return small
+
+    def forget(self):
+        """Gives the memory of pictures back, to those of other levels."""
+        kept, self.kept = self.kept, {}
+        self.room[0] += sum(image.nbytes for image in kept.values())
 
     def report(self, name, problem):
         if name in self.bad:
@@ -1886,6 +1892,12 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.steps_done, self.elapsed = state["step"], state["sec"]
+        seen, now = state.get("images"), self.images(self.steps_done)
+        if seen is not None and seen != now:  # batches that depend on the number of processes
+            raise UserError(
+                f"--resume: after {self.steps_done} steps the run had seen {seen} images, here it"
+                f" would be {now}: go on with {len(state['ranks'])} processes, as before."
+            )
         before, now = state["args"], plain(vars(self.args))
         for name in sorted(set(before) & set(now) - {"resume", "out", "device", "workers"}):
             if before[name] != now[name]:
@@ -1932,6 +1944,7 @@ class Run:
             "config": {name: net.config for name, net in self.nets.items()},
             "args": plain(vars(self.args)),
             "step": self.steps_done,
+            "images": self.images(self.steps_done),
             "device": self.device.type,
             "sec": self.elapsed + time.monotonic() - self.began,
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
@@ -3475,14 +3488,18 @@ def generator_scores(reals, fakes, pairs, n, args, device, paths=PPL2):
         row["precision"], row["recall"] = precision_recall(*features)
     distances = {"path": pixel_distance} if "path" in metrics else {}
     without, files = "perceptual path length is left out", (args.vgg, args.lpips)
-    if "ppl" in metrics and (lpips := load_or_explain(without, load_lpips, *files, device=device)):
-        distances["ppl"] = lpips
+    if "ppl" in metrics and args.size < 32:
+        print(f"{without}: it needs images of 32 pixels or more")
+    elif "ppl" in metrics:
+        lpips = load_or_explain(without, load_lpips, *files, device=device)
+        distances |= {"ppl": lpips} if lpips else {}
     for kind, distance in distances.items():
         for name, options in paths.items():
             torch.manual_seed(args.seed)  # of the noise maps
             draw = functools.partial(pairs, space=options["space"])
             options = dict(n=n, batch=args.batch, seed=args.seed) | options
             row[name.replace("ppl", kind)] = perceptual_path_length(draw, distance, **options)
+            row["n_paths"] = options["n"]
     return row
 
 
@@ -3499,7 +3516,9 @@ def describe_scores(row):
     if "precision" in row:
         parts += [f"precision {row['precision']:.3f}, recall {row['recall']:.3f} (VGG16, k = 3)"]
     lengths = [k for k in row if k.startswith(("ppl", "path"))]
-    parts += [", ".join(f"{k} {row[k]:.4g}" for k in lengths)] if lengths else []
+    if lengths:
+        lengths = ", ".join(f"{k} {row[k]:.4g}" for k in lengths)
+        parts += [f"{lengths} ({row['n_paths']} paths)"]
     if "ls" in row:
         ls = row["ls"]
         parts += [f"linear separability z {ls['z']:.2f}, w {ls['w']:.2f} ({ls['n']} samples)"]
@@ -3901,7 +3920,11 @@ def linear_separability(latents, logits):
         sure = logit.abs().argsort(descending=True, stable=True)[: len(logit) // 2]
         has = logit[sure] > 0
         for space, x in latents.items():
-            entropies[space].append(conditional_entropy(linear_svm(x[sure], has), has))
+            try:
+                guess = linear_svm(x[sure], has)
+            except ValueError:  # no plane was found: a perfect one, as the official code has it
+                guess = has
+            entropies[space].append(conditional_entropy(guess, has))
     return {space: 2 ** sum(H) for space, H in entropies.items()}, entropies
 
 
@@ -4120,7 +4143,7 @@ def generate(args, G, c):
 
     if args.mix_rows or args.mix_cols:  # the style-mixing table of StyleGAN, Fig. 3
         layers = args.mix_layers or list(range(round(0.39 * G.num_ws)))  # 0-6 of 18, as officially
-        if not (args.mix_rows and args.mix_cols) or max(layers) >= G.num_ws:
+        if not (args.mix_rows and args.mix_cols and layers) or max(layers) >= G.num_ws:
             raise UserError(
                 "a mixing table needs --mix-rows, --mix-cols, and --mix-layers below"
                 f" {G.num_ws}, the layers of this model."
@@ -4210,9 +4233,9 @@ def load_noise(path, G):
             noise.copy_(load_array(path, name, tuple(noise.shape)))
 
 
-def evaluate_generator(args, G, exact, saved, paths=PPL2):
+def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False):
     """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout; paths:
-    see generator_scores."""
+    see generator_scores; mirror: flip pictures at random."""
     device = next(G.parameters()).device
     exact.to(device)
     metrics_of(args)
@@ -4234,7 +4257,10 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2):
 
     def reals():
         for k in range(0, n_real, args.batch):
-            yield stack([images[i] for i in range(k, min(k + args.batch, n_real))])
+            yield stack([
+                crop_and_flip(images[i], None, mirror, item_rng(args.seed, 0, i))
+                for i in range(k, min(k + args.batch, n_real))
+            ])  # fmt: skip
 
     def random_z(rng, m):
         """z and the labels of random images."""
@@ -4264,7 +4290,7 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2):
 
     print(
         f"protocol: {n} untruncated samples of random noise against {n_real} pictures of {data} at"
-        f" {args.size}x{args.size}, not mirrored"
+        f" {args.size}x{args.size}, {'mirrored at random' if mirror else 'not mirrored'}"
     )
     row = {"n_real": n_real, "n_fake": n}
     found = generator_scores(Again(reals), Again(fakes), pairs, n, args, device, paths)

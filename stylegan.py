@@ -70,16 +70,18 @@ TICKS = {4: 160, 8: 140, 16: 120, 32: 100, 64: 80, 128: 60, 256: 40, 512: 30, 10
 LR, BETAS, EPS = 0.001, (0.0, 0.99), 1e-8  # Adam
 REPEATS = 4  # steps between looks at the schedule
 SWITCHES = ("use_styles", "pixel_norm", "instance_norm", "const_input")  # of G, by --config
+LAYERS = (*SWITCHES, "noise_inputs", "blur")
 SCHEDULE = ("start_size", "train_kimg", "fade_kimg", "batches", "batch_max")  # options of growth
 MIXING = 0.9  # sec. 3.1
 EMA_KIMG = 10.0  # half-life of the weights' average, thousands of images
 W_AVG_BETA = 0.995
+PSI = 0.7  # of pictures; the paper's figures are untruncated
 PATHS = 100_000  # of path length
 FP16_BLOCKS, CLAMP = 4, 256.0  # with --precision fp16: as StyleGAN2 has it
 
 # What a plain `python stylegan.py` trains: small enough for two CPU cores and a few minutes.
-TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64, map_layers=4)
-TOY |= dict(kimg=150, train_kimg=20, fade_kimg=10, batches="", lr=0.002, r1_gamma=1.0)
+TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64)
+TOY |= dict(kimg=140, train_kimg=20, fade_kimg=10, batches="8:32,16:32", lr=0.002, r1_gamma=1.0)
 TOY |= dict(ema_kimg=2.0, every=10)
 
 # =============================================================================
@@ -255,12 +257,14 @@ class Epilogue(nn.Module):
                 image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
         x = ops.fused_act(x, None, image, strength, self.bias, "lrelu", gain=1)
         if self.pixel_norm:
-            x = normalize(x)
+            x = normalize(x.to(self.bias.dtype)).to(x.dtype)  # not in half precision
         scale, shift = self.affine(w).chunk(2, 1) if self.use_styles else (None, None)
         scale = None if scale is None else scale + 1  # y_s of Eq. (1): its bias begins at one
         if self.instance_norm:
             return instance_norm(x, scale, shift)
-        return x if scale is None else x * scale[:, :, None, None] + shift[:, :, None, None]
+        if scale is None:
+            return x
+        return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
 
 
 class SynthesisLayer(Epilogue):
@@ -602,7 +606,7 @@ def schedule(
     A resolution is trained for train_kimg, then the next one is faded in over fade_kimg, and has
     the say in the rest from there on. batches, batch_max (per process), rates: by resolution.
     """
-    phase, rest = divmod(kimg, train_kimg + fade_kimg) if train_kimg + fade_kimg > 0 else (0, kimg)
+    phase, rest = divmod(kimg, train_kimg + fade_kimg)
     lod = math.log2(size) - math.log2(start_size) - phase
     if fade_kimg > 0:
         lod -= max(rest - train_kimg, 0) / fade_kimg
@@ -631,6 +635,8 @@ def plan(kimg, **options):
     found, images, age, before = [], 0, 0, -1
     while images < kimg * 1000:
         stage = schedule(images / 1000, **options)
+        if stage.batch == 0:
+            raise UserError(f"the batch of {stage.res} pixels is less than an image per process.")
         age, before = 0 if is_growth(stage.lod, before) else age, stage.lod
         found.append(Round(images, age, stage))
         images, age = images + REPEATS * stage.batch, age + REPEATS
@@ -688,11 +694,11 @@ def discriminator_phase(G, D, real, real_c, args, run, noise):
                 reg = "reg/r1" if name == "D_real" else "reg/r2"
                 found[reg] = (r1_penalty(logits, img) * share_of(D, img)).mean()
                 total = total + penalty / 2 * found[reg]
-            run.backward(total)
+            run.backward(total * (len(x) / len(real)))
         if args.gp_lambda:
             u = run.rand(len(x), 1, 1, 1)
             found["reg/gp"] = gradient_penalty(D, x, fake, u, c, args.gp_target).mean()
-            run.backward(args.gp_lambda * found["reg/gp"])
+            run.backward(args.gp_lambda * found["reg/gp"] * (len(x) / len(real)))
         for name, loss in found.items():
             losses.setdefault(name, []).append(loss.detach())
     return losses
@@ -704,7 +710,7 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
     for z, c in rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n)):
         fake = G.synthesis.grown(mix(G, z, c, args, run), noise)
         loss = generator_loss(D(fake, c), args.loss).mean()
-        run.backward(loss)
+        run.backward(loss * (len(z) / n))
         losses.append(loss.detach())
     return losses
 
@@ -757,12 +763,14 @@ def train(args):
     given = load_networks(first)[0] if first else {}
     fill_options(args, given)
     run = common.Run("stylegan", args, __file__, own_half=True, precision="fp32")
-    run.log_every, run.fixed = 1000, ("batch", *SCHEDULE)
+    run.log_every, run.fixed = 1000, ("batch", "config", "loss", *SCHEDULE)
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
     source = common.open_data(args.data, size=args.size, toy=toy)
 
     # ---- the schedule, and data: image n is a pure function of (seed, n) ----------------------
     data, size = common.square_pictures(args, source, args.channels)
+    if given:
+        args.start_size = min(args.start_size, size)
     stages = plan_of(args, size, run.world)
     run.images = functools.partial(images_before, stages)
     labels = common.one_hot(args, source) if args.cond else None
@@ -794,15 +802,16 @@ def train(args):
     if labels is not None:
         all_labels = torch.from_numpy(labels).to(run.device)
 
+    examples = common.sample_inputs(G_ema, labels, args.seed)
+    reals = common.grid(data.all(len(examples[0])), 8)
     start = run.restore(nets, opts, {})
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
         f" from {stages[0].stage.res} to {stages[-1].stage.res} pixels, in batches of"
         f" {', '.join(str(n) for n in dict.fromkeys(r.stage.batch for r in stages))}"
     )
-    examples = common.sample_inputs(G_ema, labels, args.seed)
     if start == 0:
-        run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
+        run.save_picture(reals, "reals")
 
     for step, (real, *real_c) in run.batches(image, start, len(stages) * REPEATS):
         real_c = real_c[0] if real_c else None
@@ -812,6 +821,8 @@ def train(args):
         # ---- growth: where a fade begins or ends Adam forgets ---------------------------------
         for net in nets.values():
             net.grow(stage.lod)
+        if age == 1 and stage.res > min(levels):
+            levels[stage.res // 2].forget()
         for opt in opts.values():
             if age == 1:
                 opt.state.clear()
@@ -837,20 +848,28 @@ def train(args):
 
 def fill_options(args, nets):
     """Options that were left out: those of the networks to start from, else of --config."""
+    row = CONFIGS[args.config or "F"]
     options = dict(channel_base=16384, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
     options |= dict(use_styles=True, pixel_norm=False, instance_norm=True, const_input=True)
     options |= dict(noise_inputs=True, blur=True, mixing=MIXING, loss="logistic", start_size=8)
-    options |= dict(kimg=25000, r1_gamma=0.0, r2_gamma=0.0, gp_lambda=0.0) | CONFIGS[args.config]
+    options |= dict(kimg=25000, r1_gamma=0.0, r2_gamma=0.0, gp_lambda=0.0) | row
     loss = LOSSES[args.loss or options["loss"]]
     options |= {name: value for name, value in loss.items() if name in options}
     for _, net in sorted(nets.items()):  # D first, G decides
-        config = net.config | {"noise_inputs": net.config.get("use_noise")}
-        options |= {k: v for k, v in config.items() if k in options}
+        held = net.config | {"noise_inputs": net.config.get("use_noise", options["noise_inputs"])}
+        held["start_size"] = held["img_resolution"] >> int(held["lod"])  # go on from there
+        if args.config and any(held.get(k, v) != v for k, v in row.items() if k in LAYERS):
+            raise UserError(
+                f"--checkpoint has other layers than row {args.config}: leave --config out."
+            )
+        options |= {k: v for k, v in held.items() if k in options}
     for name, value in options.items():
         if vars(args).get(name) is None:
             setattr(args, name, value)
-    for name in {"r1_gamma", "gp_lambda"} - loss.keys():  # of the other kinds of loss
-        setattr(args, name, 0.0)
+    if "r1_gamma" not in loss:
+        args.r1_gamma = args.r2_gamma = 0.0
+    if "gp_lambda" not in loss:
+        args.gp_lambda = 0.0
 
 
 def plan_of(args, size, world):
@@ -866,8 +885,6 @@ def plan_of(args, size, world):
         lr_max=LOSSES[args.loss].get("lr_max", math.inf), rampup_kimg=args.lr_rampup, world=world,
     )  # fmt: skip
     for batch in {r.stage.batch for r in stages}:
-        if batch < world:
-            raise UserError(f"a batch of {batch} cannot be split over {world} processes.")
         if args.batch_gpu and batch // world % min(args.batch_gpu, batch // world):
             raise UserError(f"--batch-gpu {args.batch_gpu} does not divide {batch // world}.")
     return stages
@@ -881,8 +898,11 @@ def images_before(stages, step):
 
 def table(text):
     """{resolution: number} of a text as "8:256,16:128"."""
-    pairs = [pair.split(":") for pair in text.split(",") if pair]
-    return {int(res): common.positive_int(n) for res, n in pairs}
+    pairs = [pair.split(":") for pair in (text or "").split(",") if pair]
+    found = {int(res): common.positive_int(n) for res, n in pairs}
+    if unknown := found.keys() - TICKS.keys():
+        raise ValueError(f"no such resolution: {unknown}")
+    return found
 
 
 def table_text(text):
@@ -901,6 +921,12 @@ def count(net):
 # =============================================================================
 # Official checkpoints
 # =============================================================================
+
+
+SUPPORTED = {  # official options that no network here can differ in
+    "nonlinearity": ("lrelu",), "mapping_nonlinearity": ("lrelu", "relu"), "use_wscale": (True, 1),
+    "mapping_lrmul": (0.01,), "blur_filter": ([1, 2, 1], None, []),
+}  # fmt: skip
 
 
 def official_tensors(arrays, fused="auto"):
@@ -954,6 +980,9 @@ def from_official(arrays, options=None):
     options = options or {}
     if any(re.search(r"mod_weight$|^(synthesis\.)?b4\.", name) for name in arrays):
         raise ValueError("these are tensors of a StyleGAN2: use stylegan2.py")
+    for name, known in SUPPORTED.items():
+        if name in options and options[name] not in known:
+            raise ValueError(f"its {name} is {options[name]}; {known[0]} is what is known here")
     lods = [float(t) for name, t in arrays.items() if name.split("/")[-1] == "lod"]
     arrays = {name: t for name, t in arrays.items() if name.split("/")[-1] != "lod"}
     arrays = official_tensors(arrays, options.get("fused_scale", "auto"))
@@ -1053,6 +1082,8 @@ def figure_mixing(args, G, c):
 def figure_noise(args, G, c, realisations=100):
     """Figs. 4 and 5: noise in all layers, twice, and the deviation of its pixels, times 4; in none;
     in the finer and the coarser half of the resolutions."""
+    if not G.config["use_noise"]:
+        raise UserError("--figure noise: this network has no noise.")
     ws, half = common.ws_of_seeds(args, G, c, args.seeds), len(G.synthesis.resolutions) // 2
     limit, device = G.synthesis.resolutions[half], ws.device
     generator = torch.Generator(device)
@@ -1071,7 +1102,7 @@ def figure_noise(args, G, c, realisations=100):
     grey = torch.stack([
         pictures(noise(), seed).float().mean(1, keepdim=True) for seed in range(realisations)
     ])  # fmt: skip
-    deviation = (4 * grey.std(0)).clamp(max=255).round().byte().expand(-1, 3, -1, -1)
+    deviation = (4 * grey.std(0, correction=0)).clamp(max=255).round().byte().expand(-1, 3, -1, -1)
     return {
         "noise": pictures(noise()), "again": pictures(noise(), 1),
         "deviation x 4": deviation[:, : G.config["img_channels"]], "none": pictures("none"),
@@ -1095,9 +1126,13 @@ FIGURES = {"mixing": figure_mixing, "noise": figure_noise, "truncation": figure_
 def generate(args):
     """Pictures of seeds, a figure of the paper, or an interpolation film."""
     G, c, _ = common.load_generator(args, load_networks)
+    if args.psi is None:
+        args.psi = 1.0 if args.figure else PSI
     if not args.figure:
         common.generate(args, G, c)
         return
+    if args.film or args.projected or args.mix_layers:
+        raise UserError("--figure goes without --film, --projected and --mix-layers.")
     common.out_folder(args)
     path = Path(args.out) / f"{args.figure}.png"
     common.save_sheet(path, *FIGURES[args.figure](args, G, c))
@@ -1116,7 +1151,7 @@ def evaluate(args):
         for full in (True, False)
         for space in "zw"
     }
-    common.evaluate_generator(args, G, exact, saved, paths)
+    common.evaluate_generator(args, G, exact, saved, paths, bool(saved.get("mirror")))
 
 
 def main(argv=None):
@@ -1128,25 +1163,30 @@ def main(argv=None):
     common.add_train_options(
         p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp32"
     )
-    p.add("--config", choices=list(CONFIGS), default="F", help="row of Table 1")
+    p.add("--config", choices=list(CONFIGS), help="row of Table 1: F, or that of --checkpoint")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")
     p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
     p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
     p.add("--kimg", type=number, help="length, in thousands of images: 25000, config A 12000")
-    p.add("--start-size", type=number, help="pixels at first: 8, config A 4")
+    p.add("--start-size", type=number, help="pixels at first: 8, config A 4, or a --checkpoint's")
     p.add("--train-kimg", type=number, default=600, help="of each resolution, before it grows")
     p.add("--fade-kimg", type=common.not_negative_int, default=600, help="to fade in the next one")
     batches = ",".join(f"{res}:{n}" for res, n in BATCHES.items())
     p.add("--batches", type=table_text, default=batches, help="RES:N,...: instead of --batch")
-    p.add("--batch-max", type=table_text, default="", help="RES:N,...: limits per process")
+    p.add("--batch-max", type=table_text, help="RES:N,...: limits per process")
     p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
     p.add("--loss", choices=list(LOSSES), help="logistic (FFHQ); wgan-gp: as for CelebA-HQ")
-    p.add("--r1-gamma", type=from_0, help="weight of R1, for logistic and saturating: 10")
+    p.add("--r1-gamma", type=from_0, help="weight of R1, with logistic and saturating: 10")
     p.add("--r2-gamma", type=from_0, help="likewise, of R2: 0")
-    p.add("--gp-lambda", type=from_0, help="weight of the gradient penalty, for ...-gp: 10")
+    p.add("--gp-lambda", type=from_0, help="weight of the gradient penalty, with ...-gp: 10")
     p.add("--gp-target", type=above_0, default=1.0, help="norm of the gradient that it asks for")
-    p.add("--lr", type=above_0, default=LR, help="times 1.5 at 128 pixels, 2 at 256, 3 from 512")
+    p.add(
+        "--lr",
+        type=above_0,
+        default=LR,
+        help="times 1.5 at 128 pixels, 2 at 256, 3 from 512; ...-gp: up to 0.002",
+    )
     p.add("--lr-rampup", type=from_0, default=0.0, help="kimg over which the rate rises from 0")
     p.add("--mixing", type=common.probability, help="probability of style mixing: 0.9")
     p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
@@ -1157,15 +1197,17 @@ def main(argv=None):
     p.add("--w-dim", type=number, help="512")
     p.add("--map-layers", type=common.not_negative_int, help="of the mapping network: 8")
     noisy = dict(action=argparse.BooleanOptionalAction)
-    p.add("--noise-inputs", **noisy, help="the paper's noise in every layer of G")
+    p.add("--noise-inputs", **noisy, help="in every layer of G: on, rows A to D off")
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, figures of the paper, or a film")
-    common.add_generate_options(p, psi=0.7, cutoff=8)
+    common.add_generate_options(p, psi=None, cutoff=8)
     figures = "of the paper: mixing (Fig. 3), noise (Figs. 4, 5), truncation (Fig. 8)"
     p.add("--figure", choices=list(FIGURES), help=figures)
 
-    p = cli.command("evaluate", evaluate, "fd8, FID, path length, linear separability")
+    p = cli.command(
+        "evaluate", evaluate, "fd8, FID, KID, precision, recall, path length, linear separability"
+    )
     common.add_evaluate_options(p)
     common.add_sample_scores_options(p, "fd8,fid,pr,path,ppl,ls")
 

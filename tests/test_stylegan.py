@@ -305,7 +305,7 @@ def test_a_step_trains_d_then_averages_then_trains_g(loss):
     assert all(torch.equal(p, before[k]) for k, p in G_ema.named_parameters())
 
 
-def test_rounds_of_half_a_batch_sum_the_gradients_of_both():
+def test_rounds_of_half_a_batch_make_the_mean_of_both_gradients():
     G, D = (net.double().requires_grad_(True) for net in (small_G(), small_D(mbstd_group=2)))
     z, real = torch.randn(4, 6).double(), torch.randn(4, 3, 16, 16).double()
 
@@ -323,7 +323,7 @@ def test_rounds_of_half_a_batch_sum_the_gradients_of_both():
     whole = gradients(2, slice(0, 4))
     halves = [gradients(None, slice(k, k + 2)) for k in (0, 2)]
     for mine, a, b in zip(whole, *halves, strict=True):
-        torch.testing.assert_close(mine, a + b)
+        torch.testing.assert_close(mine, (a + b) / 2)
 
 
 def test_crossovers_lie_in_the_layers_that_are_grown(monkeypatch):
@@ -527,6 +527,28 @@ def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
             torch.testing.assert_close(
                 t, two["nets"][name][key], rtol=1e-10, atol=atol, msg=f"{name}.{key}"
             )
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused():
+    with pytest.raises(common.UserError, match="8 pixels"):
+        stylegan.plan(1, size=32, batches={8: 4}, world=8)
+
+
+def test_processes_may_not_change_where_batches_depend_on_them(tmp_path, monkeypatch, capsys):
+    options = [*TINY, "--kimg", 1, "--batch-max", "8:20", "--out", tmp_path]
+    main("--data", faces("d"), *options)
+    schedule = stylegan.schedule
+    doubled = {"world": 2}
+    monkeypatch.setattr(stylegan, "schedule", lambda *a, **k: schedule(*a, **k | doubled))
+    assert "go on with 1 processes" in fails(capsys, "--resume", tmp_path / "stylegan-d-000")
+
+
+def test_transfer_goes_on_from_the_resolution_of_the_checkpoint(trained, tmp_path, capsys):
+    main(*TINY, "--data", faces("d"), "--checkpoint", trained, "--size", 32, "--kimg", 1,
+         "--out", tmp_path)  # fmt: skip
+    assert "from 16 to 16 pixels" in capsys.readouterr().out
+    args = json.loads((tmp_path / "stylegan-d-000/args.json").read_text())
+    assert args["start_size"] == 16 and args["use_styles"] and args["config"] is None
 
 
 def test_transfer_copies_a_smaller_network(trained, tmp_path, capsys):
@@ -733,6 +755,8 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--start-size", 12], "--start-size 12"),
         ([*small, "--batches", "8=3"], "8:256,16:128"),
         ([*small, "--batches", "8:0"], "8:256,16:128"),
+        ([*small, "--batches", "7:40"], "8:256,16:128"),
+        ([*small, "--checkpoint", trained, "--config", "C"], "other layers than row C"),
         ([*small, "--batch-gpu", 3], "--batch-gpu 3"),
         ([*small, "--config", "B", "--map-layers", 0, "--w-dim", 16], "--map-layers 0"),
         ([*small, "--map-layers", 0, "--cond"], "--map-layers 0"),
@@ -743,6 +767,9 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["--resume", trained, "--batch", 64], "--batch was 32"),
         (["--resume", trained, "--fade-kimg", 5], "--fade-kimg was 1"),
         (["--resume", trained, "--batches", "8:64"], "--batches was"),
+        (["--resume", trained, "--loss", "wgan-gp"], "--loss was logistic"),
+        (["--resume", trained, "--config", "A"], "--config was None"),
+        (["generate", *net, "--figure", "noise", "--film", "x.webp"], "goes without"),
         (["generate", *net, "--figure", "mixing"], "--mix-rows"),
         (["generate", *net, "--figure", "nonsense"], "nonsense"),
         (["generate", *net, "--class", 0], "--class 0"),
