@@ -729,7 +729,7 @@ def test_project_takes_pictures_of_other_sizes_and_with_alpha(trained, condition
 def test_evaluate_without_downloads_says_what_is_left_out(trained, conditional):
     options = ["--samples", 100, "--out", "scores.json"]
     text = run("evaluate", "--checkpoint", trained, *options)
-    for line in ("FID and KID", "precision and recall", "path length"):
+    for line in ("FID and KID", "precision and recall", "perceptual path length"):
         assert len(re.findall(f"^{line} (?:are|is) left out: .*$", text, re.M)) == 1, text
     scores = json.loads(Path("scores.json").read_text())
     assert scores["n_real"] == scores["n_fake"] == 100 and f"fd8 {scores['fd8']:.3f}" in text
