@@ -3,7 +3,7 @@ Laine, Aila 2018, arXiv:1812.04948), grown progressively (Karras et al. 2017, ar
 
 In this file, in the order of the signal              paper
     MappingNetwork                                    sec. 2, Fig. 1b; truncation: appendix B
-    adain, Epilogue, SynthesisNetwork                 sec. 2, Eq. (1), Fig. 1b
+    instance_norm, Epilogue, SynthesisNetwork         sec. 2, Eq. (1), Fig. 1b
     Discriminator                                     Karras et al. 2017, with bilinear resampling
     losses: logistic with R1, WGAN-GP                 sec. 2.1, appendix C
     schedule, train                                   appendix C; style mixing: sec. 3.1
