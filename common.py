@@ -11,6 +11,7 @@ In this file, in the order in which a run meets it
     metrics                     fd8, FID, KID; InceptionV3 written out
     VGG16                       LPIPS, path length, precision and recall
     separability                the toy faces' attributes, a classifier, planes in latent space
+    landmarks                   FAN, and StarGAN v2's masks of a face
     projection                  a picture's latent
 
 Networks and losses of the model files do not need this file; their loops and commands do.
@@ -3547,13 +3548,19 @@ WEIGHTS = {  # what: (name in the cache folder, address, sha256)
         "v0.1/vgg.pth",
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     ),
+    "FAN": (  # no checksum is published
+        "wing.ckpt",
+        "https://www.dropbox.com/s/tjxpypwpt38926e/wing.ckpt?dl=1",
+        None,
+    ),
 }
 
 
-def read_weights(what, path, shapes):
+def read_weights(what, path, shapes, tensors_of=dict):
     """(tensors, label) of a file, or of the cache's copy of WEIGHTS (fetched there if missing).
 
     Another file than the published one is taken when given by path, and labelled by its hash.
+    tensors_of(what the file holds) -> {name: tensor}.
     Raises UserError if it is missing, damaged, or holds other names and shapes than `shapes`.
     """
     name, url, sha256 = WEIGHTS[what]
@@ -3564,16 +3571,16 @@ def read_weights(what, path, shapes):
         found = sha256_of(file)
     except OSError as e:
         raise UserError(f"{what} weights {file}: {e.strerror}.") from e
-    if not path and found != sha256:
+    if not path and sha256 and found != sha256:
         raise UserError(f"{file} is damaged (sha256 {found[:8]}, not {sha256[:8]}). Delete it.")
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = tensors_of(torch.load(file, map_location="cpu", weights_only=True))
         if {k: tuple(v.shape) for k, v in tensors.items()} != shapes:
             raise ValueError("other tensors")
     except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
         raise UserError(
             f"{file} does not hold {what} weights ({type(e).__name__}). Expected {name} from {url},"
-            f" {len(shapes)} tensors, sha256 {sha256[:8]}."
+            f" {len(shapes)} tensors{f', sha256 {sha256[:8]}' if sha256 else ''}."
         ) from e
     return tensors, Path(name).stem if found == sha256 else f"{what} {found[:8]}"
 
@@ -3926,6 +3933,158 @@ def linear_separability(latents, logits):
                 guess = has
             entropies[space].append(conditional_entropy(guess, has))
     return {space: 2 ** sum(H) for space, H in entropies.items()}, entropies
+
+
+# =============================================================================
+# Face landmarks
+# =============================================================================
+# StarGAN v2 keeps the detail of a face around landmarks, which this network finds. Tensors have the
+# names of the official wing.ckpt.
+
+
+def with_coordinates(x):
+    """Appends three maps to (N, C, H, W): row and column in [-1, 1], and the distance from the
+    centre, at most 1."""
+    N, _, H, W = x.shape
+    places = (torch.arange(n, device=x.device, dtype=torch.float32) / (n - 1) for n in (H, W))
+    rows, columns = torch.meshgrid(*(2 * t - 1 for t in places), indexing="ij")
+    radius = torch.stack([rows, columns]).norm(dim=0)
+    maps = torch.stack([rows, columns, radius / radius.max()]).to(x.dtype)
+    return torch.cat([x, maps.expand(N, -1, -1, -1)], 1)
+
+
+class CoordConv(nn.Module):
+    """A convolution that knows where it is: of `with_coordinates` (Liu et al. 2018)."""
+
+    def __init__(self, I, O, kernel, stride=1, pad=0):
+        super().__init__()
+        self.conv = nn.Conv2d(I + 3, O, kernel, stride, pad)
+
+    def forward(self, x):
+        return self.conv(with_coordinates(x))
+
+
+class FanBlock(nn.Module):
+    """Three 3x3 convolutions after one another, their maps side by side, and a skip (Bulat and
+    Tzimiropoulos 2017). forward(x): (N, I, H, W) -> (N, O, H, W)"""
+
+    def __init__(self, I, O):
+        super().__init__()
+        for k, (a, b) in enumerate(((I, O // 2), (O // 2, O // 4), (O // 4, O // 4)), 1):
+            self.add_module(f"bn{k}", nn.BatchNorm2d(a))
+            self.add_module(f"conv{k}", nn.Conv2d(a, b, 3, padding=1, bias=False))
+        self.downsample = nn.Identity()
+        if I != O:
+            conv = nn.Conv2d(I, O, 1, bias=False)
+            self.downsample = nn.Sequential(nn.BatchNorm2d(I), nn.ReLU(), conv)
+
+    def forward(self, x):
+        a = self.conv1(F.relu(self.bn1(x)))
+        b = self.conv2(F.relu(self.bn2(a)))
+        c = self.conv3(F.relu(self.bn3(b)))
+        return torch.cat([a, b, c], 1) + self.downsample(x)
+
+
+class Hourglass(nn.Module):
+    """Down to a sixteenth of the side and up again, with a skip at every level (Newell et al.
+    2016). forward(x): (N, C, H, W) -> (N, C, H, W)"""
+
+    def __init__(self, C, levels=4):
+        super().__init__()
+        self.levels = levels
+        self.coordconv = CoordConv(C, C, 1)
+        for level in range(levels, 0, -1):
+            for branch in ("b1", "b2", "b3"):
+                self.add_module(f"{branch}_{level}", FanBlock(C, C))
+        self.b2_plus_1 = FanBlock(C, C)
+
+    def level(self, x, n):
+        y = getattr(self, f"b2_{n}")(F.avg_pool2d(x, 2))
+        y = self.level(y, n - 1) if n > 1 else self.b2_plus_1(y)
+        y = F.interpolate(getattr(self, f"b3_{n}")(y), scale_factor=2, mode="nearest")
+        return getattr(self, f"b1_{n}")(x) + y
+
+    def forward(self, x):
+        return self.level(self.coordconv(x), self.levels)
+
+
+class FAN(nn.Module):
+    """The network of Wang et al. 2019 (adaptive wing loss) that finds 98 landmarks of a face.
+
+    forward(x) -> (N, 99, 64, 64), a map per landmark, high where it is, and one of the outline
+    masks(x) -> two of (N, 1, 256, 256) in [0, 1], the coarse and the fine mask of StarGAN v2
+        x: (N, 1 or 3, H, W) in [-1, 1], any size; grey counts as three equal channels
+    Frozen, and always in evaluation mode.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"kind": "FAN"}
+        self.conv1, self.bn1 = CoordConv(3, 64, 7, 2, 3), nn.BatchNorm2d(64)
+        self.conv2, self.conv3, self.conv4 = (
+            FanBlock(64, 128),
+            FanBlock(128, 128),
+            FanBlock(128, 256),
+        )
+        self.m0, self.top_m_0 = Hourglass(256), FanBlock(256, 256)
+        self.conv_last0, self.bn_end0 = nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)
+        self.l0 = nn.Conv2d(256, 99, 1)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x):
+        x = F.interpolate(x, (256, 256), mode="bilinear").expand(-1, 3, -1, -1) / 2 + 0.5
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, 64, 128, 128)
+        x = F.avg_pool2d(self.conv2(x), 2)  # (N, 128, 64, 64)
+        x = self.top_m_0(self.m0(self.conv4(self.conv3(x))))
+        return self.l0(F.relu(self.bn_end0(self.conv_last0(x))))
+
+    @torch.no_grad()
+    def masks(self, x):
+        maps = self(x)[:, :-1]
+        return landmark_masks(F.interpolate(maps, (256, 256), mode="bilinear", align_corners=True))
+
+
+def landmark_masks(maps):
+    """The coarse and the fine mask, (N, 1, 256, 256) in [0, 1], of maps of landmarks (N, 98, 256,
+    256): where StarGAN v2 keeps a face's detail. The fine one leaves out what expression moves.
+
+    As in the official code (clovaai/stargan-v2: core/wing.py): maps of some parts are moved off the
+    edges that they lie on, and made narrower by a power.
+    """
+    chin, brows, nostrils, eyes = slice(8, 25), slice(33, 51), slice(55, 60), slice(60, 76)
+    upper, lower, inner = slice(77, 82), slice(83, 88), slice(88, 96)
+
+    def up(part, rows):
+        return part.roll(-rows, 2)
+
+    h = torch.where(maps < 0.1, 0, maps)
+    low, high = h.amin([2, 3], keepdim=True), h.amax([2, 3], keepdim=True)
+    h = (h - low) / (high - low + 1e-6)
+    parts = ((chin, 0, 3), (brows, -7, 2), (nostrils, 8, 4), (upper, -8, 4), (lower, 8, 4))
+    for part, rows, power in (*parts, (inner, -2, 3)):
+        h[:, part] = up(h[:, part], rows).pow(power)
+    h[:, [*range(8), *range(25, 33), 33, 46, 76, 82]] = 0  # the cheeks, and corners
+    h[:, 52:55] = up(h[:, 52:55], 4)  # the bridge of the nose
+    h[:, eyes] = up(h[:, eyes], -8).pow(3) + up(h[:, eyes], -24)
+    fine = h.clone()
+    fine[:, chin] = fine[:, brows] = fine[:, 76:96] = 0
+    return [part.sum(1, keepdim=True).clamp(0, 1) for part in (h, fine)]
+
+
+def load_fan(path=None, device="cpu"):
+    """FAN from a file, wing.ckpt; see read_weights for files and errors."""
+    fan = FAN()
+    shapes = {name: tuple(tensor.shape) for name, tensor in fan.state_dict().items()}
+
+    def known(state):  # the file also holds what only its training needed
+        return {name: state["state_dict"][name] for name in shapes}
+
+    tensors, _ = read_weights("FAN", path, shapes, known)
+    fan.load_state_dict(tensors)
+    return fan.to(device)
 
 
 # =============================================================================
