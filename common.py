@@ -201,9 +201,9 @@ class Parser(argparse.ArgumentParser):
 class CommandLine:
     """`FILE.py [COMMAND] [options]`; with no command it is `train`.
 
-    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, but
-    for `sizes`, options that a --checkpoint decides. On --resume the options of that run are the
-    defaults. What the user types always wins.
+    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, or
+    with --preset where a script has that, but for `sizes`, options that a --checkpoint decides. On
+    --resume the options of that run are the defaults. What the user types always wins.
     """
 
     def __init__(self, prog, doc, presets, sizes=()):
@@ -232,7 +232,8 @@ class CommandLine:
         if unknown:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
-            defaults = self.presets.get("toy" if args.data.startswith("toy/") else args.data, {})
+            name = vars(args).get("preset") or args.data
+            defaults = self.presets.get("toy" if name.startswith("toy/") else name, {})
             if args.checkpoint:
                 defaults = {k: v for k, v in defaults.items() if k not in self.sizes}
             if args.resume:
@@ -386,6 +387,10 @@ PUBLIC = {  # name: (addresses, bytes, sha256)
     name: ([f"{s}://{_CYCLEGAN_HOST}/{name}.zip" for s in ("https", "http")], int(size), sha256)
     for name, size, sha256 in map(str.split, _CYCLEGAN.strip().splitlines())
 }
+# StarGAN v2's sets (clovaai/stargan-v2: download.sh). No sizes and checksums are published.
+for _name, _key in (("celeba_hq", "f7pvjij2xlpff59"), ("afhq", "t9l9o3vsx2jai3z")):
+    PUBLIC[_name] = ([f"https://www.dropbox.com/s/{_key}/{_name}.zip?dl=1"], None, None)
+PUBLIC["afhq_v2"] = (["https://www.dropbox.com/s/vkzjokiwof5h8w6/afhq_v2.zip?dl=1"], None, None)
 WITHDRAWN = {  # name: how to build it
     "cityscapes": "cityscapes was withdrawn by its publishers (licence). Build it: get leftImg8bit "
     "and gtFine from cityscapes-dataset.com, resize photos (A) and *_gtFine_color label maps (B) "
@@ -1241,6 +1246,11 @@ TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no f
     "testA": (0, 1600, 100),
     "testB": (1, 1700, 100),
 }
+TOY_DOMAIN_FOLDERS = {  # StarGAN v2's three domains, no face in two of them
+    f"{part}/{name}": (k, first + n * k, n)
+    for part, first, n in (("train", 0, 1000), ("test", 3000, 100))
+    for k, name in enumerate(TOY_DOMAINS)
+}
 
 
 class Toy(Source):
@@ -1267,7 +1277,7 @@ class Toy(Source):
         return toy_face(self.domain_and_seed(name)[1], domain, self.size).convert(mode)
 
     def domain_and_seed(self, name):
-        part, number = name.removesuffix(".png").split("/")
+        part, number = name.removesuffix(".png").rsplit("/", 1)
         domain, first, _ = self.parts[part]
         return domain, first + int(number)
 
@@ -1409,8 +1419,9 @@ class ImageSet:
         print(f"skipped {problem} ({len(self.bad)} so far)", file=sys.stderr)
 
     def counterparts(self, domain, mode, n=None):
-        """Toy data: the true counterparts, in domain "A", "B", ..., of what all(n) returns."""
-        number = "ABC".index(domain)
+        """Toy data: the true counterparts of what all(n) returns, in domain "A", "B", "C" or a
+        name of TOY_DOMAINS."""
+        number = (TOY_DOMAINS if domain in TOY_DOMAINS else "ABC").index(domain)
         faces = (self.source.counterpart(name, number, mode) for name in self.names[:n])
         return stack([pixels(self.prepare(face)) for face in faces])
 
@@ -1532,6 +1543,43 @@ def crop_and_flip(pixels, crop, flip, rng):
         y, x = rng.integers(H - crop + 1), rng.integers(W - crop + 1)
         pixels = pixels[y : y + crop, x : x + crop]
     return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+
+def at_most(side, img):
+    """A PIL picture whose shorter side is reduced to `side` if it is longer."""
+    scale = side / min(img.size)
+    if scale >= 1:
+        return img
+    return img.resize([max(side, round(x * scale)) for x in img.size], Image.Resampling.BILINEAR)
+
+
+def squeezed(size, img):
+    """The whole of a PIL picture as size x size pixels, whatever its sides are."""
+    return img if img.size == (size, size) else img.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def random_box(W, H, rng):
+    """(left, top, right, bottom) of a random part of a W x H picture, 80 to 100% of its area and
+    0.9 to 1.1 times as wide as high; where ten tries do not fit, the largest in the middle."""
+    for _ in range(10):
+        area, ratio = rng.uniform(0.8, 1) * W * H, math.exp(rng.uniform(*np.log([0.9, 1.1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W and 0 < h <= H:
+            x, y = int(rng.integers(W - w + 1)), int(rng.integers(H - h + 1))
+            return x, y, x + w, y + h
+    w, h = min(W, round(H * 1.1)), min(H, round(W / 0.9))
+    x, y = (W - w) // 2, (H - h) // 2
+    return x, y, x + w, y + h
+
+
+def crop_and_squeeze(pixels, size, crop_prob, flip, rng):
+    """With probability crop_prob a random part, else the whole of pixels (H, W, C), as size x size
+    pixels and, half of the time, mirrored."""
+    H, W, C = pixels.shape
+    img = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels)
+    if rng.random() < crop_prob:
+        img = img.crop(random_box(W, H, rng))
+    return crop_and_flip(np.atleast_3d(squeezed(size, img)), None, flip, rng)
 
 
 def to_float(images, device):
@@ -1703,12 +1751,12 @@ class Run:
             raise KeyboardInterrupt
         self.stopped = True
 
-    def adam(self, nets, lr, betas, eps=1e-8):
+    def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0):
         """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr)."""
         params = [p for net in nets for p in net.parameters()]
         lr = torch.tensor(lr, device=self.device)
         on_gpu = self.device.type == "cuda"
-        return torch.optim.Adam(params, lr, betas, eps, fused=True, capturable=on_gpu)
+        return torch.optim.Adam(params, lr, betas, eps, weight_decay, fused=True, capturable=on_gpu)
 
     def set_lr(self, optimizers, lr):
         for opt in optimizers:
@@ -1752,10 +1800,10 @@ class Run:
         """Adds gradients of the loss."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer):
-        """One step with the gradients, which are then gone. A parameter without one has gradient
-        0: its moments move with those of the others."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+    def step(self, *optimizers):
+        """One step of each with the gradients, which are then gone. A parameter without one has
+        gradient 0: its moments move with those of the others."""
+        params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in params]
@@ -1768,9 +1816,11 @@ class Run:
         if self.own_half:
             for g in grads:  # an overflow in half precision must not end the run
                 torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
-        self.scaler.step(optimizer)
+        for opt in optimizers:
+            self.scaler.step(opt)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        for opt in optimizers:
+            opt.zero_grad(set_to_none=True)
 
     # ---- the log -------------------------------------------------------------------------------
 
@@ -2122,6 +2172,7 @@ def write_json(path, data):
 
 def load_checkpoint(path, model):
     """One of our checkpoints, or the plain state dict of an official .pth; nothing in it is run.
+    Of a dict of state dicts, as StarGAN v2's, the names are joined: "generator.from_rgb.weight".
     model: the script it has to be of, or several.
 
     Raises UserError if it is missing, damaged, of another model, or holds more than plain data.
@@ -2147,6 +2198,8 @@ def load_checkpoint(path, model):
             needed = " or ".join(models)
             raise UserError(f"{path} holds a {state['model']} model; {needed} is needed here.")
         return state
+    if isinstance(state, dict) and state and all(isinstance(v, dict) for v in state.values()):
+        state = {f"{net}.{name}": v for net, part in state.items() for name, v in part.items()}
     if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
         return state
     raise UserError(f"{path}: neither one of ours nor a plain dict of tensors.")
@@ -2406,7 +2459,8 @@ def copy_matching(nets, found, say):
         return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
 
     for name, net in nets.items():
-        source = found.get(name) or found.get("G_ema" if name == "G" else "G" * (name == "G_ema"))
+        other = name.removesuffix("_ema") if name.endswith("_ema") else f"{name}_ema"
+        source = found.get(name) or found.get(other)
         if source is None:
             say(f"{name}: not in the checkpoint, starts anew")
             continue
@@ -2457,6 +2511,25 @@ def read_square(path, size, channels):
     if img.size != (size, size):
         print(f"{path} is {img.width}x{img.height}: its centre square is resized to {size}x{size}")
     return stack([pixels(square(size, False, img))])[0]
+
+
+def read_pictures(path, prepare, mode, option):
+    """(names, uint8 (N, C, H, W)) of a picture, or of all pictures of a folder that can be read;
+    others are named and skipped. prepare: as of ImageSet. option: for messages."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{option} {path} does not exist; name a picture or a folder.")
+    folder, names = (path, Folder(path).names) if path.is_dir() else (path.parent, [path.name])
+    found = {}
+    for name in names:
+        try:
+            with open(folder / name, "rb") as f:
+                found[name] = pixels(prepare(decode(f, name, mode)))
+        except BadImage as e:
+            print(f"skipped {e}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{option} {path}: not one readable picture.")
+    return list(found), stack(list(found.values()))
 
 
 def map_pictures(source, out, mode, function):
@@ -3523,6 +3596,8 @@ def describe_scores(row):
     if "ls" in row:
         ls = row["ls"]
         parts += [f"linear separability z {ls['z']:.2f}, w {ls['w']:.2f} ({ls['n']} samples)"]
+    if "diversity" in row:
+        parts += [f"diversity {row['diversity']:.4f}"]
     if "cycle_error" in row:
         parts += [f"cycle error {row['cycle_error']:.4f}"]
     if "error" in row:

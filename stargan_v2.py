@@ -23,6 +23,7 @@ Differs from both: averages start from the initial weights; the two references o
 anew each time; lambda_ds follows from the step, so that a run resumes as if nothing had happened.
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -62,7 +63,7 @@ PRESETS = {
 }
 # What a plain `python stargan_v2.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=1024, channel_max=64, hidden_dim=64, style_dim=16)
-TOY |= dict(iters=3000, lr=1e-3, lr_f=1e-5, lambda_ds=1.0, every=500)
+TOY |= dict(w_hpf=0.0, iters=3000, lr=1e-3, lr_f=1e-5, lambda_ds=1.0, every=500)
 
 # =============================================================================
 # Networks
@@ -565,3 +566,435 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
 
     update_ema(ema, (G, F, E))  # samples, scores and translations are made with the averages
     return found
+
+
+def new_networks(args, domains):
+    """{"G", "F", "E", "D"} with fresh weights."""
+    width = dict(channel_base=args.channel_base, channel_max=args.channel_max)
+    both = dict(size=args.size, img_channels=args.channels) | width
+    nets = {
+        "G": Generator(style_dim=args.style_dim, w_hpf=args.w_hpf, **both),
+        "F": MappingNetwork(args.z_dim, args.style_dim, domains, args.hidden_dim),
+        "E": StyleEncoder(style_dim=args.style_dim, domains=domains, **both),
+        "D": Discriminator(domains=domains, **both),
+    }
+    return {name: init_weights(net) for name, net in nets.items()}
+
+
+def load_networks(path):
+    """({name: network}, options of its training) of a checkpoint or run folder of ours, or of an
+    official *_nets_ema.ckpt, whose networks are averages, or *_nets.ckpt."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
+    return common.load_networks(path, "stargan_v2", build, from_official)
+
+
+def fill_options(args, nets):
+    """Sizes that were left out: those of the networks to start from, else the paper's."""
+    held = dict(SIZES)
+    for name in ("F", "E", "G"):
+        net = nets.get(name) or nets.get(f"{name}_ema")
+        config = net.config if net else {}
+        held |= {k: v for k, v in config.items() if k in held}
+        held["channels"] = config.get("img_channels", held["channels"])
+    for name, value in held.items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
+    if args.size < 32 or args.size & (args.size - 1):
+        raise UserError(f"--size {args.size}: a power of two from 32 on is needed.")
+    if args.channel_base < args.size:
+        raise UserError(f"--channel-base {args.channel_base} leaves no channels at {args.size} px.")
+    if args.w_hpf > 0 and args.size < 64:
+        raise UserError(f"--w-hpf {args.w_hpf:g} needs pictures of --size 64 or more.")
+
+
+def open_domains(args, source, parts, prepare):
+    """{domain: ImageSet}, one for each folder of the first of `parts` that there is, or of the
+    source itself where there is none of them."""
+    part = next((part for part in parts if common.has_subset(source, part)), None)
+    source = common.subset(source, part) if part else source
+    names = common.top_folders(source)
+    if len(names) < 2:
+        raise UserError(
+            f"--data {args.data}: {len(names)} domains in {source.path}. Give each of at least two"
+            " a folder of pictures, as in train/cat and train/dog."
+        )
+    mode = "L" if args.channels == 1 else "RGB"
+    data = {
+        name: common.ImageSet(common.subset(source, name), prepare, mode, args.cache)
+        for name in names
+    }
+    for images in data.values():
+        images.room = next(iter(data.values())).room  # one limit of memory for all
+    return data
+
+
+def train(args):
+    first = common.first_weights(args)
+    given = load_networks(first)[0] if first else {}
+    fill_options(args, given)
+    run = common.Run("stargan_v2", args, script=__file__)
+    source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
+
+    # ---- data: item n is a pure function of (seed, n) -----------------------------------------
+    # Twice the size is what crops of larger pictures are made of.
+    prepare = functools.partial(common.at_most, 2 * args.size)
+    domains = open_domains(args, source, ["train"], prepare)
+    args.domains = ",".join(domains)
+    data = list(domains.values())
+
+    def item(n):
+        """A picture of a random domain, two references of another or the same, both domains: each
+        domain is as likely as any other, however many pictures it has."""
+        rng = common.item_rng(args.seed, 0, n)
+        y, y_ref = rng.integers(len(data), size=2)
+        chosen = [data[d][rng.integers(len(data[d]))] for d in (y, y_ref, y_ref)]
+        crop = functools.partial(common.crop_and_squeeze, size=args.size, rng=rng)
+        pictures = [crop(x, crop_prob=args.crop_prob, flip=args.flip) for x in chosen]
+        return *pictures, np.array([y, y_ref])
+
+    # ---- networks, their averages, optimisers -------------------------------------------------
+    nets = new_networks(args, len(data))
+    nets |= {f"{name}_ema": average_of(nets[name]) for name in "GFE"}
+    if given:
+        common.copy_matching(nets, given, run.say)
+    if args.w_hpf > 0:
+        resumed = run.weights is not None and run.weights != args.checkpoint
+        nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
+    nets = {name: net.to(run.device) for name, net in nets.items()}
+    masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks
+    trained, ema = [nets[name] for name in "GFED"], [nets[f"{name}_ema"] for name in "GFE"]
+    rates = dict(G=args.lr, F=args.lr_f, E=args.lr, D=args.lr)
+    opts = {
+        name: run.adam([nets[name]], lr, BETAS, weight_decay=WEIGHT_DECAY)
+        for name, lr in rates.items()
+    }
+
+    tests = open_tests(args, source, list(domains))
+    examples = fixed_examples(tests or domains, args)
+    start = run.restore(nets, opts, {})
+    counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
+    run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
+
+    for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
+        y, y_ref = ys.unbind(1)
+        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters or args.iters)
+        batch = (real, ref, ref2, y, y_ref)
+        losses = train_step(trained, ema, opts.values(), batch, lambda_ds, args, run, masks_of)
+        run.log(losses, lambda_ds=round(lambda_ds, 4))
+        last = run.steps_done == run.total
+        keep = last or run.due(args.keep_every * args.batch)
+        if keep or run.due(args.every * args.batch):
+            if run.rank == 0:
+                for name, sheet in sample_sheets(ema, examples, list(domains), masks_of).items():
+                    run.save_picture(sheet, f"{run.steps_done:07d}-{name}")
+            if tests and run.rank == 0:
+                row = scores(ema, tests, source.is_toy, masks_of)
+                run.save_scores(row)
+                run.say(common.describe_scores(row))
+            run.save(keep=keep)
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+# =============================================================================
+# Pictures and scores
+# =============================================================================
+
+
+def open_tests(args, source, domains):
+    """{domain: ImageSet} of the test pictures, None where there are none."""
+    parts = [part for part in ("val", "test") if common.has_subset(source, part)]
+    if not parts:
+        return None
+    tests = open_domains(args, source, parts, functools.partial(common.squeezed, args.size))
+    if list(tests) != domains:
+        names = ", ".join(tests)
+        raise UserError(f"--data {args.data}: {parts[0]} holds {names}, not {', '.join(domains)}.")
+    return tests
+
+
+def fixed_examples(domains, args, n=2):
+    """Of sample sheets: the first n pictures of each domain, uint8, and ten latents."""
+    pictures = [
+        np.stack(
+            [np.atleast_3d(common.squeezed(args.size, common.to_picture(x))) for x in images.all(n)]
+        )
+        for images in domains.values()
+    ]
+    pictures = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in pictures]
+    return pictures, common.latents(range(10), args.z_dim)
+
+
+def device_of(net):
+    return next(net.parameters()).device
+
+
+@torch.no_grad()
+def translated(G, images, s, masks_of=no_masks, batch=16):
+    """uint8 images (N, C, size, size) in styles s, (N, style_dim) or one for all -> uint8 images,
+    on the CPU."""
+    s = s.expand(len(images), -1)
+    parts = []
+    for x, style in zip(images.split(batch), s.split(batch), strict=True):
+        x = common.to_float(x, device_of(G))
+        parts.append(common.to_uint8(G(x, style, masks_of(x))).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def styles_of_references(E, images, y, batch=16):
+    """s (N, style_dim) of uint8 images (N, C, size, size), all of domain y."""
+    device = device_of(E)
+    parts = (common.to_float(x, device) for x in images.split(batch))
+    return torch.cat([E(x, torch.full((len(x),), y, device=device)) for x in parts])
+
+
+@torch.no_grad()
+def styles_of_latents(F, z, y, psi=1.0):
+    """s (N, style_dim) of z (N, z_dim) in domain y; psi: 1 as they are, 0 their domain's mean."""
+
+    def styles(z):
+        z = z.to(device_of(F))
+        return F(z, torch.full((len(z),), y, device=z.device))
+
+    s = styles(z)
+    if psi == 1:
+        return s
+    # Of 10,000 latents, always the same.
+    many = torch.randn(10_000, F.config["z_dim"], generator=torch.Generator().manual_seed(0))
+    return styles(many.to(z.dtype)).mean(0).lerp(s, psi)
+
+
+def table(G, sources, styles, firsts, masks_of):
+    """{caption: images} of a sheet: the sources, then a column for each of {caption: style}, under
+    what the style is of: firsts, a list of images, or None."""
+    columns = {caption: translated(G, sources, s[None], masks_of) for caption, s in styles.items()}
+    if firsts is not None:
+        columns = {
+            caption: torch.cat([image[None], column])
+            for image, (caption, column) in zip(firsts, columns.items(), strict=True)
+        }
+        sources = torch.cat([torch.full_like(sources[:1], 255), sources])
+    return {"source": sources} | columns
+
+
+def sample_sheets(ema, examples, domains, masks_of):
+    """{"latent", "reference": {caption: images}}: every example in styles of three latents of each
+    domain, and in the styles of the examples."""
+    (G, F, E), (pictures, z) = ema, examples
+    latents, references = {}, {}
+    for y, name in enumerate(domains):
+        for k, s in enumerate(styles_of_latents(F, z[:3], y)):
+            latents[f"{name} {k}"] = s
+        for k, s in enumerate(styles_of_references(E, pictures[y], y)):
+            references[f"{name} {k}"] = s
+    sources = torch.cat(pictures)
+    return {
+        "latent": table(G, sources, latents, None, masks_of),
+        "reference": table(G, sources, references, list(sources), masks_of),
+    }
+
+
+def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
+    """common.translation_scores of up to n test pictures of each domain in the style of references
+    of each other domain, and the diversity: the mean difference of two translations of a picture,
+    over ten latents and up to `diverse` pictures of each domain. On toy the error is also that of
+    the first latent: latent_error."""
+    G, F, E = ema
+    real = [images.all(n) for images in tests.values()]
+    z = common.latents(range(10), F.config["z_dim"])
+    parts, diversity, latent_errors = {}, [], []
+    for a, b in ((a, b) for a in range(len(real)) for b in range(len(real)) if a != b):
+        x = real[a]
+        refs = real[b][torch.arange(len(x)) % len(real[b])]
+        fake = translated(G, x, styles_of_references(E, refs, b), masks_of)
+        rec = translated(G, fake, styles_of_references(E, x, a), masks_of)
+        pair = dict(real=x, fake=fake, target=real[b], rec=rec)
+        many = [translated(G, x[:diverse], s[None], masks_of) for s in styles_of_latents(F, z, b)]
+        pairs = [(i, j) for i in range(len(z)) for j in range(i)]  # 45
+        diversity += [common.mean_abs(many[i], many[j]) for i, j in pairs]
+        if is_toy:
+            images, name = list(tests.values())[a], list(tests)[b]
+            pair["true"] = images.counterparts(name, images.mode, n)
+            latent_errors.append(common.mean_abs(many[0], pair["true"][:diverse]))
+        for name, images in pair.items():
+            parts.setdefault(name, []).append(images)
+    row = common.translation_scores(**{name: torch.cat(images) for name, images in parts.items()})
+    row["diversity"] = float(np.mean(diversity))
+    return row | (dict(latent_error=float(np.mean(latent_errors))) if is_toy else {})
+
+
+# =============================================================================
+# Translating pictures
+# =============================================================================
+
+MOST = 32  # pictures in a row or column of a grid
+
+
+def film_alphas():
+    """The 31 steps from one style to the next: slow, fast, slow, and a rest of ten."""
+    middle = [1 / (1 + math.exp(-t / 2)) for t in range(-10, 10)]
+    return [0.0, *middle, *[1.0] * 10]
+
+
+def domain_names(nets, saved):
+    """The domains of a checkpoint; of official files, which do not say, the numbers."""
+    count = next(net.config["domains"] for net in nets.values() if "domains" in net.config)
+    return saved["domains"].split(",") if saved.get("domains") else [str(k) for k in range(count)]
+
+
+def number_of(domain, names):
+    """The number of a domain that the user named, by its name or its number."""
+    numbers = {
+        name: k for k, name in reversed(list(enumerate([*names, *map(str, range(len(names)))])))
+    }
+    if domain not in numbers:
+        raise UserError(f"--domain {domain}: the checkpoint has {', '.join(names)}.")
+    return numbers[domain] % len(names)
+
+
+def chosen_styles(args, nets, names, prepare, mode):
+    """[(domain's number, {caption: style}, images or None)] of --ref, or of --seeds in --domain."""
+    F, E = nets["F"], nets["E"]
+    if args.ref is None:
+        y = number_of(args.domain, names)
+        z = common.latents(args.seeds, F.config["z_dim"]).to(device_of(F))
+        s = styles_of_latents(F, z, y, args.psi)
+        captions = [f"{names[y]} {seed}" for seed in args.seeds]
+        return [(y, dict(zip(captions, s, strict=True)), None)]
+    folders = {name: Path(args.ref, name) for name in names if Path(args.ref, name).is_dir()}
+    if args.domain is not None:
+        folders = {names[number_of(args.domain, names)]: args.ref}
+    if not folders:
+        raise UserError(
+            f"--ref {args.ref}: of which domain is it? Pass --domain, one of {', '.join(names)}."
+        )
+    groups = []
+    for name, folder in folders.items():
+        files, images = common.read_pictures(folder, prepare, mode, "--ref")
+        s = styles_of_references(E, images, names.index(name))
+        captions = [f"{name}: {file}" for file in files]
+        groups.append((names.index(name), dict(zip(captions, s, strict=True)), images))
+    return groups
+
+
+def film(G, sources, groups, masks_of):
+    """Yields the frames, PIL pictures, of a film through the styles of each group: the sources over
+    their translations, and to the left, of references, how one gives way to the next."""
+    size = sources.shape[2]
+    for _, styles, images in groups:
+        styles = list(styles.values())
+        for k in range(len(styles) - 1):
+            for alpha in film_alphas():
+                s = styles[k].lerp(styles[k + 1], alpha)
+                fakes = translated(G, sources, s[None], masks_of)
+                rows = [sources, fakes]
+                if images is not None:
+                    y = round(alpha * size)
+                    strip = torch.cat([images[k], images[k + 1]], 1)[None, :, y : y + size]
+                    rows = [torch.cat([torch.full_like(strip, 255), sources])]
+                    rows += [torch.cat([strip, fakes])]
+                yield common.grid(torch.cat(rows), len(rows[0]))
+
+
+def translate(args):
+    """Pictures in the style of a reference or latent; a grid of all with all; or a film."""
+    if (args.ref is None) == (args.seeds is None):
+        raise UserError("name the style: either --ref, or --seeds with --domain.")
+    if args.ref is None and args.domain is None:
+        raise UserError("--seeds needs --domain, the one to translate to.")
+    found, saved = load_networks(args.checkpoint)
+    device = common.pick_device(args.device)
+    nets = {}
+    for name in "GFE":
+        net = found.get(f"{name}_ema") or found.get(name)
+        if net is None:
+            raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
+        nets[name] = net.to(device).eval().requires_grad_(False)
+    G, masks_of = nets["G"], no_masks
+    if G.config["w_hpf"] > 0:
+        masks_of = (found.get("FAN") or common.load_fan(args.fan)).to(device).masks
+    names = domain_names(nets, saved)
+    mode = "L" if G.config["img_channels"] == 1 else "RGB"
+    prepare = functools.partial(common.squeezed, nets["E"].config["size"])
+    groups = chosen_styles(args, nets, names, prepare, mode)
+
+    if args.grid or args.film:
+        _, sources = common.read_pictures(args.input, prepare, mode, "--input")
+        sources = sources[:MOST]
+    if args.grid:
+        styles = {k: s for _, styles, _ in groups for k, s in styles.items()}
+        firsts = None if args.ref is None else [x for _, _, images in groups for x in images][:MOST]
+        styles = dict(list(styles.items())[:MOST])
+        common.save_sheet(args.grid, table(G, sources, styles, firsts, masks_of))
+        print(args.grid)
+    elif args.film:
+        if all(len(styles) < 2 for _, styles, _ in groups):
+            raise UserError("--film goes from one style to another: give two of one domain.")
+        common.save_film(args.film, film(G, sources, groups, masks_of), fps=15)
+        print(args.film)
+    else:
+        styles = [(names[y], s) for y, styles, _ in groups for s in styles.values()]
+        if len(styles) > 1:
+            raise UserError(f"{len(styles)} styles: pass --grid or --film, or a single one.")
+
+        def function(img):
+            image = common.stack([common.pixels(prepare(img))])
+            return common.to_picture(translated(G, image, styles[0][1][None], masks_of)[0])
+
+        print(f"to {styles[0][0]} with {args.checkpoint}, trained on {saved.get('data', '?')}")
+        common.map_pictures(args.input, args.out, mode, function)
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+
+
+def main(argv=None):
+    cli = common.CommandLine("stargan_v2.py", __doc__, {"toy": TOY} | PRESETS, tuple(SIZES))
+    count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+
+    p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
+    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
+    p.add("--preset", choices=list(PRESETS), help="the options for such data; else by --data")
+    p.add("--iters", type=count, default=ITERS, help="length of the training")
+    p.add("--lr", type=above_0, default=LR, help="Adam's learning rate, of G, D and E")
+    p.add("--lr-f", type=above_0, default=LR_F, help="that of the mapping network F")
+    p.add("--lambda-sty", type=from_0, default=LAMBDA_STY, help="weight of style reconstruction")
+    p.add("--lambda-ds", type=from_0, default=2.0, help="of diversity, at first; faces: 1")
+    p.add("--ds-iters", type=count, help="until that weight is 0: as --iters")
+    p.add("--lambda-cyc", type=from_0, default=LAMBDA_CYC, help="weight of cycle consistency")
+    p.add("--r1-gamma", type=from_0, default=R1_GAMMA, help="weight of R1, halved")
+    p.add("--crop-prob", type=common.probability, default=CROP_PROB, help="of random crops")
+    flip = dict(action=argparse.BooleanOptionalAction, default=True)
+    p.add("--flip", **flip, help="mirror at random")
+    p.add("--size", type=count, help="pixels; this and the rest: 256, or as a --checkpoint has it")
+    p.add("--w-hpf", type=from_0, help="high-pass skips with face masks; 0: none; larger: weaker")
+    p.add("--fan", help="wing.ckpt for these masks, where it cannot be fetched")
+    p.add("--channels", type=int, choices=(1, 3), help="3; 1: greyscale")
+    p.add("--channel-base", type=count, help="channels at first times side: 16384")
+    p.add("--channel-max", type=count, help="channels at most: 512")
+    p.add("--z-dim", type=count, help="of latents: 16")
+    p.add("--style-dim", type=count, help="of styles: 64")
+    p.add("--hidden-dim", type=count, help="of layers of F: 512")
+    p.add("--keep-every", type=count, default=10_000, help="iterations between kept checkpoints")
+
+    p = cli.command("translate", translate, "pictures in the style of a reference or a latent")
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .ckpt")
+    p.add("--input", required=True, help="a picture or a folder")
+    p.add("--ref", help="a picture or a folder, of --domain or with a folder for each domain")
+    p.add("--domain", help="to translate to: a name or a number")
+    p.add("--seeds", type=common.seeds, help="styles of latents, as in 0-7,42")
+    p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
+    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
+    p.add("--grid", metavar="FILE", help=".png: every picture in every style instead")
+    p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
+    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
+    common.add_device_option(p)
+
+    args = cli.parse(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(common.exit_status(main))
