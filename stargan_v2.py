@@ -63,7 +63,7 @@ PRESETS = {
 }
 # What a plain `python stargan_v2.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=1024, channel_max=64, hidden_dim=64, style_dim=16)
-TOY |= dict(w_hpf=0.0, iters=3000, lr=1e-3, lr_f=1e-5, lambda_ds=1.0, every=500)
+TOY |= dict(w_hpf=0.0, iters=3000, lr=1e-3, lr_f=1e-5, lambda_ds=1.0, ema_beta=0.99, every=500)
 
 # =============================================================================
 # Networks
@@ -495,10 +495,10 @@ def average_of(net):
 
 
 @torch.no_grad()
-def update_ema(ema, nets):
-    """ema = lerp(nets, ema, EMA_BETA), parameter by parameter: a half-life of 693 steps."""
+def update_ema(ema, nets, beta):
+    """ema = lerp(nets, ema, beta), parameter by parameter: at 0.999 a half-life of 693 steps."""
     for mine, new in zip(ema, nets, strict=True):
-        torch._foreach_lerp_(list(mine.parameters()), list(new.parameters()), 1 - EMA_BETA)
+        torch._foreach_lerp_(list(mine.parameters()), list(new.parameters()), 1 - beta)
 
 
 def no_masks(img):
@@ -564,7 +564,9 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
     run.step(opt_G)
     E.requires_grad_(True)
 
-    update_ema(ema, (G, F, E))  # samples, scores and translations are made with the averages
+    update_ema(
+        ema, (G, F, E), args.ema_beta
+    )  # samples, scores and translations are made with the averages
     return found
 
 
@@ -729,14 +731,21 @@ def device_of(net):
 
 
 @torch.no_grad()
-def translated(G, images, s, masks_of=no_masks, batch=16):
+def masks_for(images, masks_of, device, batch=16):
+    """What masks_of says of uint8 images (N, C, size, size): two tensors (N, 1, h, w), or None."""
+    found = [masks_of(common.to_float(x, device)) for x in images.split(batch)]
+    return None if found[0] is None else [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+@torch.no_grad()
+def translated(G, images, s, masks=None, batch=16):
     """uint8 images (N, C, size, size) in styles s, (N, style_dim) or one for all -> uint8 images,
-    on the CPU."""
-    s = s.expand(len(images), -1)
-    parts = []
-    for x, style in zip(images.split(batch), s.split(batch), strict=True):
-        x = common.to_float(x, device_of(G))
-        parts.append(common.to_uint8(G(x, style, masks_of(x))).cpu())
+    on the CPU. masks: those of the images."""
+    s, parts = s.expand(len(images), -1), []
+    for k in range(0, len(images), batch):
+        n = slice(k, k + batch)
+        x = common.to_float(images[n], device_of(G))
+        parts.append(common.to_uint8(G(x, s[n], masks and [mask[n] for mask in masks])).cpu())
     return torch.cat(parts)
 
 
@@ -767,7 +776,8 @@ def styles_of_latents(F, z, y, psi=1.0):
 def table(G, sources, styles, firsts, masks_of):
     """{caption: images} of a sheet: the sources, then a column for each of {caption: style}, under
     what the style is of: firsts, a list of images, or None."""
-    columns = {caption: translated(G, sources, s[None], masks_of) for caption, s in styles.items()}
+    masks = masks_for(sources, masks_of, device_of(G))
+    columns = {caption: translated(G, sources, s[None], masks) for caption, s in styles.items()}
     if firsts is not None:
         columns = {
             caption: torch.cat([image[None], column])
@@ -806,10 +816,13 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
     for a, b in ((a, b) for a in range(len(real)) for b in range(len(real)) if a != b):
         x = real[a]
         refs = real[b][torch.arange(len(x)) % len(real[b])]
-        fake = translated(G, x, styles_of_references(E, refs, b), masks_of)
-        rec = translated(G, fake, styles_of_references(E, x, a), masks_of)
+        masks = masks_for(x, masks_of, device_of(G))
+        fake = translated(G, x, styles_of_references(E, refs, b), masks)
+        back = masks_for(fake, masks_of, device_of(G))
+        rec = translated(G, fake, styles_of_references(E, x, a), back)
         pair = dict(real=x, fake=fake, target=real[b], rec=rec)
-        many = [translated(G, x[:diverse], s[None], masks_of) for s in styles_of_latents(F, z, b)]
+        styles = styles_of_latents(F, z, b)
+        many = [translated(G, x[:diverse], s[None], masks) for s in styles]
         pairs = [(i, j) for i in range(len(z)) for j in range(i)]  # 45
         diversity += [common.mean_abs(many[i], many[j]) for i, j in pairs]
         if is_toy:
@@ -880,13 +893,13 @@ def chosen_styles(args, nets, names, prepare, mode):
 def film(G, sources, groups, masks_of):
     """Yields the frames, PIL pictures, of a film through the styles of each group: the sources over
     their translations, and to the left, of references, how one gives way to the next."""
-    size = sources.shape[2]
+    size, masks = sources.shape[2], masks_for(sources, masks_of, device_of(G))
     for _, styles, images in groups:
         styles = list(styles.values())
         for k in range(len(styles) - 1):
             for alpha in film_alphas():
                 s = styles[k].lerp(styles[k + 1], alpha)
-                fakes = translated(G, sources, s[None], masks_of)
+                fakes = translated(G, sources, s[None], masks)
                 rows = [sources, fakes]
                 if images is not None:
                     y = round(alpha * size)
@@ -939,7 +952,8 @@ def translate(args):
 
         def function(img):
             image = common.stack([common.pixels(prepare(img))])
-            return common.to_picture(translated(G, image, styles[0][1][None], masks_of)[0])
+            masks = masks_for(image, masks_of, device)
+            return common.to_picture(translated(G, image, styles[0][1][None], masks)[0])
 
         print(f"to {styles[0][0]} with {args.checkpoint}, trained on {saved.get('data', '?')}")
         common.map_pictures(args.input, args.out, mode, function)
@@ -965,6 +979,7 @@ def main(argv=None):
     p.add("--ds-iters", type=count, help="until that weight is 0: as --iters")
     p.add("--lambda-cyc", type=from_0, default=LAMBDA_CYC, help="weight of cycle consistency")
     p.add("--r1-gamma", type=from_0, default=R1_GAMMA, help="weight of R1, halved")
+    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of the weights' averages")
     p.add("--crop-prob", type=common.probability, default=CROP_PROB, help="of random crops")
     flip = dict(action=argparse.BooleanOptionalAction, default=True)
     p.add("--flip", **flip, help="mirror at random")

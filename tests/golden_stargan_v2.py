@@ -229,7 +229,7 @@ def check_trajectory(case):
         for net, lr in zip(nets, (a["lr"], a["f_lr"], a["lr"], a["lr"]), strict=True)
     ]
     args = types.SimpleNamespace(r1_gamma=a["lambda_reg"], lambda_sty=a["lambda_sty"])
-    args.lambda_cyc = a["lambda_cyc"]
+    args.lambda_cyc, args.ema_beta = a["lambda_cyc"], stargan_v2.EMA_BETA
     given = golden.inputs(meta["inputs"])
     rows, weights = {}, []
     for step in range(meta["steps"]):
