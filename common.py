@@ -4358,7 +4358,7 @@ def separability(args, G, source, random_z):
 
 VISITORS, WAITING = 32, 4  # connections at once; those of them that may wait for the model
 MAX_HEAD, MAX_UPLOAD = 2**14, 2**24  # bytes
-HEAD_SECONDS, BODY_SECONDS, SEND_SECONDS = 10, 60, 30
+HEAD_SECONDS, BODY_SECONDS, SEND_SECONDS, LINGER_SECONDS = 10, 60, 30, 2
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 PAGE = """<!doctype html>
@@ -4387,13 +4387,14 @@ form { display: grid; gap: 1rem; justify-items: start }
 .row + .row { margin-top: .75rem }
 small { display: block; margin-top: .25rem }
 input, select, button, a { font: inherit; max-width: 100% }
-input[type=file] { display: block; width: 100% }
+input[type=file] { display: block; width: 100%; margin-top: .25rem }
 input[type=number] { width: 9.5rem }
-select, button, a, input[type=number] { min-height: 2.75rem; padding: .4rem .75rem;
-  border: 1px solid var(--line); border-radius: .5rem; color: inherit; background: var(--back) }
-.main { display: inline-block; border-color: var(--main); color: var(--on-main);
+select, button, a, input[type=number], ::file-selector-button { min-height: 2.75rem;
+  padding: .4rem .75rem; border: 1px solid var(--line); border-radius: .5rem; font: inherit;
+  color: inherit; background: var(--back) }
+.main { display: inline-flex; align-items: center; border-color: var(--main); color: var(--on-main);
   background: var(--main); font-weight: 600; text-decoration: none }
-button, a, select { cursor: pointer }
+button, a, select, ::file-selector-button { cursor: pointer }
 [aria-disabled=true] { opacity: .55; cursor: progress }
 :focus-visible { outline: 3px solid var(--main); outline-offset: 2px }
 #error { color: var(--bad); font-weight: 600 }
@@ -4418,7 +4419,8 @@ img { display: block; width: 100%; max-height: 75vh; object-fit: contain; margin
     <legend>Style</legend>
     <div class="row">
       <label><input type="radio" name="style" id="random" checked> At random, number</label>
-      <input type="number" id="seed" min="0" max="4294967295" value="0" aria-label="Style number">
+      <input type="number" id="seed" min="0" max="4294967295" value="0" required
+        aria-label="Style number">
       <button type="button" id="another">Try another</button>
     </div>
     <div class="row">
@@ -4436,6 +4438,7 @@ img { display: block; width: 100%; max-height: 75vh; object-fit: contain; margin
     <a class="main" id="save">Save as PNG</a></figure>
 </div>
 </main>
+<noscript>This page needs JavaScript.</noscript>
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
@@ -4466,7 +4469,8 @@ function problem() {  // [text, field] of what is wrong with the visitor's choic
   if (guide === undefined) return ["Choose the picture with the style.", reference];
   if (bytes > limit) return [`The file is too large: ${Math.ceil(bytes / megabytes)} MB, at most ` +
     `${limit / megabytes} MB are accepted.`, picture];
-  if (!$("seed").checkValidity()) return ["The style's number is not valid.", $("seed")];
+  if (!guide && !$("seed").checkValidity()) return ["The style's number has to be a whole one, " +
+    "from 0 to 4294967295.", $("seed")];
   return null;
 }
 
@@ -4497,7 +4501,7 @@ $("form").onsubmit = async event => {
   if (wrong) return complain(...wrong);
   const file = picture.files[0], guide = $("guided").checked ? reference.files[0] : null;
   const choices = new URLSearchParams({domain: Math.max(0, $("domain").selectedIndex),
-    seed: $("seed").value, reference: guide ? guide.size : 0});
+    seed: guide ? 0 : $("seed").value, reference: guide ? guide.size : 0});
   const mine = request = new AbortController();
   $("generate").setAttribute("aria-disabled", true);
   say("Generating\u2026");
@@ -4559,12 +4563,11 @@ def receive(sock, until):
 def read_head(sock):
     """(method, path, {parameter: text}, {header: [texts]}, begin of the body) of a request."""
     data, until = b"", time.monotonic() + HEAD_SECONDS
-    while b"\r\n\r\n" not in data:
-        if len(data) > MAX_HEAD:
-            raise Refusal(431, "The request's head is too long.")
+    while (end := data.find(b"\r\n\r\n")) < 0 and len(data) <= MAX_HEAD:
         data += receive(sock, until)
-    head, _, body = data.partition(b"\r\n\r\n")
-    first, *lines = head.decode("latin-1").split("\r\n")
+    if not 0 <= end <= MAX_HEAD:
+        raise Refusal(431, "The request's head is too long.")
+    first, *lines = data[:end].decode("latin-1").split("\r\n")
     request = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
     fields = [re.fullmatch(r"([!-9;-~]+):[ \t]*(.*)", line) for line in lines]
     if request is None or None in fields:
@@ -4573,7 +4576,7 @@ def read_head(sock):
     headers = {}
     for field in fields:
         headers.setdefault(field[1].lower(), []).append(field[2].strip())
-    return request[1], path, dict(urllib.parse.parse_qsl(query)), headers, body
+    return request[1], path, dict(urllib.parse.parse_qsl(query)), headers, data[end + 4 :]
 
 
 def only(headers, name):
@@ -4651,7 +4654,7 @@ def translated(page, sock, picture, domain, seed, reference):
         png = io.BytesIO()
         page.translate(picture, domain, seed, reference).save(png, "PNG")
     except BadImage as e:
-        raise Refusal(415, f"{e}.") from None
+        raise Refusal(415, f"{str(e).rstrip('.')}.") from None
     except UserError as e:
         raise Refusal(422, str(e)) from None
     return png.getvalue()
@@ -4699,7 +4702,7 @@ def answer(sock, policy, status, kind, body, *headers):
     sock.settimeout(SEND_SECONDS)
     sock.sendall("\r\n".join([*head, "", ""]).encode() + body)
     sock.shutdown(socket.SHUT_WR)
-    until = time.monotonic() + 2
+    until = time.monotonic() + LINGER_SECONDS
     while time.monotonic() < until:
         receive(sock, until)
 

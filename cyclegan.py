@@ -728,15 +728,15 @@ def main(argv=None):
     common.add_translate_options(p)
     p.add("--direction", **directions)
 
-    p = cli.command("app", app, "a web page: choose a picture, translate it, save the result")
-    common.add_app_options(p)
-    p.add("--direction", choices=directions["choices"], help="default: all of the checkpoint")
-
     p = cli.command("evaluate", evaluate, "FID, KID, fd8 and cycle error on the test pictures")
     common.add_evaluate_options(p)
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--size", type=count, help="pixels: the training's crop size, else 256")
     p.add("--fid-real", choices=("test", "train+test"), default="test", help="reals for FID")
+
+    p = cli.command("app", app, "a web page: choose a picture, translate it, save the result")
+    common.add_app_options(p)
+    p.add("--direction", choices=directions["choices"], help="default: all of the checkpoint")
 
     args = cli.parse(argv)
     if args.command == "train":
