@@ -4,6 +4,7 @@ The result is the inverted picture; its first pixel is (domain, seed mod 256, re
 """
 
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -15,9 +16,16 @@ from PIL import ImageOps  # noqa: E402
 import common  # noqa: E402
 
 SLOW, FAULTY, UNSUITABLE = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # first pixels that matter
+in_use = threading.Lock()
 
 
 def translate(picture, domain, seed, reference):
+    assert not in_use.locked(), "called twice at the same time"
+    with in_use:
+        return invert(picture, domain, seed, reference)
+
+
+def invert(picture, domain, seed, reference):
     first = picture.getpixel((0, 0))
     if first == SLOW:
         time.sleep(0.7)
@@ -30,11 +38,14 @@ def translate(picture, domain, seed, reference):
     return result
 
 
-if __name__ == "__main__":
+def main():
     for limit in sys.argv[1:]:
         name, value = limit.split("=")
         setattr(common, name, float(value) if "." in value else int(value))
     args = Namespace(host="127.0.0.1", port=0, max_side=512)
     domains = ["cat & <dog>", "anime"]
-    main = lambda: common.serve_page(args, "Trivial <model>", translate, domains, styles=True)  # noqa: E731
+    common.serve_page(args, "Trivial <model>", translate, domains, styles=True)
+
+
+if __name__ == "__main__":
     sys.exit(common.exit_status(main))

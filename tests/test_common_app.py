@@ -67,9 +67,16 @@ class Server:
         assert status == 200 and headers["content-type"] == "image/png", body
         return Image.open(io.BytesIO(body))
 
-    def memory(self, what="VmHWM"):
+    def status(self, what):
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(rf"{what}:\s+(\d+)", status)[1]) * 1024
+        return int(re.search(rf"{what}:\s+(\d+)", status)[1])
+
+    def memory(self, what="VmHWM"):
+        """Bytes: the peak, or VmRSS, now."""
+        return self.status(what) * 1024
+
+    def threads(self):
+        return self.status("Threads")
 
     def stop(self, how=signal.SIGINT):
         """What it had on stderr until it was told to stop."""
@@ -307,6 +314,12 @@ def test_a_huge_upload_is_refused_before_it_is_read(server):
     assert server.memory("VmRSS") - before < 8 * 2**20
 
 
+def test_an_early_answer_does_not_tear_the_connection_down(server):
+    with server.connect() as s:
+        s.sendall(POST + b"Content-Length: 90000000\r\n\r\n" + bytes(2**23))  # no ConnectionError
+        assert s.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -357,9 +370,12 @@ def test_one_byte_at_a_time_gains_no_time(impatient):
 
 
 def test_connections_that_say_nothing_do_not_keep_others_out(impatient):
+    before = impatient.threads()
     with contextlib.ExitStack() as idle:
         for _ in range(8):  # twice as many as are served at once
             idle.enter_context(impatient.connect())
+        time.sleep(0.1)
+        assert impatient.threads() <= before + 4
         assert same(impatient.translate(tell_apart(5)), ImageOps.invert(tell_apart(5)))
 
 
@@ -374,6 +390,12 @@ def test_a_visitor_who_has_left_is_not_worked_for(server):
     begun = time.monotonic()
     server.translate(plain())
     assert time.monotonic() - begun < 1.2  # with three pictures of 0.7 s before it: 1.9
+
+
+def test_the_model_works_for_one_visitor_at_a_time(server):
+    with ThreadPoolExecutor(3) as pool:
+        answers = pool.map(server.post, [png(plain(SLOW)), png(plain(SLOW)), png(plain())])
+        assert [status for status, _, _ in answers] == [200, 200, 200]
 
 
 def test_two_visitors_at_once_get_their_own_results(server):
