@@ -4353,8 +4353,8 @@ def separability(args, G, source, random_z):
 # =============================================================================
 # One connection is one request and one answer. A request is read strictly and in limited time, and
 # whatever is out of the ordinary is refused: a Refusal reaches the visitor as one line of text.
-# Pictures stay in memory, at most VISITORS * MAX_UPLOAD bytes of them undecoded; one thread, the
-# model's, decodes and translates them one after the other. No part of a request names a file.
+# Uploads stay in memory, of at most VISITORS at a time; one thread, the model's, decodes and
+# translates them, one after the other. No part of a request becomes the name of a file.
 
 VISITORS, WAITING = 32, 4  # connections at once; those of them that may wait for the model
 MAX_HEAD, MAX_UPLOAD = 2**14, 2**24  # bytes
@@ -4613,7 +4613,8 @@ def read_upload(sock, headers, begun):
     data = bytearray(begun)
     while len(data) < int(length):
         data += receive(sock, until)
-    return bytes(data[: int(length)])
+    del data[int(length) :]
+    return bytes(data)
 
 
 def parameter(query, name, below):
@@ -4670,15 +4671,15 @@ def respond(page, sock):
     if method != allowed:
         raise Refusal(405, f"Only {allowed} is possible here.", f"Allow: {allowed}")
     if path == "/":
-        return "text/html; charset=utf-8", page.html
-    domain, seed = parameter(query, "domain", page.domains), parameter(query, "seed", 2**32)
+        return "text/html; charset=utf-8", page.content
+    domain, seed = parameter(query, "domain", page.n_domains), parameter(query, "seed", 2**32)
     upload = read_upload(sock, headers, begun)
     end = len(upload) - parameter(query, "reference", len(upload) if page.styles else 1)
+    work = translated, page, sock, upload[:end], domain, seed, upload[end:]
     if not page.places.acquire(blocking=False):
         raise Refusal(503, "The model is busy. Try again in a few seconds.", "Retry-After: 5")
-    try:
-        job = page.model.submit(translated, page, sock, upload[:end], domain, seed, upload[end:])
-        return "image/png", job.result()
+    try:  # a name for the future would tie it, its exception and the upload into a cycle
+        return "image/png", page.model.submit(*work).result()
     except concurrent.futures.CancelledError:
         raise Refusal(503, "The server is being stopped.") from None
     finally:
@@ -4754,12 +4755,12 @@ def serve_page(args, title, translate, domains=(), styles=False):
     domains: names, may be empty; styles: whether visitors choose a seed or a reference
     Raises UserError if the address cannot be had.
     """
-    html_bytes, policy = page_html(title, domains, styles)
+    content, policy = page_html(title, domains, styles)
     page = types.SimpleNamespace(
-        html=html_bytes,
+        content=content,
         policy=policy,
         local=args.host in LOOPBACK,
-        domains=max(1, len(domains)),
+        n_domains=max(1, len(domains)),
         styles=styles,
         max_side=args.max_side,
         translate=translate,

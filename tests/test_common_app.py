@@ -472,6 +472,15 @@ def test_after_500_hostile_requests_a_good_one_still_works(server):
     assert same(server.translate(tell_apart(7)), ImageOps.invert(tell_apart(7)))
 
 
+def test_refused_uploads_leave_no_memory_behind(server):
+    garbage = bytes(2**23)
+    server.post(garbage)
+    before = server.memory()
+    for _ in range(30):
+        assert server.post(garbage)[0] == 415
+    assert server.memory() - before < 40 * 2**20
+
+
 # ---- start and end ----
 
 
