@@ -13,11 +13,14 @@ In this file, in the order in which a run meets it
     separability                the toy faces' attributes, a classifier, planes in latent space
     landmarks                   FAN, and StarGAN v2's masks of a face
     projection                  a picture's latent
+    generators                  what the StyleGANs' commands share
+    the web page                serve_page: a visitor's picture in, a picture out
 
 Networks and losses of the model files do not need this file; their loops and commands do.
 """
 
 import argparse
+import base64
 import collections
 import colorsys
 import concurrent.futures
@@ -28,6 +31,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import html
 import http.client
 import io
 import itertools
@@ -41,11 +45,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import sys
 import threading
 import time
+import types
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -320,6 +327,15 @@ def add_generate_options(p, psi=1.0, cutoff=None):
     p.add("--film", metavar="FILE", help=".webp, .gif or .png: through the seeds and back")
     p.add("--frames", type=positive_int, default=30, help="of the film, from one seed to the next")
     p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
+
+
+def add_app_options(p, max_side=512):
+    """The options of every `app`."""
+    p.add("--checkpoint", required=True, help="ours or an official one")
+    p.add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: all of this machine")
+    p.add("--port", type=not_negative_int, default=8000, help="0: any that is free")
+    p.add("--max-side", type=positive_int, default=max_side, help="pixels: larger ones are shrunk")
+    add_device_option(p)
 
 
 def add_vgg_options(p):
@@ -4564,3 +4580,453 @@ def separability(args, G, source, random_z):
         bits = ", ".join(f"{space} {entropies[space][i]:.3f}" for space in "zw")
         print(f"{name}: H(Y|X) in bits {bits}; the classifier is right on {accuracy[name]:.1%}")
     return {"ls": {"n": n, **scores}}
+
+
+# =============================================================================
+# The web page
+# =============================================================================
+# One connection is one request and one answer. A request is read strictly and in limited time, and
+# whatever is out of the ordinary is refused: a Refusal reaches the visitor as one line of text.
+# Uploads stay in memory, of at most VISITORS at a time; one thread, the model's, decodes and
+# translates them, one after the other. No part of a request becomes the name of a file.
+
+VISITORS, WAITING = 32, 4  # connections at once; those of them that may wait for the model
+MAX_HEAD, MAX_UPLOAD = 2**14, 2**24  # bytes
+HEAD_SECONDS, BODY_SECONDS, SEND_SECONDS, LINGER_SECONDS = 10, 60, 30, 2
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}}</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --back: #fff; --text: #1c1c21; --soft: #f2f2f5; --line: #7d7d88;
+  --main: #2b50b8; --on-main: #fff; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --back: #17171b; --text: #ececf1; --soft: #26262c;
+  --line: #8f8f9b; --main: #adc2ff; --on-main: #0f1f4d; --bad: #ffb4ab } }
+* { box-sizing: border-box }
+[hidden] { display: none !important }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; overflow-wrap: anywhere;
+  background: var(--back); color: var(--text); font: 1rem/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 0 1rem }
+form { display: grid; gap: 1rem; justify-items: start }
+.box { width: 100%; min-width: 0; margin: 0; padding: 1rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: var(--soft) }
+.drop { border-style: dashed }
+.over { outline: 3px solid var(--main) }
+.drop label, legend { font-weight: 600 }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
+.row + .row { margin-top: .75rem }
+small { display: block; margin-top: .25rem }
+input, select, button, a { font: inherit; max-width: 100% }
+input[type=file] { display: block; width: 100%; margin-top: .25rem }
+input[type=number] { width: 9.5rem }
+select, button, a, input[type=number], ::file-selector-button { min-height: 2.75rem;
+  padding: .4rem .75rem; border: 1px solid var(--line); border-radius: .5rem; font: inherit;
+  color: inherit; background: var(--back) }
+.main { display: inline-flex; align-items: center; border-color: var(--main); color: var(--on-main);
+  background: var(--main); font-weight: 600; text-decoration: none }
+button, a, select, ::file-selector-button { cursor: pointer }
+[aria-disabled=true] { opacity: .55; cursor: progress }
+:focus-visible { outline: 3px solid var(--main); outline-offset: 2px }
+#error { color: var(--bad); font-weight: 600 }
+.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
+figure { margin: 0 }
+img { display: block; width: 100%; max-height: 75vh; object-fit: contain; margin: .25rem 0 .75rem;
+  background: var(--soft) }
+</style>
+<main>
+<h1>{{title}}</h1>
+<form id="form" data-limit="{{limit}}" novalidate>
+  <div class="box drop" id="drop">
+    <label for="picture">Picture</label>
+    <input type="file" id="picture" accept="image/*" aria-describedby="kinds">
+    <small id="kinds">Choose a file, or drop one here: {{kinds}}, at most {{megabytes}} MB.</small>
+  </div>
+  <div class="row" {{domains-hidden}}>
+    <label for="domain">Translate to</label>
+    <select id="domain">{{domains}}</select>
+  </div>
+  <fieldset class="box" id="style" {{styles-hidden}}>
+    <legend>Style</legend>
+    <div class="row">
+      <label><input type="radio" name="style" id="random" checked> At random, number</label>
+      <input type="number" id="seed" min="0" max="4294967295" value="0" required
+        aria-label="Style number">
+      <button type="button" id="another">Try another</button>
+    </div>
+    <div class="row">
+      <label><input type="radio" name="style" id="guided"> Of another picture</label>
+      <input type="file" id="reference" accept="image/*" aria-label="Picture with the style">
+    </div>
+  </fieldset>
+  <button class="main" id="generate">Generate</button>
+</form>
+<p id="status" role="status"></p>
+<p id="error" role="alert"></p>
+<div class="pair">
+  <figure hidden><figcaption>Your picture</figcaption><img id="before" alt=""></figure>
+  <figure hidden><figcaption>Result</figcaption><img id="after" alt="Your picture, translated">
+    <a class="main" id="save">Save as PNG</a></figure>
+</div>
+</main>
+<noscript>This page needs JavaScript.</noscript>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+const picture = $("picture"), reference = $("reference"), limit = Number($("form").dataset.limit);
+let request = null;  // the AbortController of a picture that is on its way
+
+function say(text) {
+  $("status").textContent = text;
+  $("error").textContent = "";
+}
+
+function complain(text, field) {
+  $("status").textContent = "";
+  $("error").textContent = text;
+  if (field) field.focus();
+}
+
+function show(img, blob) {  // no blob: nothing
+  URL.revokeObjectURL(img.src);
+  img.closest("figure").hidden = !blob;
+  if (blob) img.src = URL.createObjectURL(blob); else img.removeAttribute("src");
+}
+
+function problem() {  // [text, field] of what is wrong with the visitor's choices, else null
+  const file = picture.files[0], guide = $("guided").checked ? reference.files[0] : null;
+  const bytes = (file ? file.size : 0) + (guide ? guide.size : 0), megabytes = 2 ** 20;
+  if (!file) return ["Choose a picture first.", picture];
+  if (guide === undefined) return ["Choose the picture with the style.", reference];
+  if (bytes > limit) return [`The file is too large: ${Math.ceil(bytes / megabytes)} MB, at most ` +
+    `${limit / megabytes} MB are accepted.`, picture];
+  if (!guide && !$("seed").checkValidity()) return ["The style's number has to be a whole one, " +
+    "from 0 to 4294967295.", $("seed")];
+  return null;
+}
+
+picture.onchange = () => {
+  const file = picture.files[0];
+  if (request) request.abort();
+  say("");
+  show($("after"));
+  show($("before"), file);
+  $("before").alt = file ? `Your picture, ${file.name}` : "";
+  if (file && file.size > limit) complain(...problem());
+};
+$("before").onerror = () => {
+  if ($("before").src) $("before").alt = "This browser cannot show this file.";
+};
+reference.onchange = () => { $("guided").checked = true; };
+$("seed").oninput = () => { $("random").checked = true; };
+$("another").onclick = () => {
+  $("random").checked = true;
+  $("seed").value = Math.floor(Math.random() * 2 ** 32);
+  $("form").requestSubmit();
+};
+
+$("form").onsubmit = async event => {
+  event.preventDefault();
+  if (request) return;
+  const wrong = problem();
+  if (wrong) return complain(...wrong);
+  const file = picture.files[0], guide = $("guided").checked ? reference.files[0] : null;
+  const choices = new URLSearchParams({domain: Math.max(0, $("domain").selectedIndex),
+    seed: guide ? 0 : $("seed").value, reference: guide ? guide.size : 0});
+  const mine = request = new AbortController();
+  $("generate").setAttribute("aria-disabled", true);
+  say("Generating\u2026");
+  try {
+    const body = new Blob(guide ? [file, guide] : [file]);
+    const answer = await fetch(`translate?${choices}`, {method: "POST", body, signal: mine.signal});
+    if (answer.status === 415 && !guide) return complain(await answer.text(), picture);
+    if (!answer.ok) return complain(await answer.text());
+    show($("after"), await answer.blob());
+    $("save").href = $("after").src;
+    $("save").download = file.name.replace(/[.][^.]*$/, "") + "-translated.png";
+    say("Done. The result can be saved.");
+    await $("after").decode();
+    $("save").scrollIntoView({block: "nearest"});
+  } catch {
+    if (!mine.signal.aborted) complain("The server does not answer. Is it still running?");
+  } finally {
+    request = null;
+    $("generate").removeAttribute("aria-disabled");
+  }
+};
+
+for (const box of [$("drop"), $("style")]) {
+  const mark = over => event => { event.preventDefault(); box.classList.toggle("over", over); };
+  box.ondragover = mark(true);
+  box.ondragleave = mark(false);
+}
+document.ondragover = event => event.preventDefault();  // a file beside the box: not opened
+document.ondrop = event => {
+  event.preventDefault();
+  for (const box of [$("drop"), $("style")]) box.classList.remove("over");
+  if (!event.dataTransfer.files.length) return;
+  const field = $("style").contains(event.target) ? reference : picture;
+  field.files = event.dataTransfer.files;
+  field.onchange();
+};
+</script>
+"""
+
+
+class Refusal(Exception):
+    """An answer other than what was asked for: Refusal(status, text, further header lines...)."""
+
+
+def receive(sock, until):
+    """The bytes that came, at least one. Raises Refusal at the end of them, or of the time."""
+    try:
+        sock.settimeout(max(until - time.monotonic(), 1e-3))
+        data = sock.recv(2**16)
+    except TimeoutError:
+        raise Refusal(408, "The request came too slowly. Try again.") from None
+    except OSError:
+        data = b""
+    if not data:
+        raise Refusal(400, "The request broke off. Try again.")
+    return data
+
+
+def read_head(sock):
+    """(method, path, {parameter: text}, {header: [texts]}, begin of the body) of a request."""
+    data, until = b"", time.monotonic() + HEAD_SECONDS
+    while (end := data.find(b"\r\n\r\n")) < 0 and len(data) <= MAX_HEAD:
+        data += receive(sock, until)
+    if not 0 <= end <= MAX_HEAD:
+        raise Refusal(431, "The request's head is too long.")
+    first, *lines = data[:end].decode("latin-1").split("\r\n")
+    request = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", first)
+    fields = [re.fullmatch(r"([!-9;-~]+):[ \t]*(.*)", line) for line in lines]
+    if request is None or None in fields:
+        raise Refusal(400, "This is no request that a browser sends.")
+    path, _, query = request[2].partition("?")
+    headers = {}
+    for field in fields:
+        headers.setdefault(field[1].lower(), []).append(field[2].strip())
+    return request[1], path, dict(urllib.parse.parse_qsl(query)), headers, data[end + 4 :]
+
+
+def only(headers, name):
+    """The text of a header, or None. Raises Refusal where it is there twice."""
+    texts = headers.get(name, [None])
+    if len(texts) > 1:
+        raise Refusal(400, f"The request has more than one {name}.")
+    return texts[0]
+
+
+def check_sender(headers, local):
+    """Raises Refusal unless the request comes from this page. Another site cannot hide its Origin;
+    a foreign name that its owner points at this machine (DNS rebinding) shows in Host."""
+    host = only(headers, "host") or ""
+    match = re.fullmatch(r"\[([\w.:]+)\](?::\d+)?|([\w.-]+)(?::\d+)?", host)
+    if match is None or (local and (match[1] or match[2]).lower() not in LOOPBACK):
+        raise Refusal(403, "Open this page under the address that its server printed.")
+    origin = only(headers, "origin")
+    if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        raise Refusal(403, "Only this page may send pictures here, no other site.")
+
+
+def read_upload(sock, headers, begun):
+    """The body of a request, of which `begun` has been read."""
+    length, until = only(headers, "content-length"), time.monotonic() + BODY_SECONDS
+    if length is None or "transfer-encoding" in headers:
+        raise Refusal(411, "The request does not say how long it is.")
+    if not re.fullmatch("[0-9]+", length):
+        raise Refusal(400, "The request's length is no number.")
+    if len(length) > 12 or int(length) > MAX_UPLOAD:
+        raise Refusal(413, f"The file is too large: at most {MAX_UPLOAD >> 20} MB are accepted.")
+    if int(length) == 0:
+        raise Refusal(400, "The file is empty.")
+    data = bytearray(begun)
+    while len(data) < int(length):
+        data += receive(sock, until)
+    del data[int(length) :]
+    return bytes(data)
+
+
+def parameter(query, name, below):
+    """A whole number from 0 to below - 1, 0 if it is left out."""
+    text = query.get(name, "0")
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= below:
+        raise Refusal(400, f"{name} has to be a whole number from 0 to {below - 1}.")
+    return int(text)
+
+
+def unexpected(error):
+    """Puts a fault of ours on stderr, in one line; the Refusal that tells the visitor."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+    return Refusal(500, "The server failed on this picture. Its console says why.")
+
+
+def has_left(sock):
+    """Whether a visitor who waits for an answer has closed the connection."""
+    try:
+        sock.setblocking(False)
+        return not sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def translated(page, sock, picture, domain, seed, reference):
+    """A PNG file made of a visitor's files, bytes each. Runs in the model's thread."""
+    if has_left(sock):
+        raise Refusal(400, "The request broke off. Try again.")
+    try:
+        picture = decode(picture, "The picture cannot be read")
+        reference = decode(reference, "The style's picture cannot be read") if reference else None
+        for image in filter(None, (picture, reference)):
+            image.thumbnail((page.max_side, page.max_side), BICUBIC)
+        png = io.BytesIO()
+        page.translate(picture, domain, seed, reference).save(png, "PNG")
+    except BadImage as e:
+        raise Refusal(415, f"{str(e).rstrip('.')}.") from None
+    except UserError as e:
+        raise Refusal(422, str(e)) from None
+    return png.getvalue()
+
+
+def respond(page, sock):
+    """(content type, body) for the request that comes through sock. Raises Refusal."""
+    method, path, query, headers, begun = read_head(sock)
+    check_sender(headers, page.local)
+    allowed = {"/": "GET", "/translate": "POST"}.get(path)
+    if allowed is None:
+        raise Refusal(404, "There is nothing here.")
+    if method != allowed:
+        raise Refusal(405, f"Only {allowed} is possible here.", f"Allow: {allowed}")
+    if path == "/":
+        return "text/html; charset=utf-8", page.content
+    domain, seed = parameter(query, "domain", page.n_domains), parameter(query, "seed", 2**32)
+    upload = read_upload(sock, headers, begun)
+    end = len(upload) - parameter(query, "reference", len(upload) if page.styles else 1)
+    work = translated, page, sock, upload[:end], domain, seed, upload[end:]
+    if not page.places.acquire(blocking=False):
+        raise Refusal(503, "The model is busy. Try again in a few seconds.", "Retry-After: 5")
+    try:  # a name for the future would tie it, its exception and the upload into a cycle
+        return "image/png", page.model.submit(*work).result()
+    except concurrent.futures.CancelledError:
+        raise Refusal(503, "The server is being stopped.") from None
+    finally:
+        page.places.release()
+
+
+def answer(sock, policy, status, kind, body, *headers):
+    """Sends an answer and hangs up: not before the visitor has done so, since to close a connection
+    with unread bytes in it can destroy the answer on its way, but not much later either."""
+    head = [
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        f"Content-Security-Policy: {policy}",
+        "X-Content-Type-Options: nosniff",
+        "Cross-Origin-Resource-Policy: same-origin",
+        "Cache-Control: no-store",
+        "Connection: close",
+        *headers,
+    ]
+    sock.settimeout(SEND_SECONDS)
+    sock.sendall("\r\n".join([*head, "", ""]).encode() + body)
+    sock.shutdown(socket.SHUT_WR)
+    until = time.monotonic() + LINGER_SECONDS
+    while time.monotonic() < until:
+        receive(sock, until)
+
+
+def serve_visitor(page, sock):
+    """One connection from its first byte to its last. Whatever happens, the server goes on."""
+    try:
+        try:
+            reply = 200, *respond(page, sock)
+        except Exception as e:
+            status, text, *headers = (e if isinstance(e, Refusal) else unexpected(e)).args
+            reply = status, "text/plain; charset=utf-8", text.encode(), *headers
+        with sock, contextlib.suppress(OSError, Refusal):  # from here on a visitor may leave
+            answer(sock, page.policy, *reply)
+    finally:
+        page.visitors.release()
+
+
+def page_html(title, domains, styles):
+    """The page as bytes, and the Content-Security-Policy by which only its own parts run."""
+    values = {
+        "title": html.escape(title),
+        "domains": "".join(f"<option>{html.escape(name)}</option>" for name in domains),
+        "domains-hidden": "" if domains else "hidden",
+        "styles-hidden": "" if styles else "hidden",
+        "kinds": ", ".join(FORMATS),
+        "limit": str(MAX_UPLOAD),
+        "megabytes": str(MAX_UPLOAD >> 20),
+    }
+    text = re.sub(r"\{\{([a-z-]+)\}\}", lambda match: values[match[1]], PAGE)
+    policy = "default-src 'none'; img-src blob: data:; connect-src 'self'; base-uri 'none'; "
+    policy += "form-action 'none'; frame-ancestors 'none'"
+    for part in ("script", "style"):
+        own = re.search(f"<{part}>(.*?)</{part}>", text, re.DOTALL)[1].encode()
+        digest = base64.b64encode(hashlib.sha256(own).digest()).decode()
+        policy += f"; {part}-src 'sha256-{digest}'"
+    return text.encode(), policy
+
+
+def serve_page(args, title, translate, domains=(), styles=False):
+    """A web page at --host and --port, until Ctrl-C: a picture in, a picture out, Save.
+
+    translate(picture, domain, seed, reference) -> PIL picture; never called twice at the same time
+        picture: PIL RGB, no side longer than --max-side
+        domain: what the visitor chose of `domains`, an index; 0 if there is nothing to choose
+        seed: 0 to 2^32 - 1, of a random style
+        reference: PIL RGB like picture, whose style is wanted instead of a random one, or None
+        A UserError is shown to the visitor; any other exception goes to stderr, in one line.
+    domains: names, may be empty; styles: whether visitors choose a seed or a reference
+    Raises UserError if the address cannot be had.
+    """
+    content, policy = page_html(title, domains, styles)
+    page = types.SimpleNamespace(
+        content=content,
+        policy=policy,
+        local=args.host in LOOPBACK,
+        n_domains=max(1, len(domains)),
+        styles=styles,
+        max_side=args.max_side,
+        translate=translate,
+        visitors=threading.Semaphore(VISITORS),
+        places=threading.Semaphore(1 + WAITING),
+        model=concurrent.futures.ThreadPoolExecutor(1),
+    )
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listener = socket.create_server((args.host, args.port), family=family, backlog=128)
+    except (OSError, OverflowError, UnicodeError) as e:
+        problem = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"--host {args.host} --port {args.port}: {problem}. Take another --port, or 0 for any"
+            " that is free."
+        ) from None
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{title}: http://{host}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
+    if not page.local:
+        print("Everyone who reaches this address can use it.", flush=True)
+    try:
+        with listener:
+            while True:
+                page.visitors.acquire()
+                try:
+                    sock = listener.accept()[0]
+                except OSError:  # the visitor has gone, or this machine has no more files to open
+                    page.visitors.release()
+                    time.sleep(0.1)
+                    continue
+                threading.Thread(target=serve_visitor, args=(page, sock), daemon=True).start()
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        page.model.shutdown(cancel_futures=True)  # after the picture that is being made

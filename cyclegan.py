@@ -13,6 +13,7 @@ In this file, in the order in which a picture meets it      paper
     python cyclegan.py --data horse2zebra
     python cyclegan.py translate --checkpoint RUN/checkpoint.pt --input PHOTOS --direction AtoB
     python cyclegan.py evaluate --checkpoint RUN/checkpoint.pt
+    python cyclegan.py app --checkpoint RUN/checkpoint.pt   # a web page that translates pictures
 
 Names. G_AB and G_BA are the paper's G and F (X = A, Y = B). D_A judges pictures of domain A, the
 paper's D_X; the official code (junyanz/pytorch-CycleGAN-and-pix2pix) calls that one D_B.
@@ -634,12 +635,11 @@ def evaluate(args):
 
 
 @torch.no_grad()
-def translate_picture(G, img, device, args):
-    """img: PIL picture of any size -> PIL picture, as large unless --size ... asks for another.
+def translate_picture(G, img, device):
+    """img: PIL picture of any size -> PIL picture, as large.
 
     Sides that are no multiple of what G needs are padded by repeating the border, and cut back.
     """
-    img = common.resized(img, args.size, args.width, args.square)
     W, H = img.size
     x = common.to_float(common.stack([common.pixels(img)]), device)
     least = max(8, G.multiple)  # with less an instance norm would see a single pixel
@@ -654,10 +654,36 @@ def translate(args):
         raise UserError(f"--checkpoint {args.checkpoint} has no {name}, for {args.direction}.")
     device = common.pick_device(args.device)
     G = nets[name].to(device).eval()
-    function = functools.partial(translate_picture, G, device=device, args=args)
     print(f"{args.direction} with {name} of {args.checkpoint}, trained on {saved.get('data', '?')}")
+
+    def function(img):
+        img = common.resized(img, args.size, args.width, args.square)
+        return translate_picture(G, img, device)
+
     read_as = "L" if G.config["in_channels"] == 1 else "RGB"
     common.map_pictures(args.input, args.out, read_as, function)
+
+
+def app(args):
+    """A web page on which visitors have their pictures translated."""
+    nets, saved = load_networks(args.checkpoint, args.direction or "AtoB")
+    device, data = common.pick_device(args.device), Path(saved.get("data", "")).stem
+    A, _, B = ("human2goblin" if data == "toy" else data).partition("2")
+    A, B = (A, B) if A and B else ("domain A", "domain B")
+    offered = []  # (where to, network)
+    for direction, name, to in (("AtoB", "G_AB", B), ("BtoA", "G_BA", A)):
+        if name in nets and args.direction in (None, direction):
+            offered.append((to, nets[name].to(device).eval()))
+    if not offered:
+        raise UserError(f"--checkpoint {args.checkpoint} has no generator to translate with.")
+
+    def function(img, domain, seed, reference):
+        G = offered[domain][1]
+        img = img.convert("L") if G.config["in_channels"] == 1 else img
+        return translate_picture(G, img, device)
+
+    title = f"CycleGAN {data}".strip()
+    common.serve_page(args, title, function, domains=[to for to, G in offered])
 
 
 # =============================================================================
@@ -707,6 +733,10 @@ def main(argv=None):
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--size", type=count, help="pixels: the training's crop size, else 256")
     p.add("--fid-real", choices=("test", "train+test"), default="test", help="reals for FID")
+
+    p = cli.command("app", app, "a web page: choose a picture, translate it, save the result")
+    common.add_app_options(p)
+    p.add("--direction", choices=directions["choices"], help="default: all of the checkpoint")
 
     args = cli.parse(argv)
     if args.command == "train":

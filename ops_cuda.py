@@ -1194,17 +1194,30 @@ def derivatives(function, impl, tensors, v):
     ]
 
 
+def away_from_kinks(x, function):
+    """x, drawn anew where y = function(x) is so near to a kink, at 0 or at the clamp of 1, that
+    rounding decides about its slope."""
+    while True:
+        y = function(x).float()
+        near = (y.abs() < 1e-3) | ((y.abs() - 1).abs() < 0.02)
+        if not near.any():
+            return x
+        x = torch.where(near, torch.randn(x.shape).to(x), x)
+
+
 def check(device):
     """Compares every kernel with its reference in float64, to second order. Returns the number of
     kernels that are off, and prints them."""
     wrong, count = 0, 0
+    torch.manual_seed(0)  # the same numbers on every machine
     for shape in SHAPES:
         for name, (function, more) in operators(*shape, device).items():
             for dtype, allowed in ROUNDING.items():
                 for order, memory in ORDERS.items():
-                    x = torch.randn(shape, device=device).to(dtype)
-                    x = x.contiguous(memory_format=memory)
-                    v = torch.randn(function(x, "ref", *more).shape, device=device).to(dtype)
+                    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory)
+                    if name.endswith("act"):
+                        x = away_from_kinks(x, lambda x: function(x, "ref", *more))  # noqa: B023
+                    v = torch.randn(function(x, "ref", *more).shape).to(device, dtype)
                     mine = derivatives(function, "cuda", [x, *more], v)
                     exact = [t.double() for t in (x, *more)]
                     wanted = derivatives(function, "ref", exact, v)
