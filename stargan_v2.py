@@ -6,7 +6,7 @@ In this file, in the order in which a picture meets it      paper
     discriminator_losses, generator_losses                  sec. 2.2, Eqs. (1)-(5)
     lambda_ds_at                                            sec. 2.2 (decays linearly to zero)
     train_step, train                                       sec. 3, appendix
-    translate                                               Figs. 4-6: by latents, by references
+    translate, app                                          Figs. 4-6: by latents, by references
     evaluate                                                Tables 2, 3, appendix: LPIPS and FID
 
     python stargan_v2.py                                    # toy faces, 2 CPU cores, minutes
@@ -15,6 +15,7 @@ In this file, in the order in which a picture meets it      paper
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 0-7
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --ref REFS --grid grid.png
     python stargan_v2.py evaluate --checkpoint RUN
+    python stargan_v2.py app --checkpoint RUN               # a web page
 
 Names. The mapping network is the paper's F, so torch.nn.functional goes by its full name. A domain
 is a folder of pictures; y is its number in alphabetical order, s a style code of that domain.
@@ -970,6 +971,30 @@ def translate(args):
         common.map_pictures(args.input, args.out, mode, function)
 
 
+def app(args):
+    """A web page on which visitors have their pictures translated, in the style of a latent or of a
+    picture of the domain that they choose."""
+    nets, masks_of, names, saved = networks_of(args)
+    G, F, E = (nets[name] for name in "GFE")
+    size, mode = E.config["size"], "L" if G.config["img_channels"] == 1 else "RGB"
+
+    def squeezed(img):
+        return common.stack([common.pixels(common.squeezed(size, img.convert(mode)))])
+
+    def function(img, domain, seed, reference):
+        if reference is None:
+            z = common.latents([seed], F.config["z_dim"])
+            s = styles_of_latents(F, z, domain, args.psi)
+        else:
+            s = styles_of_references(E, squeezed(reference), domain)
+        image = squeezed(img)
+        masks = masks_for(image, masks_of, device_of(G))
+        return common.to_picture(translated(G, image, s, masks)[0])
+
+    title = f"StarGAN v2 {Path(saved.get('data', '')).stem}".strip()
+    common.serve_page(args, title, function, domains=names, styles=True)
+
+
 # =============================================================================
 # Evaluation
 # =============================================================================
@@ -1138,6 +1163,11 @@ def main(argv=None):
     p.add("--alexnet", help="alexnet-owt-7be5be79.pth, where it cannot be fetched")
     p.add("--lpips", help="the LPIPS weights of AlexNet, likewise")
     p.add("--seed", type=common.not_negative_int, default=0, help="of latents and references")
+    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
+
+    p = cli.command("app", app, "a web page: choose picture, domain and style, save the result")
+    common.add_app_options(p)
+    p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
     p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
 
     args = cli.parse(argv)

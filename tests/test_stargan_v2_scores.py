@@ -1,4 +1,4 @@
-"""stargan_v2.py evaluate as a user runs it, and the LPIPS of its tables."""
+"""stargan_v2.py evaluate and app as a user runs them, and the LPIPS of its tables."""
 
 import itertools
 import json
@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from test_common_app import Server
 from test_stargan_v2 import (  # noqa: F401  two of them are fixtures for every test
+    ROOT,
     TINY,
     domains,
     fails,
@@ -219,5 +222,34 @@ def test_mistakes_end_in_one_line(trained, capsys):
         ([*run, "--data", "other"], "has the domains cat, dog, the checkpoint goblin, human"),
         ([*run, "--data", "train_only"], "neither val nor test"),
         ([*run, "--data", data, "--alexnet", "no.pth"], "no.pth: no such file"),
+        (["app", "--checkpoint", "nowhere"], "nowhere"),
+        (["app", "--checkpoint", trained, "--port", 70000], "--port 70000"),
     ):
         assert message in fails(capsys, *options)
+
+
+# ---- app ----
+
+
+def test_the_page_does_what_translate_does_by_seeds_and_by_references(trained):
+    folder = trained.parent / "d/test"
+    picture, ref = folder / "human/0.jpg", folder / "goblin/1.jpg"
+    app = Server(ROOT / "stargan_v2.py", "app", "--checkpoint", trained, "--port", 0)
+    try:
+        assert "StarGAN v2 d: " in app.said
+        page = app.send(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % app.port)[2].decode()
+        assert "<option>goblin</option><option>human</option>" in page
+        for k, style in enumerate((["--seeds", 3], ["--ref", ref])):
+            for domain in (0, 1):
+                main("translate", "--checkpoint", trained, "--input", picture, "--domain", domain,
+                     *style, "--out", "t.png")  # fmt: skip
+                upload, query = picture.read_bytes(), f"domain={domain}&seed=3"
+                if k:
+                    query += f"&reference={ref.stat().st_size}"
+                    upload += ref.read_bytes()
+                status, _, body = app.post(upload, query)
+                assert status == 200, body
+                Path("a.png").write_bytes(body)
+                assert Image.open("a.png").tobytes() == Image.open("t.png").tobytes()
+    finally:
+        assert app.stop() == ""
