@@ -154,12 +154,12 @@ def check_losses(case):
         equal(case, f"piece/s_trg_{phase}", s)
         equal(case, f"piece/x_fake_{phase}", fake[:, :, ::2, ::2])
         losses = stargan_v2.discriminator_losses(D, real, y, fake, y_fake)
-        loss = losses["D_real"] + losses["D_fake"] + args["lambda_reg"] / 2 * losses["r1"]
+        loss = losses["D_real"] + losses["D_fake"] + args["lambda_reg"] / 2 * losses["reg/r1"]
         clear(nets.values())
         loss.backward()
         equal(case, f"d_{phase}/real", losses["D_real"])
         equal(case, f"d_{phase}/fake", losses["D_fake"])
-        equal(case, f"d_{phase}/reg", losses["r1"] / 2)
+        equal(case, f"d_{phase}/reg", losses["reg/r1"] / 2)
         equal(case, f"d_{phase}/loss", loss)
         gradients(f"d_{phase}", ["discriminator"], meta["full_grads"]["d"])
 
