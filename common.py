@@ -11,6 +11,7 @@ In this file, in the order in which a run meets it
     metrics                     fd8, FID, KID; InceptionV3 written out
     VGG16                       LPIPS, path length, precision and recall
     separability                the toy faces' attributes, a classifier, planes in latent space
+    landmarks                   FAN, and StarGAN v2's masks of a face
     projection                  a picture's latent
     generators                  what the StyleGANs' commands share
     the web page                serve_page: a visitor's picture in, a picture out
@@ -207,9 +208,9 @@ class Parser(argparse.ArgumentParser):
 class CommandLine:
     """`FILE.py [COMMAND] [options]`; with no command it is `train`.
 
-    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, but
-    for `sizes`, options that a --checkpoint decides. On --resume the options of that run are the
-    defaults. What the user types always wins.
+    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, or
+    with --preset where a script has that, but for `sizes`, options that a --checkpoint decides. On
+    --resume the options of that run are the defaults. What the user types always wins.
     """
 
     def __init__(self, prog, doc, presets, sizes=()):
@@ -238,7 +239,8 @@ class CommandLine:
         if unknown:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
-            defaults = self.presets.get("toy" if args.data.startswith("toy/") else args.data, {})
+            name = vars(args).get("preset") or args.data
+            defaults = self.presets.get("toy" if name.startswith("toy/") else name, {})
             if args.checkpoint:
                 defaults = {k: v for k, v in defaults.items() if k not in self.sizes}
             if args.resume:
@@ -401,6 +403,10 @@ PUBLIC = {  # name: (addresses, bytes, sha256)
     name: ([f"{s}://{_CYCLEGAN_HOST}/{name}.zip" for s in ("https", "http")], int(size), sha256)
     for name, size, sha256 in map(str.split, _CYCLEGAN.strip().splitlines())
 }
+# StarGAN v2's sets (clovaai/stargan-v2: download.sh). No sizes and checksums are published.
+for _name, _key in (("celeba_hq", "f7pvjij2xlpff59"), ("afhq", "t9l9o3vsx2jai3z")):
+    PUBLIC[_name] = ([f"https://www.dropbox.com/s/{_key}/{_name}.zip?dl=1"], None, None)
+PUBLIC["afhq_v2"] = (["https://www.dropbox.com/s/vkzjokiwof5h8w6/afhq_v2.zip?dl=1"], None, None)
 WITHDRAWN = {  # name: how to build it
     "cityscapes": "cityscapes was withdrawn by its publishers (licence). Build it: get leftImg8bit "
     "and gtFine from cityscapes-dataset.com, resize photos (A) and *_gtFine_color label maps (B) "
@@ -1256,6 +1262,11 @@ TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no f
     "testA": (0, 1600, 100),
     "testB": (1, 1700, 100),
 }
+TOY_DOMAIN_FOLDERS = {  # StarGAN v2's three domains, no face in two of them
+    f"{part}/{name}": (k, first + n * k, n)
+    for part, first, n in (("train", 0, 1000), ("test", 3000, 100))
+    for k, name in enumerate(TOY_DOMAINS)
+}
 
 
 class Toy(Source):
@@ -1282,7 +1293,7 @@ class Toy(Source):
         return toy_face(self.domain_and_seed(name)[1], domain, self.size).convert(mode)
 
     def domain_and_seed(self, name):
-        part, number = name.removesuffix(".png").split("/")
+        part, number = name.removesuffix(".png").rsplit("/", 1)
         domain, first, _ = self.parts[part]
         return domain, first + int(number)
 
@@ -1424,8 +1435,9 @@ class ImageSet:
         print(f"skipped {problem} ({len(self.bad)} so far)", file=sys.stderr)
 
     def counterparts(self, domain, mode, n=None):
-        """Toy data: the true counterparts, in domain "A", "B", ..., of what all(n) returns."""
-        number = "ABC".index(domain)
+        """Toy data: the true counterparts of what all(n) returns, in domain "A", "B", "C" or a
+        name of TOY_DOMAINS."""
+        number = (TOY_DOMAINS if domain in TOY_DOMAINS else "ABC").index(domain)
         faces = (self.source.counterpart(name, number, mode) for name in self.names[:n])
         return stack([pixels(self.prepare(face)) for face in faces])
 
@@ -1547,6 +1559,43 @@ def crop_and_flip(pixels, crop, flip, rng):
         y, x = rng.integers(H - crop + 1), rng.integers(W - crop + 1)
         pixels = pixels[y : y + crop, x : x + crop]
     return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+
+def at_most(side, img):
+    """A PIL picture whose shorter side is reduced to `side` if it is longer."""
+    scale = side / min(img.size)
+    if scale >= 1:
+        return img
+    return img.resize([max(side, round(x * scale)) for x in img.size], Image.Resampling.BILINEAR)
+
+
+def squeezed(size, img):
+    """The whole of a PIL picture as size x size pixels, whatever its sides are."""
+    return img if img.size == (size, size) else img.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def random_box(W, H, rng):
+    """(left, top, right, bottom) of a random part of a W x H picture, 80 to 100% of its area and
+    0.9 to 1.1 times as wide as high; where ten tries do not fit, the largest in the middle."""
+    for _ in range(10):
+        area, ratio = rng.uniform(0.8, 1) * W * H, math.exp(rng.uniform(*np.log([0.9, 1.1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W and 0 < h <= H:
+            x, y = int(rng.integers(W - w + 1)), int(rng.integers(H - h + 1))
+            return x, y, x + w, y + h
+    w, h = min(W, round(H * 1.1)), min(H, round(W / 0.9))
+    x, y = (W - w) // 2, (H - h) // 2
+    return x, y, x + w, y + h
+
+
+def crop_and_squeeze(pixels, size, crop_prob, flip, rng):
+    """With probability crop_prob a random part, else the whole of pixels (H, W, C), as size x size
+    pixels and, half of the time, mirrored."""
+    H, W, C = pixels.shape
+    img = Image.fromarray(pixels[:, :, 0] if C == 1 else pixels)
+    if rng.random() < crop_prob:
+        img = img.crop(random_box(W, H, rng))
+    return crop_and_flip(np.atleast_3d(squeezed(size, img)), None, flip, rng)
 
 
 def to_float(images, device):
@@ -1718,12 +1767,12 @@ class Run:
             raise KeyboardInterrupt
         self.stopped = True
 
-    def adam(self, nets, lr, betas, eps=1e-8):
+    def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0):
         """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr)."""
         params = [p for net in nets for p in net.parameters()]
         lr = torch.tensor(lr, device=self.device)
         on_gpu = self.device.type == "cuda"
-        return torch.optim.Adam(params, lr, betas, eps, fused=True, capturable=on_gpu)
+        return torch.optim.Adam(params, lr, betas, eps, weight_decay, fused=True, capturable=on_gpu)
 
     def set_lr(self, optimizers, lr):
         for opt in optimizers:
@@ -1767,10 +1816,10 @@ class Run:
         """Adds gradients of the loss."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer):
-        """One step with the gradients, which are then gone. A parameter without one has gradient
-        0: its moments move with those of the others."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+    def step(self, *optimizers):
+        """One step of each with the gradients, which are then gone. A parameter without one has
+        gradient 0: its moments move with those of the others."""
+        params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in params]
@@ -1783,9 +1832,11 @@ class Run:
         if self.own_half:
             for g in grads:  # an overflow in half precision must not end the run
                 torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
-        self.scaler.step(optimizer)
+        for opt in optimizers:
+            self.scaler.step(opt)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        for opt in optimizers:
+            opt.zero_grad(set_to_none=True)
 
     # ---- the log -------------------------------------------------------------------------------
 
@@ -2137,6 +2188,7 @@ def write_json(path, data):
 
 def load_checkpoint(path, model):
     """One of our checkpoints, or the plain state dict of an official .pth; nothing in it is run.
+    Of a dict of state dicts, as StarGAN v2's, the names are joined: "generator.from_rgb.weight".
     model: the script it has to be of, or several.
 
     Raises UserError if it is missing, damaged, of another model, or holds more than plain data.
@@ -2162,6 +2214,8 @@ def load_checkpoint(path, model):
             needed = " or ".join(models)
             raise UserError(f"{path} holds a {state['model']} model; {needed} is needed here.")
         return state
+    if isinstance(state, dict) and state and all(isinstance(v, dict) for v in state.values()):
+        state = {f"{net}.{name}": v for net, part in state.items() for name, v in part.items()}
     if isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values()):
         return state
     raise UserError(f"{path}: neither one of ours nor a plain dict of tensors.")
@@ -2421,7 +2475,8 @@ def copy_matching(nets, found, say):
         return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
 
     for name, net in nets.items():
-        source = found.get(name) or found.get("G_ema" if name == "G" else "G" * (name == "G_ema"))
+        other = name.removesuffix("_ema") if name.endswith("_ema") else f"{name}_ema"
+        source = found.get(name) or found.get(other)
         if source is None:
             say(f"{name}: not in the checkpoint, starts anew")
             continue
@@ -2472,6 +2527,25 @@ def read_square(path, size, channels):
     if img.size != (size, size):
         print(f"{path} is {img.width}x{img.height}: its centre square is resized to {size}x{size}")
     return stack([pixels(square(size, False, img))])[0]
+
+
+def read_pictures(path, prepare, mode, option):
+    """(names, uint8 (N, C, H, W)) of a picture, or of all pictures of a folder that can be read;
+    others are named and skipped. prepare: as of ImageSet. option: for messages."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{option} {path} does not exist; name a picture or a folder.")
+    folder, names = (path, Folder(path).names) if path.is_dir() else (path.parent, [path.name])
+    found = {}
+    for name in names:
+        try:
+            with open(folder / name, "rb") as f:
+                found[name] = pixels(prepare(decode(f, name, mode)))
+        except BadImage as e:
+            print(f"skipped {e}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{option} {path}: not one readable picture.")
+    return list(found), stack(list(found.values()))
 
 
 def map_pictures(source, out, mode, function):
@@ -3538,6 +3612,8 @@ def describe_scores(row):
     if "ls" in row:
         ls = row["ls"]
         parts += [f"linear separability z {ls['z']:.2f}, w {ls['w']:.2f} ({ls['n']} samples)"]
+    if "diversity" in row:
+        parts += [f"diversity {row['diversity']:.4f}"]
     if "cycle_error" in row:
         parts += [f"cycle error {row['cycle_error']:.4f}"]
     if "error" in row:
@@ -3563,13 +3639,19 @@ WEIGHTS = {  # what: (name in the cache folder, address, sha256)
         "v0.1/vgg.pth",
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     ),
+    "FAN": (  # no checksum is published
+        "wing.ckpt",
+        "https://www.dropbox.com/s/tjxpypwpt38926e/wing.ckpt?dl=1",
+        None,
+    ),
 }
 
 
-def read_weights(what, path, shapes):
+def read_weights(what, path, shapes, tensors_of=dict):
     """(tensors, label) of a file, or of the cache's copy of WEIGHTS (fetched there if missing).
 
     Another file than the published one is taken when given by path, and labelled by its hash.
+    tensors_of(what the file holds) -> {name: tensor}.
     Raises UserError if it is missing, damaged, or holds other names and shapes than `shapes`.
     """
     name, url, sha256 = WEIGHTS[what]
@@ -3580,16 +3662,16 @@ def read_weights(what, path, shapes):
         found = sha256_of(file)
     except OSError as e:
         raise UserError(f"{what} weights {file}: {e.strerror}.") from e
-    if not path and found != sha256:
+    if not path and sha256 and found != sha256:
         raise UserError(f"{file} is damaged (sha256 {found[:8]}, not {sha256[:8]}). Delete it.")
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = tensors_of(torch.load(file, map_location="cpu", weights_only=True))
         if {k: tuple(v.shape) for k, v in tensors.items()} != shapes:
             raise ValueError("other tensors")
     except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
         raise UserError(
             f"{file} does not hold {what} weights ({type(e).__name__}). Expected {name} from {url},"
-            f" {len(shapes)} tensors, sha256 {sha256[:8]}."
+            f" {len(shapes)} tensors{f', sha256 {sha256[:8]}' if sha256 else ''}."
         ) from e
     return tensors, Path(name).stem if found == sha256 else f"{what} {found[:8]}"
 
@@ -3942,6 +4024,158 @@ def linear_separability(latents, logits):
                 guess = has
             entropies[space].append(conditional_entropy(guess, has))
     return {space: 2 ** sum(H) for space, H in entropies.items()}, entropies
+
+
+# =============================================================================
+# Face landmarks
+# =============================================================================
+# StarGAN v2 keeps the detail of a face around landmarks, which this network finds. Tensors have the
+# names of the official wing.ckpt.
+
+
+def with_coordinates(x):
+    """Appends three maps to (N, C, H, W): row and column in [-1, 1], and the distance from the
+    centre, at most 1."""
+    N, _, H, W = x.shape
+    places = (torch.arange(n, device=x.device, dtype=torch.float32) / (n - 1) for n in (H, W))
+    rows, columns = torch.meshgrid(*(2 * t - 1 for t in places), indexing="ij")
+    radius = torch.stack([rows, columns]).norm(dim=0)
+    maps = torch.stack([rows, columns, radius / radius.max()]).to(x.dtype)
+    return torch.cat([x, maps.expand(N, -1, -1, -1)], 1)
+
+
+class CoordConv(nn.Module):
+    """A convolution that knows where it is: of `with_coordinates` (Liu et al. 2018)."""
+
+    def __init__(self, I, O, kernel, stride=1, pad=0):
+        super().__init__()
+        self.conv = nn.Conv2d(I + 3, O, kernel, stride, pad)
+
+    def forward(self, x):
+        return self.conv(with_coordinates(x))
+
+
+class FanBlock(nn.Module):
+    """Three 3x3 convolutions after one another, their maps side by side, and a skip (Bulat and
+    Tzimiropoulos 2017). forward(x): (N, I, H, W) -> (N, O, H, W)"""
+
+    def __init__(self, I, O):
+        super().__init__()
+        for k, (a, b) in enumerate(((I, O // 2), (O // 2, O // 4), (O // 4, O // 4)), 1):
+            self.add_module(f"bn{k}", nn.BatchNorm2d(a))
+            self.add_module(f"conv{k}", nn.Conv2d(a, b, 3, padding=1, bias=False))
+        self.downsample = nn.Identity()
+        if I != O:
+            conv = nn.Conv2d(I, O, 1, bias=False)
+            self.downsample = nn.Sequential(nn.BatchNorm2d(I), nn.ReLU(), conv)
+
+    def forward(self, x):
+        a = self.conv1(F.relu(self.bn1(x)))
+        b = self.conv2(F.relu(self.bn2(a)))
+        c = self.conv3(F.relu(self.bn3(b)))
+        return torch.cat([a, b, c], 1) + self.downsample(x)
+
+
+class Hourglass(nn.Module):
+    """Down to a sixteenth of the side and up again, with a skip at every level (Newell et al.
+    2016). forward(x): (N, C, H, W) -> (N, C, H, W)"""
+
+    def __init__(self, C, levels=4):
+        super().__init__()
+        self.levels = levels
+        self.coordconv = CoordConv(C, C, 1)
+        for level in range(levels, 0, -1):
+            for branch in ("b1", "b2", "b3"):
+                self.add_module(f"{branch}_{level}", FanBlock(C, C))
+        self.b2_plus_1 = FanBlock(C, C)
+
+    def level(self, x, n):
+        y = getattr(self, f"b2_{n}")(F.avg_pool2d(x, 2))
+        y = self.level(y, n - 1) if n > 1 else self.b2_plus_1(y)
+        y = F.interpolate(getattr(self, f"b3_{n}")(y), scale_factor=2, mode="nearest")
+        return getattr(self, f"b1_{n}")(x) + y
+
+    def forward(self, x):
+        return self.level(self.coordconv(x), self.levels)
+
+
+class FAN(nn.Module):
+    """The network of Wang et al. 2019 (adaptive wing loss) that finds 98 landmarks of a face.
+
+    forward(x) -> (N, 99, 64, 64), a map per landmark, high where it is, and one of the outline
+    masks(x) -> two of (N, 1, 256, 256) in [0, 1], the coarse and the fine mask of StarGAN v2
+        x: (N, 1 or 3, H, W) in [-1, 1], any size; grey counts as three equal channels
+    Frozen, and always in evaluation mode.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"kind": "FAN"}
+        self.conv1, self.bn1 = CoordConv(3, 64, 7, 2, 3), nn.BatchNorm2d(64)
+        self.conv2, self.conv3, self.conv4 = (
+            FanBlock(64, 128),
+            FanBlock(128, 128),
+            FanBlock(128, 256),
+        )
+        self.m0, self.top_m_0 = Hourglass(256), FanBlock(256, 256)
+        self.conv_last0, self.bn_end0 = nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)
+        self.l0 = nn.Conv2d(256, 99, 1)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x):
+        x = F.interpolate(x, (256, 256), mode="bilinear").expand(-1, 3, -1, -1) / 2 + 0.5
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, 64, 128, 128)
+        x = F.avg_pool2d(self.conv2(x), 2)  # (N, 128, 64, 64)
+        x = self.top_m_0(self.m0(self.conv4(self.conv3(x))))
+        return self.l0(F.relu(self.bn_end0(self.conv_last0(x))))
+
+    @torch.no_grad()
+    def masks(self, x):
+        maps = self(x)[:, :-1]
+        return landmark_masks(F.interpolate(maps, (256, 256), mode="bilinear", align_corners=True))
+
+
+def landmark_masks(maps):
+    """The coarse and the fine mask, (N, 1, 256, 256) in [0, 1], of maps of landmarks (N, 98, 256,
+    256): where StarGAN v2 keeps a face's detail. The fine one leaves out what expression moves.
+
+    As in the official code (clovaai/stargan-v2: core/wing.py): maps of some parts are moved off the
+    edges that they lie on, and made narrower by a power.
+    """
+    chin, brows, nostrils, eyes = slice(8, 25), slice(33, 51), slice(55, 60), slice(60, 76)
+    upper, lower, inner = slice(77, 82), slice(83, 88), slice(88, 96)
+
+    def up(part, rows):
+        return part.roll(-rows, 2)
+
+    h = torch.where(maps < 0.1, 0, maps)
+    low, high = h.amin([2, 3], keepdim=True), h.amax([2, 3], keepdim=True)
+    h = (h - low) / (high - low + 1e-6)
+    parts = ((chin, 0, 3), (brows, -7, 2), (nostrils, 8, 4), (upper, -8, 4), (lower, 8, 4))
+    for part, rows, power in (*parts, (inner, -2, 3)):
+        h[:, part] = up(h[:, part], rows).pow(power)
+    h[:, [*range(8), *range(25, 33), 33, 46, 76, 82]] = 0  # the cheeks, and corners
+    h[:, 52:55] = up(h[:, 52:55], 4)  # the bridge of the nose
+    h[:, eyes] = up(h[:, eyes], -8).pow(3) + up(h[:, eyes], -24)
+    fine = h.clone()
+    fine[:, chin] = fine[:, brows] = fine[:, 76:96] = 0
+    return [part.sum(1, keepdim=True).clamp(0, 1) for part in (h, fine)]
+
+
+def load_fan(path=None, device="cpu"):
+    """FAN from a file, wing.ckpt; see read_weights for files and errors."""
+    fan = FAN()
+    shapes = {name: tuple(tensor.shape) for name, tensor in fan.state_dict().items()}
+
+    def known(state):  # the file also holds what only its training needed
+        return {name: state["state_dict"][name] for name in shapes}
+
+    tensors, _ = read_weights("FAN", path, shapes, known)
+    fan.load_state_dict(tensors)
+    return fan.to(device)
 
 
 # =============================================================================

@@ -593,11 +593,15 @@ def test_a_public_set_is_fetched_once_unpacked_and_its_zip_removed(tmp_path, mon
     assert files_below(tmp_path / "data") == ["mine/trainA/1.png"]
 
 
-def test_the_public_table_holds_ten_sets_with_https_first():
-    assert len(common.PUBLIC) == 10
+def test_the_public_table_holds_thirteen_sets_with_https_first():
+    assert len(common.PUBLIC) == 13
     for name, (urls, size, sha256) in common.PUBLIC.items():
-        assert urls[0].startswith("https://") and all(u.endswith(f"/{name}.zip") for u in urls)
-        assert size > 10**7 and re.fullmatch("[0-9a-f]{64}", sha256)
+        assert urls[0].startswith("https://")
+        assert all(u.removesuffix("?dl=1").endswith(f"/{name}.zip") for u in urls)
+        if sha256 is None:  # StarGAN v2's publish neither size nor checksum
+            assert name in ("celeba_hq", "afhq", "afhq_v2") and size is None
+        else:
+            assert size > 10**7 and re.fullmatch("[0-9a-f]{64}", sha256)
 
 
 def test_a_withdrawn_set_says_how_to_build_it_and_is_used_when_it_was(tmp_path):

@@ -13,6 +13,7 @@ import types
 import zlib
 from pathlib import Path
 
+import golden_stargan_v2
 import golden_stylegan
 import golden_stylegan2
 import numpy as np
@@ -23,7 +24,7 @@ import common
 import cyclegan
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-READY = ("cyclegan", "fid", "stylegan", "stylegan2", "stylegan2_ada")
+READY = ("cyclegan", "fid", "stargan_v2", "stylegan", "stylegan2", "stylegan2_ada")
 STYLEGANS = dict.fromkeys(golden_stylegan2.PAPERS, golden_stylegan2.check)
 STYLEGANS |= {"stylegan": golden_stylegan.check}
 FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
@@ -566,4 +567,4 @@ def check_fid(case):
             case.equal(key, mine, *tolerance(key, case[key], case.meta))
 
 
-SYSTEMS = {"cyclegan": check_cyclegan, "fid": check_fid}
+SYSTEMS = {"cyclegan": check_cyclegan, "fid": check_fid, "stargan_v2": golden_stargan_v2.check}

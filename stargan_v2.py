@@ -1,0 +1,1005 @@
+"""StarGAN v2, "StarGAN v2: Diverse Image Synthesis for Multiple Domains" (Choi, Uh, Yoo, Ha 2019,
+arXiv:1912.01865v2).
+
+In this file, in the order in which a picture meets it      paper
+    Generator, MappingNetwork, StyleEncoder, Discriminator  sec. 2.1, Fig. 2, appendix (tables)
+    discriminator_losses, generator_losses                  sec. 2.2, Eqs. (1)-(5)
+    lambda_ds_at                                            sec. 2.2 (decays linearly to zero)
+    train_step, train                                       sec. 3, appendix
+    translate                                               Figs. 4-6: by latents, by references
+
+    python stargan_v2.py                                    # toy faces, 2 CPU cores, minutes
+    python stargan_v2.py --data afhq
+    python stargan_v2.py --data celeba_hq                   # with masks of a landmark network
+    python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 3
+    python stargan_v2.py translate --checkpoint RUN --input PHOTOS --ref REFS --grid grid.png
+
+Names. The mapping network is the paper's F, so torch.nn.functional goes by its full name. A domain
+is a folder of pictures; y is its number in alphabetical order, s a style code of that domain.
+
+Results: README. Differs from the paper, with the official code (clovaai/stargan-v2): weight decay
+for all networks; the style encoder learns from latents only; high-pass skips and masks for faces.
+Differs from both: averages start from the initial weights; the two references of a step are drawn
+anew each time; lambda_ds follows from the step, so that a run resumes as if nothing had happened.
+"""
+
+import argparse
+import copy
+import functools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+import common
+import ops_cuda as ops
+from common import UserError
+
+# =============================================================================
+# The paper's numbers
+# =============================================================================
+
+LR, LR_F = 1e-4, 1e-6  # of G, D, E and of F, appendix: training details
+BETAS, WEIGHT_DECAY = (0.0, 0.99), 1e-4  # Adam; the decay is added to the gradient
+EMA_BETA = 0.999
+LAMBDA_STY, LAMBDA_CYC, R1_GAMMA = 1.0, 1.0, 1.0
+ITERS, BATCH = 100_000, 8
+CROP_PROB = 0.5  # of a random part of the picture instead of the whole
+CHANNEL_BASE, CHANNEL_MAX = 2**14, 512  # channels after the first convolution times side; most
+SKIPS = {32: 0, 64: 1, 128: 1}  # sides with a high-pass skip: which of the two masks it takes
+
+# What goes with the networks; a --checkpoint has its own.
+SIZES = dict(size=256, channel_base=CHANNEL_BASE, channel_max=CHANNEL_MAX, z_dim=16, style_dim=64)
+SIZES |= dict(hidden_dim=512, channels=3, w_hpf=0.0)
+
+PRESETS = {
+    "celeba_hq": dict(w_hpf=1.0, lambda_ds=1.0),
+    "afhq": dict(lambda_ds=2.0),
+    "anime": dict(lambda_ds=2.0),  # photos and drawings: landmarks make no sense there
+}
+# What a plain `python stargan_v2.py` trains: small enough for two CPU cores and a few minutes.
+TOY = dict(size=32, channel_base=1024, channel_max=64, hidden_dim=64, style_dim=16)
+TOY |= dict(w_hpf=0.0, iters=3000, lr=1e-3, lr_f=1e-5, lambda_ds=1.0, ema_beta=0.99, every=500)
+
+# =============================================================================
+# Networks
+# =============================================================================
+# Layers have the names of the official checkpoints ("decode.0.norm1.fc.weight").
+
+
+def widened(w):
+    """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
+    w = functional.pad(w, (1, 1, 1, 1))
+    return w[:, :, 1:, 1:] + w[:, :, :-1, 1:] + w[:, :, 1:, :-1] + w[:, :, :-1, :-1]
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with bias, of stride 1, whose second derivative, which R1 needs, is cheap.
+
+    resample: "up": of x with doubled pixels; "down": followed by averages of 2x2 pixels. Either is
+    one 4x4 convolution of stride 2, with less than half the work.
+    """
+
+    def __init__(self, I, O, k, padding=0, resample=None):
+        super().__init__(I, O, k, padding=padding)
+        self.resample = resample
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if self.resample == "up":
+            kernel = widened(w).flip([2, 3]).transpose(0, 1)
+            x = ops.conv_transpose2d(x, kernel, stride=2, padding=1)
+        elif self.resample == "down":
+            x = ops.conv2d(x, widened(w) / 4, stride=2, padding=1)
+        else:
+            x = ops.conv2d(x, w, padding=self.padding)
+        return ops.bias_act(x, b)
+
+
+def lrelu(x):
+    return functional.leaky_relu(x, 0.2)
+
+
+class ResBlock(nn.Module):
+    """A pre-activation residual block of unit variance, for G's encoder, E and D.
+
+    forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if `down`
+    normalize: instance norm, with affine parameters, before each activation: in G alone.
+    """
+
+    def __init__(self, I, O, normalize=False, down=False):
+        super().__init__()
+        self.conv1 = Conv2d(I, I, 3, 1, resample="down" if down else None)
+        self.conv2 = Conv2d(I, O, 3, 1)
+        self.norm1 = nn.InstanceNorm2d(I, affine=True) if normalize else nn.Identity()
+        self.norm2 = nn.InstanceNorm2d(I, affine=True) if normalize else nn.Identity()
+        self.conv1x1 = nn.Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
+        self.down = down
+
+    def forward(self, x):
+        # The mean of 2x2 pixels and a 1x1 convolution may change places: here the cheap one first.
+        skip = self.conv1x1(functional.avg_pool2d(x, 2) if self.down else x)
+        x = self.conv1(lrelu(self.norm1(x)))
+        x = self.conv2(lrelu(self.norm2(x)))
+        return (skip + x) / math.sqrt(2)
+
+
+class AdaIN(nn.Module):
+    """Adaptive instance norm (Huang and Belongie 2017): the style sets scale and shift.
+
+    forward(x, s): (N, C, H, W), (N, style_dim) -> (N, C, H, W)
+    The scale is 1 + gamma, and gamma is random at first, as the weights of any layer are.
+    """
+
+    def __init__(self, style_dim, C):
+        super().__init__()
+        self.fc = nn.Linear(style_dim, 2 * C)
+
+    def forward(self, x, s):
+        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, 1)  # (N, C, 1, 1) each
+        return (1 + gamma) * functional.instance_norm(x) + beta
+
+
+class AdainResBlock(nn.Module):
+    """A residual block of G's decoder, all of whose norms follow the style.
+
+    forward(x, s): (N, I, H, W), (N, style_dim) -> (N, O, H, W), twice both sides if `up`
+    With high-pass skips (w_hpf > 0) there is no shortcut: what of the source's detail is kept is
+    theirs to say. The official networks hold its weights even so.
+    """
+
+    def __init__(self, I, O, style_dim, w_hpf, up=False):
+        super().__init__()
+        self.conv1 = Conv2d(I, O, 3, 1, resample="up" if up else None)
+        self.conv2 = Conv2d(O, O, 3, 1)
+        self.norm1, self.norm2 = AdaIN(style_dim, I), AdaIN(style_dim, O)
+        self.conv1x1 = nn.Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
+        self.w_hpf, self.up = w_hpf, up
+
+    def forward(self, x, s):
+        y = self.conv1(lrelu(self.norm1(x, s)))
+        y = self.conv2(lrelu(self.norm2(y, s)))
+        if self.w_hpf > 0:
+            return y
+        skip = self.conv1x1(x)  # before the doubling of pixels, which may change places with it
+        if self.up:
+            skip = functional.interpolate(skip, scale_factor=2, mode="nearest")
+        return (skip + y) / math.sqrt(2)
+
+
+class HighPass(nn.Module):
+    """What a pixel differs from its neighbours by, divided by w_hpf: a larger one keeps less.
+
+    forward(x): (N, C, H, W) -> (N, C, H, W)
+    """
+
+    def __init__(self, w_hpf):
+        super().__init__()
+        filter = torch.full((3, 3), -1.0)
+        filter[1, 1] = 8.0
+        self.register_buffer("filter", filter / w_hpf)
+
+    def forward(self, x):
+        C = x.shape[1]
+        w = self.filter.to(x.dtype).expand(C, 1, 3, 3)
+        return functional.conv2d(x, w, padding=1, groups=C)
+
+
+def widths(size, n, channel_base, channel_max):
+    """Channels before and after each of n blocks that halve the picture."""
+    first = channel_base // size  # not limited by channel_max, as in the official code
+    return [first] + [min(first * 2**k, channel_max) for k in range(1, n + 1)]
+
+
+class Generator(nn.Module):
+    """G: a picture x and a style s -> x in the domain and style of s (Fig. 2a).
+
+    forward(x, s, masks=None) -> (N, img_channels, H, W), not limited to [-1, 1]: there is no tanh
+        x: (N, img_channels, H, W) in [-1, 1], of any size that the halvings leave 2 pixels of
+        s: (N, style_dim); masks: two of (N, 1, h, w) in [0, 1], where to keep the source's detail,
+        for networks with high-pass skips (w_hpf > 0); None: no skips
+    Raises ValueError if masks are given to a network without skips.
+    """
+
+    def __init__(
+        self, size=256, style_dim=64, w_hpf=0.0, img_channels=3, channel_base=CHANNEL_BASE,
+        channel_max=CHANNEL_MAX,
+    ):  # fmt: skip
+        super().__init__()
+        self.config = dict(kind="G", size=size, style_dim=style_dim, w_hpf=w_hpf)
+        self.config |= dict(img_channels=img_channels, channel_base=channel_base)
+        self.config |= dict(channel_max=channel_max)
+        halvings = int(math.log2(size)) - 4 + (w_hpf > 0)  # down to 16 pixels, or 8
+        C = widths(size, halvings, channel_base, channel_max)
+        pairs = list(zip(C, C[1:], strict=False))
+        self.from_rgb = nn.Conv2d(img_channels, C[0], 3, padding=1)
+        encode = [ResBlock(I, O, normalize=True, down=True) for I, O in pairs]
+        encode += [ResBlock(C[-1], C[-1], normalize=True) for _ in range(2)]
+        decode = [AdainResBlock(C[-1], C[-1], style_dim, w_hpf) for _ in range(2)]
+        decode += [AdainResBlock(I, O, style_dim, w_hpf, up=True) for O, I in pairs[::-1]]
+        self.encode, self.decode = nn.ModuleList(encode), nn.ModuleList(decode)
+        self.to_rgb = nn.Sequential(
+            nn.InstanceNorm2d(C[0], affine=True),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(C[0], img_channels, 1),
+        )
+        if w_hpf > 0:
+            self.hpf = HighPass(w_hpf)
+
+    def forward(self, x, s, masks=None):
+        if masks is not None and self.config["w_hpf"] == 0:
+            raise ValueError("masks are for networks with high-pass skips, of w_hpf > 0")
+        dtype, kept = x.dtype, {}
+        x = self.from_rgb(x)
+        for block in self.encode:
+            if masks is not None and x.shape[2] in SKIPS:
+                kept[x.shape[2]] = x  # of two blocks of one side the later one counts
+            x = block(x)
+        for block in self.decode:
+            x = block(x, s)
+            side = x.shape[2]
+            if side in kept:
+                mask = functional.interpolate(
+                    masks[SKIPS[side]], kept[side].shape[2:], mode="bilinear"
+                )
+                x = x + self.hpf(mask.to(x.dtype) * kept[side])
+        return self.to_rgb(x).to(dtype)
+
+
+def of_domain(outputs, y):
+    """outputs: (N, domains, ...), y: (N,) -> (N, ...), each sample's of its own domain."""
+    return outputs[torch.arange(len(y), device=y.device), y]
+
+
+class MappingNetwork(nn.Module):
+    """F: a latent z and a domain y -> a style s (Fig. 2b): shared layers, a branch per domain.
+
+    forward(z, y) -> s (N, style_dim); z: (N, z_dim) ~ N(0, 1), y: (N,) numbers of domains
+    """
+
+    def __init__(self, z_dim=16, style_dim=64, domains=2, hidden_dim=512):
+        super().__init__()
+        self.config = dict(kind="F", z_dim=z_dim, style_dim=style_dim, domains=domains)
+        self.config |= dict(hidden_dim=hidden_dim)
+        H = hidden_dim
+
+        def mlp(*C):
+            return [
+                layer
+                for I, O in zip(C, C[1:], strict=False)
+                for layer in (nn.Linear(I, O), nn.ReLU())
+            ]
+
+        self.shared = nn.Sequential(*mlp(z_dim, H, H, H, H))
+        branches = [
+            nn.Sequential(*mlp(H, H, H, H), nn.Linear(H, style_dim)) for _ in range(domains)
+        ]
+        self.unshared = nn.ModuleList(branches)
+
+    def forward(self, z, y):
+        h = self.shared(z)
+        return of_domain(torch.stack([branch(h) for branch in self.unshared], 1), y)
+
+
+def trunk(size, img_channels, channel_base, channel_max):
+    """What E and D have in common: halvings down to 4x4, then one vector. A list of layers for
+    (N, img_channels, size, size) -> (N, C, 1, 1), and C."""
+    C = widths(size, int(math.log2(size)) - 2, channel_base, channel_max)
+    blocks = [ResBlock(I, O, down=True) for I, O in zip(C, C[1:], strict=False)]
+    last = [nn.LeakyReLU(0.2), Conv2d(C[-1], C[-1], 4), nn.LeakyReLU(0.2)]
+    return [Conv2d(img_channels, C[0], 3, 1), *blocks, *last], C[-1]
+
+
+class StyleEncoder(nn.Module):
+    """E: a reference x and its domain y -> its style s (Fig. 2c).
+
+    forward(x, y) -> s (N, style_dim); x: (N, img_channels, size, size) in [-1, 1], y: (N,)
+    """
+
+    def __init__(
+        self, size=256, style_dim=64, domains=2, img_channels=3, channel_base=CHANNEL_BASE,
+        channel_max=CHANNEL_MAX,
+    ):  # fmt: skip
+        super().__init__()
+        self.config = dict(kind="E", size=size, style_dim=style_dim, domains=domains)
+        self.config |= dict(img_channels=img_channels, channel_base=channel_base)
+        self.config |= dict(channel_max=channel_max)
+        layers, C = trunk(size, img_channels, channel_base, channel_max)
+        self.shared = nn.Sequential(*layers)
+        self.unshared = nn.ModuleList([nn.Linear(C, style_dim) for _ in range(domains)])
+
+    def forward(self, x, y):
+        h = self.shared(x).flatten(1)
+        return of_domain(torch.stack([head(h) for head in self.unshared], 1), y).to(x.dtype)
+
+
+class Discriminator(nn.Module):
+    """D: a logit per domain (Fig. 2d), of which the picture's own, or wanted, one counts.
+
+    forward(x, y) -> logits (N,); x: (N, img_channels, size, size) in [-1, 1], y: (N,)
+    """
+
+    def __init__(
+        self, size=256, domains=2, img_channels=3, channel_base=CHANNEL_BASE,
+        channel_max=CHANNEL_MAX,
+    ):  # fmt: skip
+        super().__init__()
+        self.config = dict(kind="D", size=size, domains=domains, img_channels=img_channels)
+        self.config |= dict(channel_base=channel_base, channel_max=channel_max)
+        layers, C = trunk(size, img_channels, channel_base, channel_max)
+        self.main = nn.Sequential(*layers, Conv2d(C, domains, 1))
+
+    def forward(self, x, y):
+        return of_domain(self.main(x).flatten(1), y).to(x.dtype)
+
+
+def init_weights(net):
+    """He et al. 2015: weights of all convolutions and linear layers ~ N(0, 2 / fan-in), biases 0
+    (appendix)."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    return net
+
+
+def build(config):
+    """The network that a `config` describes: what its attribute of that name held."""
+    kinds = dict(G=Generator, F=MappingNetwork, E=StyleEncoder, D=Discriminator, FAN=common.FAN)
+    return kinds[config["kind"]](**{k: v for k, v in config.items() if k != "kind"})
+
+
+# =============================================================================
+# Official checkpoints
+# =============================================================================
+
+OFFICIAL = {"generator": "G", "mapping_network": "F", "style_encoder": "E", "discriminator": "D"}
+OFFICIAL |= {"fan": "FAN"}
+
+
+def from_official(arrays):
+    """{"G", "F", "E", "D", "FAN": network}, those that are there, of an official *_nets_ema.ckpt or
+    *_nets.ckpt, {"generator.from_rgb.weight": tensor or array, ...}.
+
+    Sizes are read off names and shapes; the side of the pictures off E or D, without them off the
+    official width of G. Files of before April 2021 lack the high-pass filter: it is made anew.
+    Raises ValueError for anything else.
+    """
+    found = {}
+    for name, a in arrays.items():
+        theirs, _, key = name.partition(".")
+        if theirs not in OFFICIAL:
+            raise ValueError(f"not a StarGAN v2 network: {name!r}")
+        found.setdefault(OFFICIAL[theirs], {})[key.removeprefix("module.")] = torch.as_tensor(a)
+    shapes = {net: {k: tuple(a.shape) for k, a in found[net].items()} for net in found}
+    nets, base = {}, CHANNEL_BASE
+    try:
+        for net in sorted(found, key="EDGF".find):  # E and D tell the side, G follows
+            config = official_config(net, shapes[net], base)
+            if net == "G" and config["w_hpf"] > 0:
+                name = "hpf.filter"
+                if name in found[net]:
+                    config["w_hpf"] = round(8 / float(found[net][name][1, 1]), 6)
+                found[net] |= {name: HighPass(config["w_hpf"]).filter}
+            nets[net] = build(config)
+            nets[net].load_state_dict(found[net])
+            base = config.get("channel_base", base)
+    except KeyError as e:
+        raise ValueError(f"not a StarGAN v2 network: no {e.args[0]!r}") from None
+    except RuntimeError as e:
+        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[1].strip()}") from None
+    return nets
+
+
+def official_config(net, shape, channel_base):
+    """The config of a network with tensors of these shapes."""
+    if net == "FAN":
+        return dict(kind="FAN")
+    domains = 1 + max((int(k.split(".")[1]) for k in shape if k.startswith("unshared.")), default=0)
+    if net == "F":
+        hidden_dim, z_dim = shape["shared.0.weight"]
+        style_dim = shape["unshared.0.6.weight"][0]
+        config = dict(z_dim=z_dim, style_dim=style_dim, domains=domains, hidden_dim=hidden_dim)
+    elif net == "G":
+        first, img_channels = shape["from_rgb.weight"][:2]
+        blocks = sum(k.endswith("conv2.weight") and k.startswith("encode.") for k in shape)
+        last = shape[f"encode.{blocks - 1}.conv2.weight"][0]
+        size = channel_base // first
+        style_dim = shape["decode.0.norm1.fc.weight"][1]
+        config = dict(size=size, style_dim=style_dim, channel_base=channel_base, channel_max=last)
+        config |= dict(img_channels=img_channels, w_hpf=float(blocks - 2 > math.log2(size) - 4))
+    else:
+        layers = "shared" if net == "E" else "main"
+        blocks = sum(k.endswith("conv2.weight") for k in shape)
+        first, img_channels = shape[f"{layers}.0.weight"][:2]
+        last, size = shape[f"{layers}.{blocks + 2}.weight"][0], 2 ** (blocks + 2)
+        config = dict(size=size, img_channels=img_channels, channel_base=first * size)
+        config |= dict(channel_max=last)
+        if net == "E":
+            config |= dict(domains=domains, style_dim=shape["unshared.0.weight"][0])
+        else:
+            config |= dict(domains=shape[f"main.{blocks + 4}.weight"][0])
+    return dict(kind=net) | config
+
+
+# =============================================================================
+# Losses
+# =============================================================================
+
+
+def adversarial_loss(logits, real):
+    """How far D's logits are from calling pictures `real` (True or False), Eq. (1): cross entropy,
+    mean over the batch."""
+    return functional.softplus(-logits if real else logits).mean()
+
+
+def r1_penalty(logits, real):
+    """|grad_x D(x)|^2, mean over the batch (Mescheder et al. 2018). Weight it by r1_gamma / 2.
+
+    logits: D(real), of real images that require a gradient.
+    """
+    with ops.no_weight_gradients():
+        (grads,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return grads.square().sum([1, 2, 3]).mean()
+
+
+def discriminator_losses(D, real, y, fake, y_fake):
+    """{name: loss} of D for pictures of domains y and fakes that should be of domains y_fake."""
+    real = real.detach().requires_grad_(True)
+    logits = D(real, y)
+    return {
+        "D_real": adversarial_loss(logits, True),
+        "D_fake": adversarial_loss(D(fake.detach(), y_fake), False),
+        "reg/r1": r1_penalty(logits, real),
+    }
+
+
+def generator_losses(G, E, D, real, y, s, y_fake, other, masks_of):
+    """{name: loss} of G, and of the networks that made the style s, (N, style_dim) of domains
+    y_fake.
+
+    real: (N, C, size, size) of domains y; other: G(real) of another style, which is not learned
+    from: styles are driven apart by this picture alone. masks_of(picture): G's masks, or None.
+    """
+    fake = G(real, s, masks_of(real))
+    back = G(fake, E(real, y), masks_of(fake))
+    return {
+        "adv": adversarial_loss(D(fake, y_fake), True),  # Eq. (1)
+        "sty": (E(fake, y_fake) - s).abs().mean(),  # Eq. (2), whose s is learned from, too
+        "ds": (fake - other.detach()).abs().mean(),  # Eq. (3), to be made larger
+        "cyc": (back - real).abs().mean(),  # Eq. (4)
+    }
+
+
+def lambda_ds_at(step, lambda_ds, iters):
+    """The weight of Eq. (3) in step 0, 1, ...: down to zero in a straight line."""
+    return lambda_ds * max(0.0, 1 - step / iters)
+
+
+# =============================================================================
+# Training
+# =============================================================================
+
+
+def average_of(net):
+    """A copy for the running average of a network's weights. Taken after initialisation: the
+    official one is taken before, and so begins with noise of its own."""
+    return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(ema, nets, beta):
+    """ema = lerp(nets, ema, beta), parameter by parameter: at 0.999 a half-life of 693 steps."""
+    for mine, new in zip(ema, nets, strict=True):
+        torch._foreach_lerp_(list(mine.parameters()), list(new.parameters()), 1 - beta)
+
+
+def no_masks(img):
+    """The masks of networks without high-pass skips."""
+    return None
+
+
+def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
+    """One iteration: two steps of D, two of G, the first of them with F and E. Returns {name:
+    loss}, unweighted, of the phases "latent" and "ref".
+
+    nets, opts: of G, F, E, D; ema: the averages of G, F, E; batch: pictures (N, C, size, size) in
+    [-1, 1], two references of one domain for each, their domains y and y_ref (N,); lambda_ds: as
+    of this step; masks_of(picture): G's masks. `run` gives randn, autocast, backward and step.
+    """
+    (G, F, E, D), (opt_G, opt_F, opt_E, opt_D) = nets, opts
+    real, ref, ref2, y, y_ref = batch
+    z, z2 = (run.randn(len(real), F.config["z_dim"]) for _ in range(2))
+    masks = masks_of(real)
+    found = {}
+
+    def known_masks(img):
+        return masks if img is real else masks_of(img)
+
+    def total(losses, phase):
+        """Eq. (5), of G."""
+        found.update({f"{name}_{phase}": loss.detach() for name, loss in losses.items()})
+        total = losses["adv"] + args.lambda_sty * losses["sty"] + args.lambda_cyc * losses["cyc"]
+        return total - lambda_ds * losses["ds"]
+
+    # ---- D, with R1 in every step: fakes in the style of a latent, then of a reference ---------
+    D.requires_grad_(True)
+    for phase in ("latent", "ref"):
+        with torch.no_grad(), run.autocast():
+            s = F(z, y_ref) if phase == "latent" else E(ref, y_ref)
+            fake = G(real, s, masks)
+        with run.autocast():
+            losses = discriminator_losses(D, real, y, fake, y_ref)
+        run.backward(losses["D_real"] + losses["D_fake"] + args.r1_gamma / 2 * losses["reg/r1"])
+        run.step(opt_D)
+        found |= {f"{name}_{phase}": loss.detach() for name, loss in losses.items()}
+
+    # ---- G, F and E, in the style of a latent; D only passes gradients on ----------------------
+    D.requires_grad_(False)
+    with torch.no_grad(), run.autocast():  # on its own: autocast would keep weights cast here
+        other = G(real, F(z2, y_ref), masks)
+    with run.autocast():
+        losses = generator_losses(G, E, D, real, y, F(z, y_ref), y_ref, other, known_masks)
+    run.backward(total(losses, "latent"))
+    run.step(opt_G, opt_F, opt_E)
+
+    # ---- G alone, in the style of a reference -------------------------------------------------
+    # E learns to read styles off pictures in the phase above only; its author found results worse
+    # when it also learns from this one (clovaai/stargan-v2, issue 44). So it passes gradients on.
+    E.requires_grad_(False)
+    with torch.no_grad(), run.autocast():
+        other = G(real, E(ref2, y_ref), masks)
+    with run.autocast():
+        losses = generator_losses(G, E, D, real, y, E(ref, y_ref), y_ref, other, known_masks)
+    run.backward(total(losses, "ref"))
+    run.step(opt_G)
+    E.requires_grad_(True)
+
+    # ---- the averages, with which samples, scores and translations are made -------------------
+    update_ema(ema, (G, F, E), args.ema_beta)
+    return found
+
+
+def new_networks(args, domains):
+    """{"G", "F", "E", "D"} with fresh weights."""
+    width = dict(channel_base=args.channel_base, channel_max=args.channel_max)
+    both = dict(size=args.size, img_channels=args.channels) | width
+    nets = {
+        "G": Generator(style_dim=args.style_dim, w_hpf=args.w_hpf, **both),
+        "F": MappingNetwork(args.z_dim, args.style_dim, domains, args.hidden_dim),
+        "E": StyleEncoder(style_dim=args.style_dim, domains=domains, **both),
+        "D": Discriminator(domains=domains, **both),
+    }
+    return {name: init_weights(net) for name, net in nets.items()}
+
+
+def load_networks(path):
+    """({name: network}, options of its training) of a checkpoint or run folder of ours, or of an
+    official *_nets_ema.ckpt, whose networks are averages, or *_nets.ckpt."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
+    return common.load_networks(path, "stargan_v2", build, from_official)
+
+
+def fill_options(args, nets):
+    """Sizes that were left out: those of the networks to start from, else the paper's."""
+    held = dict(SIZES)
+    for name in ("F", "E", "G"):
+        net = nets.get(name) or nets.get(f"{name}_ema")
+        config = net.config if net else {}
+        held |= {k: v for k, v in config.items() if k in held}
+        held["channels"] = config.get("img_channels", held["channels"])
+    for name, value in held.items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
+    if args.size < 32 or args.size & (args.size - 1):
+        raise UserError(f"--size {args.size}: a power of two from 32 on is needed.")
+    if args.channel_base < args.size:
+        raise UserError(f"--channel-base {args.channel_base} leaves no channels at {args.size} px.")
+    if args.w_hpf > 0 and args.size < 64:
+        raise UserError(f"--w-hpf {args.w_hpf:g} needs pictures of --size 64 or more.")
+
+
+def open_domains(args, source, parts, prepare):
+    """{domain: ImageSet}, one for each folder of the first of `parts` that there is, or of the
+    source itself where there is none of them."""
+    part = next((part for part in parts if common.has_subset(source, part)), None)
+    tops = common.top_folders(source)
+    if part is None and len(tops) == 1:  # a folder around all others, as zips have it
+        part = tops[0]
+    source = common.subset(source, part) if part else source
+    names = common.top_folders(source)
+    if len(names) < 2:
+        raise UserError(
+            f"--data {args.data}: {len(names)} domains in {source.path}. Give each of at least two"
+            " a folder of pictures, as in train/cat and train/dog."
+        )
+    mode = "L" if args.channels == 1 else "RGB"
+    data = {
+        name: common.ImageSet(common.subset(source, name), prepare, mode, args.cache)
+        for name in names
+    }
+    for images in data.values():
+        images.room = next(iter(data.values())).room  # one limit of memory for all
+    return data
+
+
+def train(args):
+    first = common.first_weights(args)
+    given = load_networks(first)[0] if first else {}
+    fill_options(args, given)
+    run = common.Run("stargan_v2", args, script=__file__)
+    source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
+
+    # ---- data: item n is a pure function of (seed, n) -----------------------------------------
+    # Twice the size is what crops of larger pictures are made of.
+    prepare = functools.partial(common.at_most, 2 * args.size)
+    domains = open_domains(args, source, ["train"], prepare)
+    args.domains = ",".join(domains)
+    data = list(domains.values())
+
+    def item(n):
+        """A picture of a random domain, two references of another or the same, both domains: each
+        domain is as likely as any other, however many pictures it has."""
+        rng = common.item_rng(args.seed, 0, n)
+        y, y_ref = rng.integers(len(data), size=2)
+        chosen = [data[d][rng.integers(len(data[d]))] for d in (y, y_ref, y_ref)]
+        crop = functools.partial(common.crop_and_squeeze, size=args.size, rng=rng)
+        pictures = [crop(x, crop_prob=args.crop_prob, flip=args.flip) for x in chosen]
+        return *pictures, np.array([y, y_ref])
+
+    # ---- networks, their averages, optimisers -------------------------------------------------
+    nets = new_networks(args, len(data))
+    nets |= {f"{name}_ema": average_of(nets[name]) for name in "GFE"}
+    if given:
+        common.copy_matching(nets, given, run.say)
+    if args.w_hpf > 0:
+        resumed = run.weights is not None and run.weights != args.checkpoint
+        nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
+    nets = {name: net.to(run.device) for name, net in nets.items()}
+    masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks
+    trained, ema = [nets[name] for name in "GFED"], [nets[f"{name}_ema"] for name in "GFE"]
+    rates = dict(G=args.lr, F=args.lr_f, E=args.lr, D=args.lr)
+    opts = {
+        name: run.adam([nets[name]], lr, BETAS, weight_decay=WEIGHT_DECAY)
+        for name, lr in rates.items()
+    }
+
+    shown = open_shown(args, source, list(domains))
+    examples = [images.all(2) for images in shown.values()]
+    scored = any(common.has_subset(source, part) for part in TEST_PARTS)
+    start = run.restore(nets, opts, {})
+    counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
+    run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
+
+    for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
+        y, y_ref = ys.unbind(1)
+        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters or args.iters)
+        batch = (real, ref, ref2, y, y_ref)
+        losses = train_step(trained, ema, opts.values(), batch, lambda_ds, args, run, masks_of)
+        run.log(losses, lambda_ds=round(lambda_ds, 4))
+        last = run.steps_done == run.total
+        keep = last or run.due(args.keep_every * args.batch)
+        if keep or run.due(args.every * args.batch):
+            if run.rank == 0:
+                for name, sheet in sample_sheets(ema, examples, list(domains), masks_of).items():
+                    run.save_picture(sheet, f"{run.steps_done:07d}-{name}")
+            if scored and run.rank == 0:
+                row = scores(ema, shown, source.is_toy, masks_of)
+                run.save_scores(row)
+                run.say(common.describe_scores(row))
+            run.save(keep=keep)
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+# =============================================================================
+# Pictures and scores
+# =============================================================================
+
+TEST_PARTS = ("val", "test")  # folders beside train
+
+
+def open_shown(args, source, domains):
+    """{domain: ImageSet} of what samples and scores are made of: the test pictures or, where there
+    are none, the training pictures; whole, not cropped."""
+    prepare = functools.partial(common.squeezed, args.size)
+    shown = open_domains(args, source, [*TEST_PARTS, "train"], prepare)
+    if list(shown) != domains:
+        names = ", ".join(shown)
+        raise UserError(f"--data {args.data}: tests are of {names}, not of {', '.join(domains)}.")
+    return shown
+
+
+def device_of(net):
+    return next(net.parameters()).device
+
+
+@torch.no_grad()
+def masks_for(images, masks_of, device, batch=16):
+    """What masks_of says of uint8 images (N, C, size, size): two tensors (N, 1, h, w), or None."""
+    found = [masks_of(common.to_float(x, device)) for x in images.split(batch)]
+    return None if found[0] is None else [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+@torch.no_grad()
+def translated(G, images, s, masks=None, batch=16):
+    """uint8 images (N, C, size, size) in styles s, (N, style_dim) or one for all -> uint8 images,
+    on the CPU. masks: those of the images."""
+    s, parts = s.expand(len(images), -1), []
+    for k in range(0, len(images), batch):
+        n = slice(k, k + batch)
+        x = common.to_float(images[n], device_of(G))
+        parts.append(common.to_uint8(G(x, s[n], masks and [mask[n] for mask in masks])).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def styles_of_references(E, images, y, batch=16):
+    """s (N, style_dim) of uint8 images (N, C, size, size), all of domain y."""
+    device = device_of(E)
+    parts = (common.to_float(x, device) for x in images.split(batch))
+    return torch.cat([E(x, torch.full((len(x),), y, device=device)) for x in parts])
+
+
+@torch.no_grad()
+def styles_of_latents(F, z, y, psi=1.0):
+    """s (N, style_dim) of z (N, z_dim) in domain y; psi: 1 as they are, 0 their domain's mean."""
+
+    def styles(z):
+        z = z.to(device_of(F))
+        return F(z, torch.full((len(z),), y, device=z.device))
+
+    s = styles(z)
+    if psi == 1:
+        return s
+    # Of 10,000 latents, always the same.
+    many = torch.randn(10_000, F.config["z_dim"], generator=torch.Generator().manual_seed(0))
+    return styles(many.to(z.dtype)).mean(0).lerp(s, psi)
+
+
+def table(G, sources, styles, firsts, masks_of):
+    """{caption: images} of a sheet: the sources, then a column for each of {caption: style}, under
+    what the style is of: firsts, a list of images, or None."""
+    masks = masks_for(sources, masks_of, device_of(G))
+    columns = {caption: translated(G, sources, s[None], masks) for caption, s in styles.items()}
+    if firsts is not None:
+        columns = {
+            caption: torch.cat([image[None], column])
+            for image, (caption, column) in zip(firsts, columns.items(), strict=True)
+        }
+        sources = torch.cat([torch.full_like(sources[:1], 255), sources])
+    return {"source": sources} | columns
+
+
+def sample_sheets(ema, examples, domains, masks_of):
+    """{"latent", "reference": {caption: images}}: every example in styles of three latents of each
+    domain, and in the styles of the examples; examples: uint8 images of each domain."""
+    G, F, E = ema
+    z = common.latents(range(3), F.config["z_dim"])
+    latents, references = {}, {}
+    for y, name in enumerate(domains):
+        for k, s in enumerate(styles_of_latents(F, z, y)):
+            latents[f"{name} {k}"] = s
+        for k, s in enumerate(styles_of_references(E, examples[y], y)):
+            references[f"{name} {k}"] = s
+    sources = torch.cat(examples)
+    return {
+        "latent": table(G, sources, latents, None, masks_of),
+        "reference": table(G, sources, references, list(sources), masks_of),
+    }
+
+
+def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
+    """common.translation_scores of up to n test pictures of each domain in the style of references
+    of each other domain, and the diversity: the mean difference of two translations of a picture,
+    over ten latents and up to `diverse` pictures of each domain. On toy the error is also that of
+    the first latent: latent_error."""
+    G, F, E = ema
+    real = [images.all(n) for images in tests.values()]
+    z = common.latents(range(10), F.config["z_dim"])
+    parts, diversity, latent_errors = {}, [], []
+    for a, b in ((a, b) for a in range(len(real)) for b in range(len(real)) if a != b):
+        x = real[a]
+        refs = real[b][torch.arange(len(x)) % len(real[b])]
+        masks = masks_for(x, masks_of, device_of(G))
+        fake = translated(G, x, styles_of_references(E, refs, b), masks)
+        back = masks_for(fake, masks_of, device_of(G))
+        rec = translated(G, fake, styles_of_references(E, x, a), back)
+        pair = dict(real=x, fake=fake, target=real[b], rec=rec)
+        styles = styles_of_latents(F, z, b)
+        many = [translated(G, x[:diverse], s[None], masks) for s in styles]
+        pairs = [(i, j) for i in range(len(z)) for j in range(i)]  # 45
+        diversity += [common.mean_abs(many[i], many[j]) for i, j in pairs]
+        if is_toy:
+            images, name = list(tests.values())[a], list(tests)[b]
+            pair["true"] = images.counterparts(name, images.mode, n)
+            latent_errors.append(common.mean_abs(many[0], pair["true"][:diverse]))
+        for name, images in pair.items():
+            parts.setdefault(name, []).append(images)
+    row = common.translation_scores(**{name: torch.cat(images) for name, images in parts.items()})
+    row["diversity"] = float(np.mean(diversity))
+    return row | (dict(latent_error=float(np.mean(latent_errors))) if is_toy else {})
+
+
+# =============================================================================
+# Translating pictures
+# =============================================================================
+
+MOST = 32  # pictures in a row or column of a grid
+
+
+def film_alphas():
+    """The 31 steps from one style to the next: slow, fast, slow, and a rest of ten."""
+    middle = [1 / (1 + math.exp(-t / 2)) for t in range(-10, 10)]
+    return [0.0, *middle, *[1.0] * 10]
+
+
+def domain_names(nets, saved):
+    """The domains of a checkpoint; of official files, which do not say, the numbers."""
+    count = next(net.config["domains"] for net in nets.values() if "domains" in net.config)
+    return saved["domains"].split(",") if saved.get("domains") else [str(k) for k in range(count)]
+
+
+def number_of(domain, names):
+    """The number of a domain that the user named, by its name or its number."""
+    if domain in names:
+        return names.index(domain)
+    if domain.isdecimal() and int(domain) < len(names):
+        return int(domain)
+    raise UserError(f"--domain {domain}: the checkpoint has {', '.join(names)}.")
+
+
+def chosen_styles(args, nets, names, prepare, mode):
+    """[(domain's number, {caption: style}, images or None)] of --ref, or of --seeds in --domain."""
+    F, E = nets["F"], nets["E"]
+    if args.ref is None:
+        y = number_of(args.domain, names)
+        z = common.latents(args.seeds, F.config["z_dim"]).to(device_of(F))
+        s = styles_of_latents(F, z, y, args.psi)
+        captions = [f"{names[y]} {seed}" for seed in args.seeds]
+        return [(y, dict(zip(captions, s, strict=True)), None)]
+    folders = {name: Path(args.ref, name) for name in names if Path(args.ref, name).is_dir()}
+    if args.domain is not None:
+        folders = {names[number_of(args.domain, names)]: args.ref}
+    if not folders:
+        raise UserError(
+            f"--ref {args.ref}: of which domain is it? Pass --domain, one of {', '.join(names)}."
+        )
+    groups = []
+    for name, folder in folders.items():
+        files, images = common.read_pictures(folder, prepare, mode, "--ref")
+        s = styles_of_references(E, images, names.index(name))
+        captions = [f"{name}: {file}" for file in files]
+        groups.append((names.index(name), dict(zip(captions, s, strict=True)), images))
+    return groups
+
+
+def film(G, sources, groups, masks_of):
+    """Yields the frames, PIL pictures, of a film through the styles of each group: the sources over
+    their translations, and to the left, of references, how one gives way to the next."""
+    size, masks = sources.shape[2], masks_for(sources, masks_of, device_of(G))
+    for _, styles, images in groups:
+        styles = list(styles.values())
+        for k in range(len(styles) - 1):
+            for alpha in film_alphas():
+                s = styles[k].lerp(styles[k + 1], alpha)
+                fakes = translated(G, sources, s[None], masks)
+                rows = [sources, fakes]
+                if images is not None:
+                    y = round(alpha * size)
+                    strip = torch.cat([images[k], images[k + 1]], 1)[None, :, y : y + size]
+                    rows = [torch.cat([torch.full_like(strip, 255), sources])]
+                    rows += [torch.cat([strip, fakes])]
+                yield common.grid(torch.cat(rows), len(rows[0]))
+
+
+def translate(args):
+    """Pictures in the style of a reference or latent; a grid of all with all; or a film."""
+    if (args.ref is None) == (args.seeds is None):
+        raise UserError("name the style: either --ref, or --seeds with --domain.")
+    if args.ref is None and args.domain is None:
+        raise UserError("--seeds needs --domain, the one to translate to.")
+    found, saved = load_networks(args.checkpoint)
+    device = common.pick_device(args.device)
+    nets = {}
+    for name in "GFE":
+        net = found.get(f"{name}_ema") or found.get(name)
+        if net is None:
+            raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
+        nets[name] = net.to(device).eval().requires_grad_(False)
+    G, masks_of = nets["G"], no_masks
+    if G.config["w_hpf"] > 0:
+        masks_of = (found.get("FAN") or common.load_fan(args.fan)).to(device).masks
+    names = domain_names(nets, saved)
+    mode = "L" if G.config["img_channels"] == 1 else "RGB"
+    prepare = functools.partial(common.squeezed, nets["E"].config["size"])
+    groups = chosen_styles(args, nets, names, prepare, mode)
+
+    if args.grid or args.film:
+        _, sources = common.read_pictures(args.input, prepare, mode, "--input")
+        sources = sources[:MOST]
+    if args.grid:
+        styles = {k: s for _, styles, _ in groups for k, s in styles.items()}
+        firsts = None if args.ref is None else [x for _, _, images in groups for x in images][:MOST]
+        styles = dict(list(styles.items())[:MOST])
+        common.save_sheet(args.grid, table(G, sources, styles, firsts, masks_of))
+        print(args.grid)
+    elif args.film:
+        if all(len(styles) < 2 for _, styles, _ in groups):
+            raise UserError("--film goes from one style to another: give two of one domain.")
+        common.save_film(args.film, film(G, sources, groups, masks_of), fps=15)
+        print(args.film)
+    else:
+        styles = [(names[y], s) for y, styles, _ in groups for s in styles.values()]
+        if len(styles) > 1:
+            raise UserError(f"{len(styles)} styles: pass --grid or --film, or a single one.")
+
+        def function(img):
+            image = common.stack([common.pixels(prepare(img))])
+            masks = masks_for(image, masks_of, device)
+            return common.to_picture(translated(G, image, styles[0][1][None], masks)[0])
+
+        print(f"to {styles[0][0]} with {args.checkpoint}, trained on {saved.get('data', '?')}")
+        common.map_pictures(args.input, args.out, mode, function)
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+
+
+def main(argv=None):
+    cli = common.CommandLine("stargan_v2.py", __doc__, {"toy": TOY} | PRESETS, tuple(SIZES))
+    count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+
+    p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
+    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
+    p.add("--preset", choices=list(PRESETS), help="the options for such data; else by --data")
+    p.add("--iters", type=count, default=ITERS, help="length of the training")
+    p.add("--lr", type=above_0, default=LR, help="Adam's learning rate, of G, D and E")
+    p.add("--lr-f", type=above_0, default=LR_F, help="that of the mapping network F")
+    p.add("--lambda-sty", type=from_0, default=LAMBDA_STY, help="weight of style reconstruction")
+    p.add("--lambda-ds", type=from_0, default=2.0, help="of diversity, at first; faces: 1")
+    p.add("--ds-iters", type=count, help="until that weight is 0: as --iters")
+    p.add("--lambda-cyc", type=from_0, default=LAMBDA_CYC, help="weight of cycle consistency")
+    p.add("--r1-gamma", type=from_0, default=R1_GAMMA, help="weight of R1, halved")
+    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of the weights' averages")
+    p.add("--crop-prob", type=common.probability, default=CROP_PROB, help="of random crops")
+    flip = dict(action=argparse.BooleanOptionalAction, default=True)
+    p.add("--flip", **flip, help="mirror at random")
+    p.add("--size", type=count, help="pixels; this and the rest: 256, or as a --checkpoint has it")
+    p.add("--w-hpf", type=from_0, help="high-pass skips with face masks; 0: none; larger: weaker")
+    p.add("--fan", help="wing.ckpt for these masks, where it cannot be fetched")
+    p.add("--channels", type=int, choices=(1, 3), help="3; 1: greyscale")
+    p.add("--channel-base", type=count, help="channels at first times side: 16384")
+    p.add("--channel-max", type=count, help="channels at most: 512")
+    p.add("--z-dim", type=count, help="of latents: 16")
+    p.add("--style-dim", type=count, help="of styles: 64")
+    p.add("--hidden-dim", type=count, help="of layers of F: 512")
+    p.add("--keep-every", type=count, default=10_000, help="iterations between kept checkpoints")
+
+    p = cli.command("translate", translate, "pictures in the style of a reference or a latent")
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .ckpt")
+    p.add("--input", required=True, help="a picture or a folder")
+    p.add("--ref", help="a picture or a folder, of --domain or with a folder for each domain")
+    p.add("--domain", help="to translate to: a name or a number")
+    p.add("--seeds", type=common.seeds, help="styles of latents, as in 0-7,42")
+    p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
+    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
+    p.add("--grid", metavar="FILE", help=".png: every picture in every style instead")
+    p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
+    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
+    common.add_device_option(p)
+
+    args = cli.parse(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(common.exit_status(main))

@@ -1,0 +1,327 @@
+"""StarGAN v2's vectors: networks, losses, trajectories, and the landmark network's masks.
+
+The format is that of CycleGAN's, so `case` and the formulas are test_golden's.
+"""
+
+import types
+
+import numpy as np
+import test_golden as golden  # which imports this file: its names are looked up when called
+import torch
+
+import common
+import stargan_v2
+
+CLASSES = {  # official class: official name in checkpoints
+    "Generator": "generator",
+    "MappingNetwork": "mapping_network",
+    "StyleEncoder": "style_encoder",
+    "Discriminator": "discriminator",
+    "FAN": "fan",
+}
+ARGUMENTS = {  # official constructor argument: ours
+    "img_size": "size",
+    "style_dim": "style_dim",
+    "max_conv_dim": "channel_max",
+    "w_hpf": "w_hpf",
+    "latent_dim": "z_dim",
+    "num_domains": "domains",
+}
+ORDER = ("generator", "mapping_network", "style_encoder", "discriminator")  # our G, F, E, D
+
+
+def official_networks(specs):
+    """{official name: network}: from_official on the formula weights, whose configs must be what
+    the official arguments say."""
+    arrays = {}
+    for spec in specs.values():
+        name = CLASSES[spec["class"]]
+        arrays |= {f"{name}.{key}": a for key, a in golden.weights(spec).items()}
+    nets = stargan_v2.from_official(arrays)
+    assert len(nets) == len(specs)
+    found = {}
+    for label, spec in specs.items():
+        net = found[label] = nets[stargan_v2.OFFICIAL[CLASSES[spec["class"]]]].double().train()
+        if spec["class"] != "FAN":
+            wanted = {ARGUMENTS[k]: v for k, v in spec["kwargs"].items()}
+            if spec["class"] != "MappingNetwork":
+                wanted["channel_base"] = spec["base"]
+            assert wanted.items() <= net.config.items(), (wanted, net.config)
+        assert sorted(n for n, _ in net.named_parameters()) == sorted(spec["param_names"])
+    return found
+
+
+def equal(case, key, *mine):
+    """Case.equal of what a file holds: those of tests/golden have less in them than the full set,
+    and what they do hold must be compared."""
+    if key in case:
+        case.equal(key, *mine)
+
+
+def by_name(spec, value_of):
+    """An array of value_of(parameter name) in the order of the file."""
+    with torch.no_grad():
+        return [float(value_of(name)) for name in spec["param_names"]]
+
+
+def grad_norms(net, spec):
+    def norm(name):
+        grad = net.get_parameter(name).grad
+        return -1.0 if grad is None else grad.norm()
+
+    return by_name(spec, norm)
+
+
+def clear(nets):
+    for net in nets:
+        net.zero_grad(set_to_none=True)
+
+
+# ---- one network ----
+
+
+def check_network(case, label):
+    """Output, activations, gradients."""
+    spec, given = case.meta["nets"][label], golden.inputs(case.meta[f"{label}_inputs"])
+    (net,) = official_networks({label: spec}).values()
+    for key in case:
+        if key.startswith(f"{label}/act/"):
+            layer = net.get_submodule(key.split("/")[-1])
+            layer.register_forward_hook(lambda m, x, y, key=key: equal(case, key, golden.stats(y)))
+    cot, y = given.pop("cot"), torch.tensor(spec.get("y", 0))
+    inputs = {name: t.requires_grad_(not name.startswith("mask")) for name, t in given.items()}
+    x = inputs.get("x", inputs.get("z"))
+    if spec["class"] == "Generator":
+        masks = [inputs["mask0"], inputs["mask1"]] if "mask0" in inputs else None
+        assert len(inputs) == (4 if masks else 2), list(inputs)
+        out = net(x, inputs["s"], masks)
+    else:
+        assert len(inputs) == 1, list(inputs)
+        out = net(x, y)
+    equal(case, f"{label}/y", out)
+    (out * cot).sum().backward()
+    equal(case, f"{label}/grad_norm", grad_norms(net, spec))
+    for name in spec["full_grads"]:
+        equal(case, f"{label}/grad/{name}", net.get_parameter(name).grad)
+    for name, t in inputs.items():
+        equal(case, f"{label}/grad_{name}", t.grad)
+    equal(case, f"{label}/grad_x_stats", golden.stats(x.grad))
+    equal(case, f"{label}/grad_x_sub", x.grad[:, :, ::4, ::4])
+    if spec["class"] == "Discriminator":
+        equal(case, f"{label}/all_domains", net.main(x).flatten(1))
+
+
+def check_highpass(case):
+    x = golden.inputs(case.meta["inputs"])["x"]
+    for i, w_hpf in enumerate(case.meta["w_hpf"]):
+        highpass = stargan_v2.HighPass(w_hpf)
+        equal(case, f"{i}/filter", highpass.filter)
+        equal(case, f"{i}/y", highpass(x))
+
+
+# ---- losses ----
+
+
+def check_losses(case):
+    """Losses of one iteration and the gradients of all networks that get one."""
+    meta, args = case.meta, case.meta["args"]
+    nets = official_networks(meta["nets"])
+    G, F, E, D = (nets[name] for name in ORDER)
+    given, y, y_fake = (
+        golden.inputs(meta["inputs"]),
+        *map(torch.tensor, (meta["y_org"], meta["y_trg"])),
+    )
+    real = given["x_real"]
+
+    def masks_of(x):
+        kind = "mask" if x is real else "cmask"
+        return [given[f"{kind}{k}"] for k in (0, 1)] if args["w_hpf"] else None
+
+    def gradients(group, names, full):
+        for name in names:
+            equal(case, f"{group}/grad_norm/{name}", grad_norms(nets[name], meta["nets"][name]))
+            for key in full.get(name, ()):
+                equal(case, f"{group}/grad/{name}/{key}", nets[name].get_parameter(key).grad)
+        clear(nets.values())
+
+    styles = {
+        "latent": lambda k: F(given[f"z_trg{'2' * k}"], y_fake),
+        "ref": lambda k: E(given[f"x_ref{'2' * k}"], y_fake),
+    }
+    for phase, style in styles.items():
+        s = style(0)
+        fake = G(real, s, masks_of(real)).detach()
+        equal(case, f"piece/s_trg_{phase}", s)
+        equal(case, f"piece/x_fake_{phase}", fake[:, :, ::2, ::2])
+        losses = stargan_v2.discriminator_losses(D, real, y, fake, y_fake)
+        loss = losses["D_real"] + losses["D_fake"] + args["lambda_reg"] / 2 * losses["reg/r1"]
+        clear(nets.values())
+        loss.backward()
+        equal(case, f"d_{phase}/real", losses["D_real"])
+        equal(case, f"d_{phase}/fake", losses["D_fake"])
+        equal(case, f"d_{phase}/reg", losses["reg/r1"] / 2)
+        equal(case, f"d_{phase}/loss", loss)
+        gradients(f"d_{phase}", ["discriminator"], meta["full_grads"]["d"])
+
+        other = G(real, style(1), masks_of(real))
+        losses = stargan_v2.generator_losses(G, E, D, real, y, style(0), y_fake, other, masks_of)
+        loss = losses["adv"] + args["lambda_sty"] * losses["sty"]
+        loss = loss - args["lambda_ds"] * losses["ds"] + args["lambda_cyc"] * losses["cyc"]
+        clear(nets.values())
+        loss.backward()
+        for name, value in (losses | {"loss": loss}).items():
+            equal(case, f"g_{phase}/{name}", value)
+        names = [name for name in ORDER if f"g_{phase}/grad_norm/{name}" in case]
+        gradients(f"g_{phase}", names, meta["full_grads"]["g"])
+
+    x = real.clone().requires_grad_(True)
+    logits = D(x, y)
+    equal(case, "r1/logits", logits)
+    equal(case, "r1/value", stargan_v2.r1_penalty(logits, x) / 2)
+    for target in (1, 0):
+        logits = given["pred"].clone().requires_grad_(True)
+        loss = stargan_v2.adversarial_loss(logits, target == 1)
+        loss.backward()
+        equal(case, f"adv_loss/{target}", loss)
+        equal(case, f"adv_loss/{target}_grad", logits.grad)
+
+
+# ---- trajectories ----
+
+
+class Recorded:
+    """Stands in for common.Run in train_step: recorded latents in, plain steps."""
+
+    def __init__(self, latents):
+        self.latents = list(latents)
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def randn(self, *shape):
+        z = self.latents.pop(0)
+        assert z.shape == shape
+        return z
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, *optimizers):
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+
+
+def check_trajectory(case):
+    """Iterations of train_step."""
+    meta, a = case.meta, case.meta["args"]
+    official = official_networks(meta["nets"])
+    nets = [official[name] for name in ORDER]
+    ema = [stargan_v2.average_of(net) for net in nets[:3]]
+    averages = dict(zip(ORDER, ema, strict=False))
+    start = {
+        k: {n: p.detach().clone() for n, p in m.named_parameters()} for k, m in official.items()
+    }
+    assert (a["beta1"], a["beta2"]) == stargan_v2.BETAS
+    assert a["weight_decay"] == stargan_v2.WEIGHT_DECAY and a["w_hpf"] == 0
+    opts = [
+        torch.optim.Adam(net.parameters(), lr, stargan_v2.BETAS, weight_decay=a["weight_decay"])
+        for net, lr in zip(nets, (a["lr"], a["f_lr"], a["lr"], a["lr"]), strict=True)
+    ]
+    args = types.SimpleNamespace(r1_gamma=a["lambda_reg"], lambda_sty=a["lambda_sty"])
+    args.lambda_cyc, args.ema_beta = a["lambda_cyc"], stargan_v2.EMA_BETA
+    given = golden.inputs(meta["inputs"])
+    rows, weights = {}, []
+    for step in range(meta["steps"]):
+        x, ref, ref2, z, z2 = (
+            given[f"{name}/{step}"] for name in ("x_src", "x_ref", "x_ref2", "z_trg", "z_trg2")
+        )
+        y, y_ref = (torch.tensor(meta[name][step]) for name in ("y_src", "y_ref"))
+        weights.append(stargan_v2.lambda_ds_at(step, a["lambda_ds"], a["ds_iter"]))
+        batch, run = (x, ref, ref2, y, y_ref), Recorded([z, z2])
+        losses = stargan_v2.train_step(nets, ema, opts, batch, weights[-1], args, run)
+        assert not run.latents
+        for phase in ("latent", "ref"):
+            real, fake, r1, adv, sty, ds, cyc = (
+                losses[f"{name}_{phase}"].item()
+                for name in ("D_real", "D_fake", "reg/r1", "adv", "sty", "ds", "cyc")
+            )
+            reg = r1 * a["lambda_reg"] / 2
+            total = adv + a["lambda_sty"] * sty - weights[-1] * ds + a["lambda_cyc"] * cyc
+            rows.setdefault(f"D/{phase}", []).append([real, fake, reg, real + fake + reg])
+            rows.setdefault(f"G/{phase}", []).append([adv, sty, ds, cyc, total])
+    for name, values in rows.items():
+        equal(case, f"losses/{name}", values)
+    equal(case, "lambda_ds_used", weights)
+    after = stargan_v2.lambda_ds_at(meta["steps"], a["lambda_ds"], a["ds_iter"])
+    equal(case, "lambda_ds_after", np.float64(after))
+    for name, net in official.items():
+        spec, final, then = meta["nets"][name], dict(net.named_parameters()), start[name]
+        mean = dict(averages[name].named_parameters()) if name in averages else None
+        norms = by_name(spec, lambda k, final=final: final[k].norm())
+        equal(case, f"final/param_norm/{name}", norms, 1e-7)
+        moved = by_name(spec, lambda k, final=final, then=then: (final[k] - then[k]).norm())
+        equal(case, f"final/update_norm/{name}", moved, 1e-7)
+        for key in meta["final_tensors"][name]:
+            equal(case, f"final/param/{name}/{key}", final[key], 2e-7)
+        if mean:
+            moved = by_name(spec, lambda k, mean=mean, then=then: (mean[k] - then[k]).norm())
+            equal(case, f"final/ema_update_norm/{name}", moved, 1e-7)
+            for key in meta["final_tensors"][name]:
+                equal(case, f"final/ema/{name}/{key}", mean[key], 2e-7)
+
+
+# ---- landmarks ----
+
+
+# The network's coordinates are float32 in every precision, and the last digit of a float32 square
+# root is a matter of the mathematics library. What that leaves of 1e-9 in the heat maps, the
+# masks' thresholds and powers enlarge.
+MASK_TOLERANCE = 2e-8
+
+
+def check_fan(case):
+    (fan,) = official_networks(case.meta["nets"]).values()
+    x = golden.inputs(case.meta["inputs"])["x"]
+    maps = fan(x)
+    equal(case, "heatmap_sub", maps[:, :, ::4, ::4])
+    equal(case, "heatmap_mean", maps.mean([2, 3]))
+    equal(case, "heatmap_rms", maps.square().mean([2, 3]).sqrt())
+    equal(case, "get_heatmap_raw_mean", maps[:, :-1].mean([2, 3]))
+    for k, mask in enumerate(fan.masks(x)):
+        equal(case, f"mask{k}_sub", mask[:, :, ::4, ::4], MASK_TOLERANCE)
+        equal(case, f"mask{k}_rows", mask.sum(3), MASK_TOLERANCE)
+
+
+def check_fan_preprocess(case):
+    cx, cy, sigma, amp = (
+        torch.as_tensor(case[f"in/{name}"]).double()[:, :, None, None]
+        for name in ("cx", "cy", "sigma", "amp")
+    )
+    side = torch.arange(256, dtype=torch.float64)
+    distance = (side - cx).square() + (side[:, None] - cy).square()
+    maps = (amp * (-distance / (2 * sigma.square())).exp()).float().double()
+    for k, mask in enumerate(common.landmark_masks(maps)):
+        equal(case, f"mask{k}_sub", mask[:, :, ::2, ::2])
+        equal(case, f"mask{k}_rows", mask.sum(3))
+        equal(case, f"mask{k}_cols", mask.sum(2))
+
+
+CHECKS = {
+    "highpass": check_highpass,
+    "fan": check_fan,
+    "fan_preprocess": check_fan_preprocess,
+    "losses_hpf0": check_losses,
+    "losses_hpf1": check_losses,
+    "trajectory": check_trajectory,
+    "trajectory_small": check_trajectory,
+}
+
+
+def check(case):
+    if case.name in CHECKS:
+        CHECKS[case.name](case)
+        return
+    assert all(f"{label}_inputs" in case.meta for label in case.meta["nets"]), case.name
+    for label in case.meta["nets"]:
+        check_network(case, label)
