@@ -3620,6 +3620,9 @@ def describe_scores(row):
         share = row["error"] / row["error_of_doing_nothing"]
         parts += [f"error to the true counterpart {row['error']:.4f}"]
         parts += [f"{share:.0%} of doing nothing ({row['error_of_doing_nothing']:.4f})"]
+        if "error_in_mean_style" in row:
+            share = row["error_in_mean_style"] / row["error_of_doing_nothing"]
+            parts += [f"in the mean style {share:.0%}"]
     return " | ".join(parts)
 
 

@@ -379,7 +379,9 @@ def test_half_precision_gives_every_network_its_gradients(precision, iters):
 def test_toy_is_scored_against_the_true_counterparts(capsys):
     main("--data", "toy", *TINY, "--iters", 1, "--out", "r")
     row = jsonl(Path("r/stargan_v2-toy-000/metrics.jsonl"))[0]
-    assert {"error", "error_of_doing_nothing", "latent_error", "diversity", "fd8"} <= set(row)
+    assert {"error", "error_of_doing_nothing", "error_in_mean_style", "diversity", "fd8"} <= set(
+        row
+    )
     assert row["n_fake"] == 300 and "of doing nothing" in capsys.readouterr().out
 
 
