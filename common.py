@@ -4579,6 +4579,8 @@ def separability(args, G, source, random_z):
             found[name].append(t.cpu())
     found = {name: torch.cat(parts) for name, parts in found.items()}
     scores, entropies = linear_separability({k: found[k] for k in "zw"}, found["logits"])
+    if n < 20 * found["z"].shape[1]:
+        print(f"of {n} samples only: planes fit so few points by chance; take more --samples")
     for i, name in enumerate(TOY_BINARY):
         bits = ", ".join(f"{space} {entropies[space][i]:.3f}" for space in "zw")
         print(f"{name}: H(Y|X) in bits {bits}; the classifier is right on {accuracy[name]:.1%}")
