@@ -3621,6 +3621,9 @@ def describe_scores(row):
         share = row["error"] / row["error_of_doing_nothing"]
         parts += [f"error to the true counterpart {row['error']:.4f}"]
         parts += [f"{share:.0%} of doing nothing ({row['error_of_doing_nothing']:.4f})"]
+        if "error_in_mean_style" in row:
+            share = row["error_in_mean_style"] / row["error_of_doing_nothing"]
+            parts += [f"in the mean style {share:.0%}"]
     return " | ".join(parts)
 
 
@@ -4647,6 +4650,8 @@ def separability(args, G, source, random_z):
             found[name].append(t.cpu())
     found = {name: torch.cat(parts) for name, parts in found.items()}
     scores, entropies = linear_separability({k: found[k] for k in "zw"}, found["logits"])
+    if n < 20 * found["z"].shape[1]:
+        print(f"of {n} samples only: planes fit so few points by chance; take more --samples")
     for i, name in enumerate(TOY_BINARY):
         bits = ", ".join(f"{space} {entropies[space][i]:.3f}" for space in "zw")
         print(f"{name}: H(Y|X) in bits {bits}; the classifier is right on {accuracy[name]:.1%}")

@@ -12,7 +12,7 @@ In this file, in the order in which a picture meets it      paper
     python stargan_v2.py                                    # toy faces, 2 CPU cores, minutes
     python stargan_v2.py --data afhq
     python stargan_v2.py --data celeba_hq                   # with masks of a landmark network
-    python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 0-7
+    python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 3
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --ref REFS --grid grid.png
     python stargan_v2.py evaluate --checkpoint RUN
     python stargan_v2.py app --checkpoint RUN               # a web page
@@ -67,8 +67,8 @@ PRESETS = {
     "anime": dict(lambda_ds=2.0),  # photos and drawings: landmarks make no sense there
 }
 # What a plain `python stargan_v2.py` trains: small enough for two CPU cores and a few minutes.
-TOY = dict(size=32, channel_base=1024, channel_max=64, hidden_dim=64, style_dim=16)
-TOY |= dict(w_hpf=0.0, iters=3000, lr=1e-3, lr_f=1e-5, lambda_ds=1.0, ema_beta=0.99, every=500)
+TOY = dict(size=32, channel_base=512, channel_max=64, hidden_dim=64, style_dim=16, batch=4)
+TOY |= dict(iters=2000, lr=2e-3, lr_f=1e-4, lambda_ds=1.0, ema_beta=0.99, every=500)
 
 # =============================================================================
 # Networks
@@ -462,7 +462,7 @@ def discriminator_losses(D, real, y, fake, y_fake):
     return {
         "D_real": adversarial_loss(logits, True),
         "D_fake": adversarial_loss(D(fake.detach(), y_fake), False),
-        "r1": r1_penalty(logits, real),
+        "reg/r1": r1_penalty(logits, real),
     }
 
 
@@ -528,50 +528,47 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
     def known_masks(img):
         return masks if img is real else masks_of(img)
 
-    # ---- D, with R1 in every step: fakes in the style of a latent, then in that of a reference --
+    def total(losses, phase):
+        """Eq. (5), of G."""
+        found.update({f"{name}_{phase}": loss.detach() for name, loss in losses.items()})
+        total = losses["adv"] + args.lambda_sty * losses["sty"] + args.lambda_cyc * losses["cyc"]
+        return total - lambda_ds * losses["ds"]
+
+    # ---- D, with R1 in every step: fakes in the style of a latent, then of a reference ---------
     D.requires_grad_(True)
     for phase in ("latent", "ref"):
+        with torch.no_grad(), run.autocast():
+            s = F(z, y_ref) if phase == "latent" else E(ref, y_ref)
+            fake = G(real, s, masks)
         with run.autocast():
-            with torch.no_grad():
-                s = F(z, y_ref) if phase == "latent" else E(ref, y_ref)
-                fake = G(real, s, masks)
             losses = discriminator_losses(D, real, y, fake, y_ref)
-        run.backward(losses["D_real"] + losses["D_fake"] + args.r1_gamma / 2 * losses["r1"])
+        run.backward(losses["D_real"] + losses["D_fake"] + args.r1_gamma / 2 * losses["reg/r1"])
         run.step(opt_D)
-        losses["reg/r1"] = losses.pop("r1")
         found |= {f"{name}_{phase}": loss.detach() for name, loss in losses.items()}
 
     # ---- G, F and E, in the style of a latent; D only passes gradients on ----------------------
     D.requires_grad_(False)
-
-    def losses_of_G(phase, s, s_other):
-        with torch.no_grad():
-            other = G(real, s_other, masks)
-        losses = generator_losses(G, E, D, real, y, s, y_ref, other, known_masks)
-        total = losses["adv"] + args.lambda_sty * losses["sty"] + args.lambda_cyc * losses["cyc"]
-        found.update({f"{name}_{phase}": loss.detach() for name, loss in losses.items()})
-        return total - lambda_ds * losses["ds"]  # Eq. (5)
-
+    with torch.no_grad(), run.autocast():  # on its own: autocast would keep weights cast here
+        other = G(real, F(z2, y_ref), masks)
     with run.autocast():
-        with torch.no_grad():
-            s_other = F(z2, y_ref)
-        total = losses_of_G("latent", F(z, y_ref), s_other)
-    run.backward(total)
+        losses = generator_losses(G, E, D, real, y, F(z, y_ref), y_ref, other, known_masks)
+    run.backward(total(losses, "latent"))
     run.step(opt_G, opt_F, opt_E)
 
     # ---- G alone, in the style of a reference -------------------------------------------------
     # E learns to read styles off pictures in the phase above only; its author found results worse
     # when it also learns from this one (clovaai/stargan-v2, issue 44). So it passes gradients on.
     E.requires_grad_(False)
+    with torch.no_grad(), run.autocast():
+        other = G(real, E(ref2, y_ref), masks)
     with run.autocast():
-        total = losses_of_G("ref", E(ref, y_ref), E(ref2, y_ref))
-    run.backward(total)
+        losses = generator_losses(G, E, D, real, y, E(ref, y_ref), y_ref, other, known_masks)
+    run.backward(total(losses, "ref"))
     run.step(opt_G)
     E.requires_grad_(True)
 
-    update_ema(
-        ema, (G, F, E), args.ema_beta
-    )  # samples, scores and translations are made with the averages
+    # ---- the averages, with which samples, scores and translations are made -------------------
+    update_ema(ema, (G, F, E), args.ema_beta)
     return found
 
 
@@ -618,6 +615,9 @@ def open_domains(args, source, parts, prepare):
     """{domain: ImageSet}, one for each folder of the first of `parts` that there is, or of the
     source itself where there is none of them."""
     part = next((part for part in parts if common.has_subset(source, part)), None)
+    tops = common.top_folders(source)
+    if part is None and len(tops) == 1:  # a folder around all others, as zips have it
+        part = tops[0]
     source = common.subset(source, part) if part else source
     names = common.top_folders(source)
     if len(names) < 2:
@@ -676,8 +676,9 @@ def train(args):
         for name, lr in rates.items()
     }
 
-    tests = open_tests(args, source, list(domains))
-    examples = fixed_examples(tests or domains, args)
+    shown = open_shown(args, source, list(domains))
+    examples = [images.all(2) for images in shown.values()]
+    scored = any(common.has_subset(source, part) for part in TEST_PARTS)
     start = run.restore(nets, opts, {})
     counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
     run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
@@ -694,8 +695,8 @@ def train(args):
             if run.rank == 0:
                 for name, sheet in sample_sheets(ema, examples, list(domains), masks_of).items():
                     run.save_picture(sheet, f"{run.steps_done:07d}-{name}")
-            if tests and run.rank == 0:
-                row = scores(ema, tests, source.is_toy, masks_of)
+            if scored and run.rank == 0:
+                row = scores(ema, shown, source.is_toy, masks_of)
                 run.save_scores(row)
                 run.say(common.describe_scores(row))
             run.save(keep=keep)
@@ -706,29 +707,18 @@ def train(args):
 # Pictures and scores
 # =============================================================================
 
-
-def open_tests(args, source, domains):
-    """{domain: ImageSet} of the test pictures, None where there are none."""
-    parts = [part for part in ("val", "test") if common.has_subset(source, part)]
-    if not parts:
-        return None
-    tests = open_domains(args, source, parts, functools.partial(common.squeezed, args.size))
-    if list(tests) != domains:
-        names = ", ".join(tests)
-        raise UserError(f"--data {args.data}: {parts[0]} holds {names}, not {', '.join(domains)}.")
-    return tests
+TEST_PARTS = ("val", "test")  # folders beside train
 
 
-def fixed_examples(domains, args, n=2):
-    """Of sample sheets: the first n pictures of each domain, uint8, and ten latents."""
-    pictures = [
-        np.stack(
-            [np.atleast_3d(common.squeezed(args.size, common.to_picture(x))) for x in images.all(n)]
-        )
-        for images in domains.values()
-    ]
-    pictures = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in pictures]
-    return pictures, common.latents(range(10), args.z_dim)
+def open_shown(args, source, domains):
+    """{domain: ImageSet} of what samples and scores are made of: the test pictures or, where there
+    are none, the training pictures; whole, not cropped."""
+    prepare = functools.partial(common.squeezed, args.size)
+    shown = open_domains(args, source, [*TEST_PARTS, "train"], prepare)
+    if list(shown) != domains:
+        names = ", ".join(shown)
+        raise UserError(f"--data {args.data}: tests are of {names}, not of {', '.join(domains)}.")
+    return shown
 
 
 def device_of(net):
@@ -794,15 +784,16 @@ def table(G, sources, styles, firsts, masks_of):
 
 def sample_sheets(ema, examples, domains, masks_of):
     """{"latent", "reference": {caption: images}}: every example in styles of three latents of each
-    domain, and in the styles of the examples."""
-    (G, F, E), (pictures, z) = ema, examples
+    domain, and in the styles of the examples; examples: uint8 images of each domain."""
+    G, F, E = ema
+    z = common.latents(range(3), F.config["z_dim"])
     latents, references = {}, {}
     for y, name in enumerate(domains):
-        for k, s in enumerate(styles_of_latents(F, z[:3], y)):
+        for k, s in enumerate(styles_of_latents(F, z, y)):
             latents[f"{name} {k}"] = s
-        for k, s in enumerate(styles_of_references(E, pictures[y], y)):
+        for k, s in enumerate(styles_of_references(E, examples[y], y)):
             references[f"{name} {k}"] = s
-    sources = torch.cat(pictures)
+    sources = torch.cat(examples)
     return {
         "latent": table(G, sources, latents, None, masks_of),
         "reference": table(G, sources, references, list(sources), masks_of),
@@ -812,12 +803,12 @@ def sample_sheets(ema, examples, domains, masks_of):
 def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
     """common.translation_scores of up to n test pictures of each domain in the style of references
     of each other domain, and the diversity: the mean difference of two translations of a picture,
-    over ten latents and up to `diverse` pictures of each domain. On toy the error is also that of
-    the first latent: latent_error."""
+    over ten latents and up to `diverse` pictures of each domain. On toy, where a reference's style
+    should lead away from the true counterpart, also the error in the domain's mean style."""
     G, F, E = ema
     real = [images.all(n) for images in tests.values()]
     z = common.latents(range(10), F.config["z_dim"])
-    parts, diversity, latent_errors = {}, [], []
+    parts, diversity, errors = {}, [], []
     for a, b in ((a, b) for a in range(len(real)) for b in range(len(real)) if a != b):
         x = real[a]
         refs = real[b][torch.arange(len(x)) % len(real[b])]
@@ -833,12 +824,13 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         if is_toy:
             images, name = list(tests.values())[a], list(tests)[b]
             pair["true"] = images.counterparts(name, images.mode, n)
-            latent_errors.append(common.mean_abs(many[0], pair["true"][:diverse]))
+            mean = translated(G, x, styles_of_latents(F, z[:1], b, psi=0.0), masks)
+            errors.append(common.mean_abs(mean, pair["true"]))
         for name, images in pair.items():
             parts.setdefault(name, []).append(images)
     row = common.translation_scores(**{name: torch.cat(images) for name, images in parts.items()})
     row["diversity"] = float(np.mean(diversity))
-    return row | (dict(latent_error=float(np.mean(latent_errors))) if is_toy else {})
+    return row | (dict(error_in_mean_style=float(np.mean(errors))) if is_toy else {})
 
 
 # =============================================================================
@@ -879,12 +871,11 @@ def domain_names(nets, saved):
 
 def number_of(domain, names):
     """The number of a domain that the user named, by its name or its number."""
-    numbers = {
-        name: k for k, name in reversed(list(enumerate([*names, *map(str, range(len(names)))])))
-    }
-    if domain not in numbers:
-        raise UserError(f"--domain {domain}: the checkpoint has {', '.join(names)}.")
-    return numbers[domain] % len(names)
+    if domain in names:
+        return names.index(domain)
+    if domain.isdecimal() and int(domain) < len(names):
+        return int(domain)
+    raise UserError(f"--domain {domain}: the checkpoint has {', '.join(names)}.")
 
 
 def chosen_styles(args, nets, names, prepare, mode):
@@ -1058,9 +1049,9 @@ def evaluate(args):
     if len(train) != len(names) or (saved.get("domains") and list(train) != names):
         there = f"--data {args.data} has the domains {', '.join(train)}"
         raise UserError(f"{there}, the checkpoint {', '.join(names)}.")
-    tests = open_tests(args, source, list(train))
-    if tests is None:
+    if not any(common.has_subset(source, part) for part in TEST_PARTS):
         raise UserError(f"--data {args.data} has no test pictures: neither val nor test.")
+    tests = open_shown(args, source, list(train))
     inception = common.load_inception_or_explain(args.inception, device)
     load, files = common.load_lpips_alex, (args.alexnet, args.lpips)
     lpips = common.load_or_explain("LPIPS is left out", load, *files, device=device)

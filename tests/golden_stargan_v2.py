@@ -106,7 +106,8 @@ def check_network(case, label):
     for name, t in inputs.items():
         equal(case, f"{label}/grad_{name}", t.grad)
     equal(case, f"{label}/grad_x_stats", golden.stats(x.grad))
-    equal(case, f"{label}/grad_x_sub", x.grad[:, :, ::4, ::4])
+    if x.ndim == 4:
+        equal(case, f"{label}/grad_x_sub", x.grad[:, :, ::4, ::4])
     if spec["class"] == "Discriminator":
         equal(case, f"{label}/all_domains", net.main(x).flatten(1))
 
@@ -154,12 +155,12 @@ def check_losses(case):
         equal(case, f"piece/s_trg_{phase}", s)
         equal(case, f"piece/x_fake_{phase}", fake[:, :, ::2, ::2])
         losses = stargan_v2.discriminator_losses(D, real, y, fake, y_fake)
-        loss = losses["D_real"] + losses["D_fake"] + args["lambda_reg"] / 2 * losses["r1"]
+        loss = losses["D_real"] + losses["D_fake"] + args["lambda_reg"] / 2 * losses["reg/r1"]
         clear(nets.values())
         loss.backward()
         equal(case, f"d_{phase}/real", losses["D_real"])
         equal(case, f"d_{phase}/fake", losses["D_fake"])
-        equal(case, f"d_{phase}/reg", losses["r1"] / 2)
+        equal(case, f"d_{phase}/reg", losses["reg/r1"] / 2)
         equal(case, f"d_{phase}/loss", loss)
         gradients(f"d_{phase}", ["discriminator"], meta["full_grads"]["d"])
 
@@ -307,21 +308,20 @@ def check_fan_preprocess(case):
         equal(case, f"mask{k}_cols", mask.sum(2))
 
 
-CHECKS = {
+KINDS = {  # how a case's name begins: its check; all others are of networks
     "highpass": check_highpass,
-    "fan": check_fan,
     "fan_preprocess": check_fan_preprocess,
-    "losses_hpf0": check_losses,
-    "losses_hpf1": check_losses,
+    "fan": check_fan,
+    "losses": check_losses,
     "trajectory": check_trajectory,
-    "trajectory_small": check_trajectory,
 }
 
 
 def check(case):
-    if case.name in CHECKS:
-        CHECKS[case.name](case)
-        return
+    for kind, function in KINDS.items():
+        if case.name.startswith(kind):
+            function(case)
+            return
     assert all(f"{label}_inputs" in case.meta for label in case.meta["nets"]), case.name
     for label in case.meta["nets"]:
         check_network(case, label)

@@ -365,10 +365,23 @@ def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
         torch.testing.assert_close(t, two[key], rtol=1e-9, atol=atol, msg=str(key))
 
 
+@pytest.mark.parametrize(("precision", "iters"), [("bf16", 1), ("fp16", 6)])  # its scale falls
+def test_half_precision_gives_every_network_its_gradients(precision, iters):
+    options = ["--data", domains("d", 2), *TINY, "--iters", iters, "--every", 6]
+    main(*options, "--precision", precision, "--out", "r")
+    state = torch.load("r/stargan_v2-d-000/checkpoint.pt", weights_only=True)
+    for name, opt in state["opts"].items():
+        still = [k for k, p in opt["state"].items() if p["exp_avg"].abs().max() == 0]
+        assert len(still) < 0.2 * len(opt["state"]), (name, still)  # branches of domains not drawn
+    assert all(math.isfinite(v) for v in jsonl(Path("r/stargan_v2-d-000/log.jsonl"))[0].values())
+
+
 def test_toy_is_scored_against_the_true_counterparts(capsys):
     main("--data", "toy", *TINY, "--iters", 1, "--out", "r")
     row = jsonl(Path("r/stargan_v2-toy-000/metrics.jsonl"))[0]
-    assert {"error", "error_of_doing_nothing", "latent_error", "diversity", "fd8"} <= set(row)
+    assert {"error", "error_of_doing_nothing", "error_in_mean_style", "diversity", "fd8"} <= set(
+        row
+    )
     assert row["n_fake"] == 300 and "of doing nothing" in capsys.readouterr().out
 
 
@@ -564,7 +577,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         (["--data", "nowhere"], "nowhere"),
         (["--data", "one", *TINY], "1 domains in"),
         (["--data", "d/test/human", *TINY], "0 domains in"),
-        (["--data", "other", *TINY], "test holds a, b, not goblin, human"),
+        (["--data", "other", *TINY], "tests are of a, b, not of goblin, human"),
         (["--data", data, *TINY, "--size", 48], "--size 48: a power of two"),
         (["--data", data, *TINY, "--w-hpf", 1], "--size 64 or more"),
         (["--data", data, *TINY, "--size", 64, "--w-hpf", 1, "--fan", "no.ckpt"], "no.ckpt"),
