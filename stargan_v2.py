@@ -993,7 +993,8 @@ def app(args):
 # differ, FID whether all look like the domain's training pictures. Tables 2 and 3 have the means
 # over the pairs of domains.
 
-TABLE = ("fd8", "fid", "kid_x1000", "lpips", "diversity", "error", "error_of_doing_nothing")
+TABLE = ("fd8", "fid", "kid_x1000", "lpips", "diversity", "error", "error_in_mean_style")
+TABLE += ("error_of_doing_nothing",)
 
 
 def random_styles(nets, y, n, refs, rng):
@@ -1078,14 +1079,19 @@ def evaluate(args):
         if name == target:
             continue
         x, reals = pictures[name], train[target].all()
+        if source.is_toy:
+            z = torch.zeros(1, nets["F"].config["z_dim"])
+            s = styles_of_latents(nets["F"], z, y, psi=0.0)
+            in_mean_style = translated(nets["G"], x, s, masks_for(x, masks_of, device))
+            true = tests[name].counterparts(target, tests[name].mode)
         for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
             fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
             row |= common.translation_scores(x, fakes, reals)
             if inception and "fd8" in row:
                 row |= common.fid_kid(reals, fakes, inception, args.fid_resize)
             if source.is_toy:
-                true = tests[name].counterparts(target, tests[name].mode)
                 row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
+                row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
                 row["error_of_doing_nothing"] = common.mean_abs(x, true)
             header = not result["latent"]
             result[mode][f"{name} to {target}"] = row

@@ -190,6 +190,7 @@ def test_on_toy_what_changes_nothing_has_the_error_of_doing_nothing(trained, mon
         assert len(result[mode]) == 6 + 1
         for row in result[mode].values():
             assert row["error"] == pytest.approx(row["error_of_doing_nothing"]) and row["error"] > 0
+            assert row["error_in_mean_style"] == pytest.approx(row["error"])
             assert row["diversity"] == 0 and row["fd8"] > 0
     real = [np.asarray(common.toy_face(3000 + i, 0, 32), float) for i in range(12)]
     true = [np.asarray(common.toy_face(3000 + i, 2, 32), float) for i in range(12)]
