@@ -9,7 +9,7 @@ In this file, in the order in which a run meets it
     pictures and files out      sheets of samples, curves, films, checkpoints in and out
     official checkpoints        read_official: pickles read as data, nothing in them is run
     metrics                     fd8, FID, KID; InceptionV3 written out
-    VGG16                       LPIPS, path length, precision and recall
+    VGG16, AlexNet              LPIPS, path length, precision and recall
     separability                the toy faces' attributes, a classifier, planes in latent space
     landmarks                   FAN, and StarGAN v2's masks of a face
     projection                  a picture's latent
@@ -528,12 +528,13 @@ def sha256_of(path):
 
 def download(urls, path, sha256=None, size=None):
     """Fetch one of urls to path, unless it is there. What arrived before a cut is kept in PATH.part
-    and continued, also by the next run. Nothing is left at path that does not fit sha256."""
+    and continued, also by the next run. Nothing is left at path that does not fit sha256, or, where
+    no more is published, its first digits."""
     path, part = Path(path), Path(f"{path}.part")
     by_hand = f"Fetch it by hand, from {' or '.join(urls)}, and save it as {path}."
     with locked(path):
         if path.exists():
-            if sha256 and (found := sha256_of(path)) != sha256:
+            if sha256 and not (found := sha256_of(path)).startswith(sha256):
                 raise UserError(
                     f"{path} is not the published file: sha256 is {found}, expected {sha256}. "
                     "Remove it and run again, or, if you trust it, give it by its path."
@@ -555,7 +556,7 @@ def download(urls, path, sha256=None, size=None):
                 f"run again, what has arrived is kept. {by_hand}"
             )
         found = sha256_of(part)
-        if sha256 and found != sha256:
+        if sha256 and not found.startswith(sha256):
             part.unlink()
             raise UserError(
                 f"{path.name} from {url} has sha256 {found}, expected {sha256}; it was deleted. "
@@ -3627,7 +3628,7 @@ def describe_scores(row):
 
 
 # =============================================================================
-# VGG16: LPIPS, path length, precision and recall
+# VGG16 and AlexNet: LPIPS, path length, precision and recall
 # =============================================================================
 
 WEIGHTS = {  # what: (name in the cache folder, address, sha256)
@@ -3641,6 +3642,17 @@ WEIGHTS = {  # what: (name in the cache folder, address, sha256)
         "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
         "v0.1/vgg.pth",
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+    "AlexNet": (  # of the checksum the name's digits are published
+        "alexnet-owt-7be5be79.pth",
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        "7be5be79",
+    ),
+    "LPIPS of AlexNet": (
+        "lpips-v0.1-alex.pth",
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
+        "v0.1/alex.pth",
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
     ),
     "FAN": (  # no checksum is published
         "wing.ckpt",
@@ -3665,7 +3677,8 @@ def read_weights(what, path, shapes, tensors_of=dict):
         found = sha256_of(file)
     except OSError as e:
         raise UserError(f"{what} weights {file}: {e.strerror}.") from e
-    if not path and sha256 and found != sha256:
+    published = bool(sha256) and found.startswith(sha256)
+    if not path and sha256 and not published:
         raise UserError(f"{file} is damaged (sha256 {found[:8]}, not {sha256[:8]}). Delete it.")
     try:
         tensors = tensors_of(torch.load(file, map_location="cpu", weights_only=True))
@@ -3676,7 +3689,7 @@ def read_weights(what, path, shapes, tensors_of=dict):
             f"{file} does not hold {what} weights ({type(e).__name__}). Expected {name} from {url},"
             f" {len(shapes)} tensors{f', sha256 {sha256[:8]}' if sha256 else ''}."
         ) from e
-    return tensors, Path(name).stem if found == sha256 else f"{what} {found[:8]}"
+    return tensors, Path(name).stem if published else f"{what} {found[:8]}"
 
 
 class VGG16(nn.Module):
@@ -3686,6 +3699,8 @@ class VGG16(nn.Module):
     224 x 224 as in training, or another size from 32. Dropout is left out: nothing here trains it.
     width: 64; less makes a small network of the same shape. `label` says which weights it holds.
     """
+
+    least = 16  # pixels, of which the last stage has one
 
     def __init__(self, width=64):
         super().__init__()
@@ -3727,40 +3742,86 @@ def for_vgg16(x):
     return ((x + 1) / 2 - mean) / std
 
 
-def load_vgg16(path=None, device="cpu"):
-    """VGG16 in eval mode, frozen; see read_weights for files and errors. Moves no random state."""
+class AlexNet(nn.Module):
+    """The convolutions of Krizhevsky (2014, "one weird trick"), with torchvision's names.
+
+    stages(x) yields the five maps that LPIPS compares, each after its ReLU: 64, 192, 384, 256, 256
+    channels; x: for_vgg16(images), sides from 31. `label` says which weights it holds.
+    """
+
+    least = 31  # pixels, of which the last stages have one
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        )
+        self.label = "AlexNet with unnamed weights"
+
+    def stages(self, x):
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                yield x
+
+
+def load_frozen(build, what, path, device):
+    """The network build() in eval mode, with weights of a file, whose classifier it may lack; see
+    read_weights for files and errors. Moves no random state."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        vgg = VGG16()
-    shapes = {name: tuple(tensor.shape) for name, tensor in vgg.state_dict().items()}
-    tensors, vgg.label = read_weights("VGG16", path, shapes)
-    vgg.load_state_dict(tensors, assign=True)
-    return vgg.float().requires_grad_(False).eval().to(device)
+        net = build()
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+
+    def known(state):
+        return {k: v for k, v in state.items() if k in shapes or not k.startswith("classifier.")}
+
+    tensors, net.label = read_weights(what, path, shapes, known)
+    net.load_state_dict(tensors, assign=True)
+    return net.float().requires_grad_(False).eval().to(device)
+
+
+def load_vgg16(path=None, device="cpu"):
+    """VGG16; see load_frozen."""
+    return load_frozen(VGG16, "VGG16", path, device)
+
+
+def load_alexnet(path=None, device="cpu"):
+    """AlexNet; see load_frozen."""
+    return load_frozen(AlexNet, "AlexNet", path, device)
 
 
 class LPIPS(nn.Module):
-    """LPIPS v0.1 with VGG16 (Zhang et al. 2018, Eq. (1)): a distance that people's eyes agree with.
+    """LPIPS v0.1 (Zhang et al. 2018, Eq. (1)): a distance that people's eyes agree with.
 
-    forward(x, y) -> (N,); x, y: (N, 1 or 3, H, W) in [-1, 1], sides from 16; grey counts as three
-    equal channels. features(x) -> (N, n), whose squared distances are the same numbers, so that
-    those of a fixed target are computed once. Differentiable in x and y; the weights are frozen.
+    forward(x, y) -> (N,); x, y: (N, 1 or 3, H, W) in [-1, 1], sides from net.least; grey counts as
+    three equal channels. features(x) -> (N, n), whose squared distances are the same numbers, so
+    that those of a fixed target are computed once. Differentiable in x and y; the weights are
+    frozen.
     """
 
-    def __init__(self, vgg, weights):
-        """weights: five tensors of 64, 128, 256, 512 and 512 numbers, none negative."""
+    def __init__(self, net, weights):
+        """net: VGG16 or AlexNet; weights: five tensors, as many numbers as its stages have
+        channels, none negative."""
         super().__init__()
-        self.vgg = vgg
+        self.net = net
         for k, weight in enumerate(weights):
             if weight.min() < 0:
                 raise ValueError(f"LPIPS weights of stage {k} are negative: {weight.min():g}")
             self.register_buffer(f"lin{k}", weight.detach().float().reshape(-1, 1, 1))
-        self.label = f"LPIPS of {vgg.label}"
+        self.label = f"LPIPS of {net.label}"
         self.requires_grad_(False).eval()
 
     def features(self, x):
-        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 16:
-            raise ValueError(f"LPIPS takes (N, 1 or 3, H, W) from 16 pixels, not {tuple(x.shape)}")
+        least = self.net.least
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < least:
+            shape = tuple(x.shape)
+            raise ValueError(f"LPIPS takes (N, 1 or 3, H, W) from {least} pixels, not {shape}")
         parts = []
-        for k, maps in enumerate(self.vgg.stages(for_vgg16(x))):  # (N, C, h, w)
+        for k, maps in enumerate(self.net.stages(for_vgg16(x))):  # (N, C, h, w)
             unit = maps / (torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10)
             # |sqrt(a / hw) (u - v)|^2, summed, is a |u - v|^2, averaged over the pixels.
             share = getattr(self, f"lin{k}") / maps[0, 0].numel()
@@ -3771,16 +3832,26 @@ class LPIPS(nn.Module):
         return (self.features(x) - self.features(y)).square().sum(1)
 
 
-def load_lpips(vgg_path=None, lin_path=None, device="cpu"):
-    """LPIPS from two files, VGG16 and the weights of its channels; see read_weights."""
-    widths = 64, 128, 256, 512, 512
+def lpips_of(load, net_path, what, lin_path, widths, device):
+    """LPIPS from two files, a network's and the weights of its channels; see read_weights."""
     shapes = {f"lin{k}.model.1.weight": (1, C, 1, 1) for k, C in enumerate(widths)}
-    tensors, label = read_weights("LPIPS", lin_path, shapes)  # the small file first
-    vgg = load_vgg16(vgg_path)
-    vgg.classifier = nn.Sequential()  # 0.5 GB that LPIPS does not need
-    lpips = LPIPS(vgg, [tensors[name] for name in shapes])
-    lpips.label = f"{label} of {vgg.label}"
+    tensors, label = read_weights(what, lin_path, shapes)  # the small file first
+    net = load(net_path)
+    net.classifier = nn.Sequential()  # 0.5 GB of VGG16 that LPIPS does not need
+    lpips = LPIPS(net, [tensors[name] for name in shapes])
+    lpips.label = f"{label} of {net.label}"
     return lpips.to(device)
+
+
+def load_lpips(vgg_path=None, lin_path=None, device="cpu"):
+    """LPIPS with VGG16."""
+    return lpips_of(load_vgg16, vgg_path, "LPIPS", lin_path, (64, 128, 256, 512, 512), device)
+
+
+def load_lpips_alex(alexnet_path=None, lin_path=None, device="cpu"):
+    """LPIPS with AlexNet, the one in tables of translation papers."""
+    files = load_alexnet, alexnet_path, "LPIPS of AlexNet", lin_path
+    return lpips_of(*files, (64, 192, 384, 256, 256), device)
 
 
 @torch.no_grad()

@@ -6,13 +6,16 @@ In this file, in the order in which a picture meets it      paper
     discriminator_losses, generator_losses                  sec. 2.2, Eqs. (1)-(5)
     lambda_ds_at                                            sec. 2.2 (decays linearly to zero)
     train_step, train                                       sec. 3, appendix
-    translate                                               Figs. 4-6: by latents, by references
+    translate, app                                          Figs. 4-6: by latents, by references
+    evaluate                                                Tables 2, 3, appendix: LPIPS and FID
 
     python stargan_v2.py                                    # toy faces, 2 CPU cores, minutes
     python stargan_v2.py --data afhq
     python stargan_v2.py --data celeba_hq                   # with masks of a landmark network
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 3
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --ref REFS --grid grid.png
+    python stargan_v2.py evaluate --checkpoint RUN
+    python stargan_v2.py app --checkpoint RUN               # a web page
 
 Names. The mapping network is the paper's F, so torch.nn.functional goes by its full name. A domain
 is a folder of pictures; y is its number in alphabetical order, s a style code of that domain.
@@ -26,6 +29,7 @@ anew each time; lambda_ds follows from the step, so that a run resumes as if not
 import argparse
 import copy
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -49,6 +53,7 @@ EMA_BETA = 0.999
 LAMBDA_STY, LAMBDA_CYC, R1_GAMMA = 1.0, 1.0, 1.0
 ITERS, BATCH = 100_000, 8
 CROP_PROB = 0.5  # of a random part of the picture instead of the whole
+OUTPUTS = 10  # translations of a test picture to each domain, appendix: evaluation
 CHANNEL_BASE, CHANNEL_MAX = 2**14, 512  # channels after the first convolution times side; most
 SKIPS = {32: 0, 64: 1, 128: 1}  # sides with a high-pass skip: which of the two masks it takes
 
@@ -835,6 +840,23 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
 MOST = 32  # pictures in a row or column of a grid
 
 
+def networks_of(args):
+    """({"G", "F", "E": network}, the averages where there are any, on --device; masks_of; names of
+    the domains; options of the training) of --checkpoint."""
+    found, saved = load_networks(args.checkpoint)
+    device = common.pick_device(args.device)
+    nets = {}
+    for name in "GFE":
+        net = found.get(f"{name}_ema") or found.get(name)
+        if net is None:
+            raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
+        nets[name] = net.to(device).eval().requires_grad_(False)
+    masks_of = no_masks
+    if nets["G"].config["w_hpf"] > 0:
+        masks_of = (found.get("FAN") or common.load_fan(args.fan)).to(device).masks
+    return nets, masks_of, domain_names(nets, saved), saved
+
+
 def film_alphas():
     """The 31 steps from one style to the next: slow, fast, slow, and a rest of ten."""
     middle = [1 / (1 + math.exp(-t / 2)) for t in range(-10, 10)]
@@ -906,18 +928,8 @@ def translate(args):
         raise UserError("name the style: either --ref, or --seeds with --domain.")
     if args.ref is None and args.domain is None:
         raise UserError("--seeds needs --domain, the one to translate to.")
-    found, saved = load_networks(args.checkpoint)
-    device = common.pick_device(args.device)
-    nets = {}
-    for name in "GFE":
-        net = found.get(f"{name}_ema") or found.get(name)
-        if net is None:
-            raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
-        nets[name] = net.to(device).eval().requires_grad_(False)
-    G, masks_of = nets["G"], no_masks
-    if G.config["w_hpf"] > 0:
-        masks_of = (found.get("FAN") or common.load_fan(args.fan)).to(device).masks
-    names = domain_names(nets, saved)
+    nets, masks_of, names, saved = networks_of(args)
+    G = nets["G"]
     mode = "L" if G.config["img_channels"] == 1 else "RGB"
     prepare = functools.partial(common.squeezed, nets["E"].config["size"])
     groups = chosen_styles(args, nets, names, prepare, mode)
@@ -943,11 +955,156 @@ def translate(args):
 
         def function(img):
             image = common.stack([common.pixels(prepare(img))])
-            masks = masks_for(image, masks_of, device)
+            masks = masks_for(image, masks_of, device_of(G))
             return common.to_picture(translated(G, image, styles[0][1][None], masks)[0])
 
         print(f"to {styles[0][0]} with {args.checkpoint}, trained on {saved.get('data', '?')}")
         common.map_pictures(args.input, args.out, mode, function)
+
+
+def app(args):
+    """A web page on which visitors have their pictures translated, in the style of a latent or of a
+    picture of the domain that they choose."""
+    nets, masks_of, names, saved = networks_of(args)
+    G, F, E = (nets[name] for name in "GFE")
+    size, mode = E.config["size"], "L" if G.config["img_channels"] == 1 else "RGB"
+
+    def squeezed(img):
+        return common.stack([common.pixels(common.squeezed(size, img.convert(mode)))])
+
+    def function(img, domain, seed, reference):
+        if reference is None:
+            z = common.latents([seed], F.config["z_dim"])
+            s = styles_of_latents(F, z, domain, args.psi)
+        else:
+            s = styles_of_references(E, squeezed(reference), domain)
+        image = squeezed(img)
+        masks = masks_for(image, masks_of, device_of(G))
+        return common.to_picture(translated(G, image, s, masks)[0])
+
+    title = f"StarGAN v2 {Path(saved.get('data', '')).stem}".strip()
+    common.serve_page(args, title, function, domains=names, styles=True)
+
+
+# =============================================================================
+# Evaluation
+# =============================================================================
+# Appendix: every test picture goes to every other domain, ten times. LPIPS tells how much the ten
+# differ, FID whether all look like the domain's training pictures. Tables 2 and 3 have the means
+# over the pairs of domains.
+
+TABLE = ("fd8", "fid", "kid_x1000", "lpips", "diversity", "error", "error_in_mean_style")
+TABLE += ("error_of_doing_nothing",)
+
+
+def random_styles(nets, y, n, refs, rng):
+    """{"latent", "reference": styles (n, 10, style_dim) of domain y}, of latents and of pictures
+    refs, all of which are used once before any is used again."""
+    total, F = n * OUTPUTS, nets["F"]
+    rounds = math.ceil(total / len(refs))
+    order = torch.cat([torch.randperm(len(refs), generator=rng) for _ in range(rounds)])[:total]
+    z = torch.randn(total, F.config["z_dim"], generator=rng)
+    of_refs = styles_of_references(nets["E"], refs, y)
+    found = {"latent": styles_of_latents(F, z, y), "reference": of_refs[order.to(of_refs.device)]}
+    return {mode: s.unflatten(0, (n, OUTPUTS)) for mode, s in found.items()}
+
+
+@torch.no_grad()
+def translated_often(G, sources, styles, masks_of, lpips, batch=32):
+    """uint8 images (N * 10, C, size, size), of sources (N, ...) in styles (N, 10, style_dim),
+    and how much the ten of a picture differ, the mean of their 45 pairs, {"diversity": in pixels,
+    "lpips": if there is that network}: means over batches, as in the official code."""
+    device, fakes, rows = device_of(G), [], []
+    for x, s in zip(sources.split(batch), styles.split(batch), strict=True):
+        masks = masks_for(x, masks_of, device)
+        ten = [translated(G, x, s_k, masks) for s_k in s.unbind(1)]
+        fakes.append(torch.stack(ten, 1).flatten(0, 1))
+        pairs = [common.mean_abs(one, other) for one, other in itertools.combinations(ten, 2)]
+        rows.append({"diversity": np.mean(pairs)})
+        if lpips:
+            with common.exact_float32(device):
+                features = [lpips.features(common.to_float(fake, device)) for fake in ten]
+            # LPIPS is their squared distance, whose mean over all pairs is twice the variance.
+            rows[-1]["lpips"] = 2 * torch.stack(features).var(0).sum(1).mean().item()
+    return torch.cat(fakes), {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+
+
+def print_row(name, row, header=False):
+    """A line of the table of scores."""
+    columns = {k: f"{row[k]:{max(11, len(k) + 2)}.4f}" for k in TABLE if k in row}
+    if header:
+        print(" " * 40 + "".join(f"{k:>{len(text)}}" for k, text in columns.items()))
+    print(f"{name:40}" + "".join(columns.values()), flush=True)
+
+
+def evaluate(args):
+    """Prints a table, a row for each ordered pair of domains and each way to choose styles."""
+    nets, masks_of, names, saved = networks_of(args)
+    args.size, device = nets["E"].config["size"], device_of(nets["G"])
+    args.channels = nets["G"].config["img_channels"]
+    args.data = args.data or saved.get("data")
+    if args.data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
+    train = open_domains(args, source, ["train"], functools.partial(common.squeezed, args.size))
+    if len(train) != len(names) or (saved.get("domains") and list(train) != names):
+        there = f"--data {args.data} has the domains {', '.join(train)}"
+        raise UserError(f"{there}, the checkpoint {', '.join(names)}.")
+    if not any(common.has_subset(source, part) for part in TEST_PARTS):
+        raise UserError(f"--data {args.data} has no test pictures: neither val nor test.")
+    tests = open_shown(args, source, list(train))
+    inception = common.load_inception_or_explain(args.inception, device)
+    load, files = common.load_lpips_alex, (args.alexnet, args.lpips)
+    lpips = common.load_or_explain("LPIPS is left out", load, *files, device=device)
+    print(
+        f"protocol: every test picture {OUTPUTS} times to every other domain, in styles of latents"
+        f" and of its test pictures, against its training pictures; {args.size}x{args.size}"
+    )
+    counts = [f"{name} {len(train[name])} + {len(tests[name])}" for name in train]
+    print(f"training + test pictures: {', '.join(counts)}")
+    if inception:
+        print(
+            f"FID and KID: {inception.label}, resize {args.fid_resize}. The official FIDs are of"
+            " another Inception, torchvision's, and do not compare."
+        )
+    if lpips:
+        print(f"LPIPS: {lpips.label}")
+
+    result = dict(data=args.data, size=args.size, outputs=OUTPUTS, seed=args.seed)
+    result |= dict(lpips_features=lpips.label) if lpips else {}
+    result |= dict(latent={}, reference={})
+    rng = torch.Generator().manual_seed(args.seed)
+    pictures = {name: images.all() for name, images in tests.items()}
+    for (y, target), name in itertools.product(enumerate(train), train):
+        if name == target:
+            continue
+        x, reals = pictures[name], train[target].all()
+        if source.is_toy:
+            z = torch.zeros(1, nets["F"].config["z_dim"])
+            s = styles_of_latents(nets["F"], z, y, psi=0.0)
+            in_mean_style = translated(nets["G"], x, s, masks_for(x, masks_of, device))
+            true = tests[name].counterparts(target, tests[name].mode)
+        for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
+            fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
+            row |= common.translation_scores(x, fakes, reals)
+            if inception and "fd8" in row:
+                row |= common.fid_kid(reals, fakes, inception, args.fid_resize)
+            if source.is_toy:
+                row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
+                row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
+                row["error_of_doing_nothing"] = common.mean_abs(x, true)
+            header = not result["latent"]
+            result[mode][f"{name} to {target}"] = row
+            print_row(f"{mode}: {name} to {target}", row, header)
+    for mode in ("latent", "reference"):
+        rows = list(result[mode].values())
+        mean = {k: float(np.mean([row[k] for row in rows])) for k in TABLE if k in rows[0]}
+        result[mode]["mean"] = mean
+        print_row(f"{mode}: mean", mean)
+    for warning in {row["warning"] for row in rows if "warning" in row}:
+        print(warning)
+    if args.out:
+        common.write_json(args.out, result)
 
 
 # =============================================================================
@@ -997,6 +1154,18 @@ def main(argv=None):
     p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
     p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
     common.add_device_option(p)
+
+    p = cli.command("evaluate", evaluate, "FID, KID, LPIPS, fd8 and diversity on the test pictures")
+    common.add_evaluate_options(p)
+    p.add("--alexnet", help="alexnet-owt-7be5be79.pth, where it cannot be fetched")
+    p.add("--lpips", help="the LPIPS weights of AlexNet, likewise")
+    p.add("--seed", type=common.not_negative_int, default=0, help="of latents and references")
+    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
+
+    p = cli.command("app", app, "a web page: choose picture, domain and style, save the result")
+    common.add_app_options(p)
+    p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
+    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
 
     args = cli.parse(argv)
     args.function(args)

@@ -117,8 +117,8 @@ def slow_lpips(lpips, x, y):
     scale = torch.tensor([0.458, 0.448, 0.450]).double()[:, None, None]
     maps = [((image.double() - shift) / scale)[None] for image in (x, y)]
     for i in range(31):
-        if f"vgg.features.{i}.weight" in state:
-            weight, bias = (state[f"vgg.features.{i}.{part}"] for part in ("weight", "bias"))
+        if f"net.features.{i}.weight" in state:
+            weight, bias = (state[f"net.features.{i}.{part}"] for part in ("weight", "bias"))
             maps = [F.relu(F.conv2d(m, weight, bias, padding=1)) for m in maps]
         elif i in (4, 9, 16, 23, 30):
             _, C, H, W = maps[0].shape
