@@ -233,7 +233,7 @@ def test_each_optimiser_moves_its_own_network_and_the_average_follows_by_a_thous
 
 
 def test_the_style_encoder_is_not_stepped_with_references():
-    """Its gradient is the same whatever the references of the second phase are."""
+    """In the phase of latents it learns; in that of references it only passes gradients on."""
     steps, original = [], stargan_v2.generator_losses
 
     def watch(G, E, *rest):
