@@ -1730,6 +1730,8 @@ class Run:
         self.total, self.began, self.first = stop, time.monotonic(), start
         if start >= stop:
             self.say("this run is finished: lengthen it to go on")
+        elif self.rank == 0 and self.args.resume:
+            write_args(self.folder, self.model, self.args)
         with self.stop_signals():
             for k, images in enumerate(prefetch(make, start, stop, self.args.workers), start):
                 self.steps_done = k + 1
@@ -2080,10 +2082,14 @@ class Held:
             tensor.copy_(state[name])
 
 
+def write_args(folder, model, args):
+    """args.json of a run folder: the options of the run."""
+    write_json(folder / "args.json", {"model": model} | plain(vars(args)))
+
+
 def make_run_folder(model, args, script):
     """The folder of this run, with args.json and a copy of the script."""
     if args.resume:
-        write_json(Path(args.resume, "args.json"), {"model": model} | plain(vars(args)))
         return Path(args.resume)
     stem = f"{model}-{Path(args.data).stem}"
     for n in range(1000):
@@ -2096,7 +2102,7 @@ def make_run_folder(model, args, script):
             raise UserError(f"--out {args.out} is not a folder.") from None
         except OSError as e:
             raise UserError(f"--out {args.out}: {e.strerror}; name another folder.") from None
-        write_json(folder / "args.json", {"model": model} | plain(vars(args)))
+        write_args(folder, model, args)
         shutil.copy(script, folder)
         return folder
     raise UserError(

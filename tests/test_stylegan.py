@@ -504,6 +504,13 @@ sys.exit(common.exit_status(stylegan.main))
 """
 
 
+def test_resuming_a_finished_run_changes_nothing(trained, capsys):
+    before = (trained / "args.json").read_bytes()
+    main("--resume", trained, "--lr", 0.01, "--kimg", 5)
+    assert "this run is finished" in capsys.readouterr().out
+    assert (trained / "args.json").read_bytes() == before
+
+
 def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
     # In float64: where a gradient should be 0, as that of a bias before an instance norm of a flat
     # map, Adam makes steps of rounding, and that of b4.conv0 starts flat.
