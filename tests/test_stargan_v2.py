@@ -10,10 +10,11 @@ import time
 import types
 from pathlib import Path
 
-import mistakes
+import commands
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from PIL import Image
 from test_stylegan2 import jsonl, logged_steps, shuffled_weights
 from test_stylegan2_ada import definitions
@@ -21,44 +22,11 @@ from test_stylegan2_ada import definitions
 import common
 import stargan_v2
 
-ROOT = Path(__file__).parent.parent
 WIDTHS = (
     "--size 32 --channel-base 128 --channel-max 8 --hidden-dim 8 --z-dim 4 --style-dim 4"
 ).split()
 TINY = [*WIDTHS, *"--batch 2 --iters 6 --every 3 --workers 1".split()]
-
-
-@pytest.fixture(autouse=True)
-def no_stray_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads that wait for each other make tiny steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def script(*args, launcher=()):
-    """The command line of a real process."""
-    return [sys.executable, *launcher, str(ROOT / "stargan_v2.py"), *map(str, args)]
-
-
-def main(*args):
-    stargan_v2.main([str(a) for a in args])
-
-
-def fails(capsys, *args):
-    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
-    capsys.readouterr()
-    assert common.exit_status(lambda: main(*args)) == 2
-    err = capsys.readouterr().err.strip()
-    lines = [line for line in err.splitlines() if not line.startswith("skipped ")]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
+script, _, main, fails = commands.of(stargan_v2)
 
 
 def domains(root, n=6, size=40, parts=("train", "test"), names=common.TOY_DOMAINS[:2]):
@@ -597,7 +565,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         ([*here, "--ref", "nowhere", "--domain", 0], "--ref nowhere"),
         (["translate", "--checkpoint", "no.pt", *here[3:], "--seeds", 0, "--domain", 0], "no.pt"),
     ]  # fmt: skip
-    mistakes.each_ends_in_one_line(fails, capsys, cases)
+    commands.each_ends_in_one_line(fails, capsys, cases)
 
 
 def test_an_optimiser_learns_only_with_its_own_rate(trained):

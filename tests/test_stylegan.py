@@ -12,12 +12,13 @@ import time
 import types
 from pathlib import Path
 
-import mistakes
+import commands
 import numpy as np
 import official_files
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from PIL import Image
 from test_stylegan2 import faces, jsonl, labelled_zip, logged_steps, shuffled_weights
 from test_stylegan2_ada import definitions
@@ -26,51 +27,11 @@ import common
 import ops_cuda as ops
 import stylegan
 
-ROOT = Path(__file__).parent.parent
 TINY = (  # 8 steps at 8, 4 in the fade, 12 at 16 pixels
     "--size 16 --channel-base 64 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2 --batch 40"
     " --batches= --mbstd-group 2 --train-kimg 1 --fade-kimg 1 --kimg 3 --every 1"
 ).split()
-
-
-@pytest.fixture(autouse=True)
-def no_stray_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads that wait for each other make tiny steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def script(*args, launcher=()):
-    """The command line of a real process."""
-    return [sys.executable, *launcher, str(ROOT / "stylegan.py"), *map(str, args)]
-
-
-def run(*args, launcher=()):
-    done = subprocess.run(
-        script(*args, launcher=launcher), capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def main(*args):
-    stylegan.main([str(a) for a in args])
-
-
-def fails(capsys, *args):
-    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
-    capsys.readouterr()
-    assert common.exit_status(lambda: main(*args)) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
-    return err
+script, run, main, fails = commands.of(stylegan)
 
 
 SMALL = dict(img_resolution=16, channel_base=64, channel_max=8)
@@ -784,7 +745,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["evaluate", *net, "--metrics", "nonsense"], "fd8, fid, pr, path, ppl, ls"),
         (["evaluate", *net, "--data", "nowhere"], "nowhere"),
     ]
-    mistakes.each_ends_in_one_line(fails, capsys, cases)
+    commands.each_ends_in_one_line(fails, capsys, cases)
 
 
 def test_the_networks_and_losses_can_be_pasted_elsewhere(trained):

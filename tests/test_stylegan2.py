@@ -7,68 +7,28 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 import types
 import zipfile
 import zlib
 from pathlib import Path
 
-import mistakes
+import commands
 import numpy as np
 import official_files
 import pytest
 import torch
+from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from PIL import Image
 
 import common
 import stylegan2
 
-ROOT = Path(__file__).parent.parent
 TINY = (  # 20 steps
     "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2 --batch 50"
     " --mbstd-group 2 --kimg 1 --every 1"
 ).split()
-
-
-@pytest.fixture(autouse=True)
-def no_stray_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads that wait for each other make tiny steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def script(*args, launcher=()):
-    """The command line of a real process."""
-    return [sys.executable, *launcher, str(ROOT / "stylegan2.py"), *map(str, args)]
-
-
-def run(*args, launcher=()):
-    done = subprocess.run(
-        script(*args, launcher=launcher), capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def main(*args):
-    stylegan2.main([str(a) for a in args])
-
-
-def fails(capsys, *args):
-    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
-    capsys.readouterr()
-    assert common.exit_status(lambda: main(*args)) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
-    return err
+script, run, main, fails = commands.of(stylegan2)
 
 
 def faces(folder, n=6, size=(10, 10), suffix="jpg"):
@@ -998,7 +958,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),
         (["evaluate", "--checkpoint", conditional, "--data", "d"], "no labels"),
     ]
-    mistakes.each_ends_in_one_line(fails, capsys, cases)
+    commands.each_ends_in_one_line(fails, capsys, cases)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys):

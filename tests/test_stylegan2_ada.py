@@ -8,16 +8,16 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 import types
 from pathlib import Path
 
-import mistakes
+import commands
 import numpy as np
 import official_files
 import pytest
 import torch
+from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from PIL import Image
 
 import common
@@ -25,47 +25,9 @@ import stylegan2
 import stylegan2_ada
 from stylegan2_ada import PIPES, AugmentPipe
 
-ROOT = Path(__file__).parent.parent
 NETS = "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2".split()
 TINY = [*NETS, *"--batch 50 --mbstd-group 2 --kimg 1 --every 1".split()]  # 20 steps
-
-
-@pytest.fixture(autouse=True)
-def no_stray_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads that wait for each other make tiny steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def script(*args, launcher=(), file="stylegan2_ada.py"):
-    """The command line of a real process."""
-    return [sys.executable, *launcher, str(ROOT / file), *map(str, args)]
-
-
-def run(*args, **how):
-    done = subprocess.run(script(*args, **how), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def main(*args):
-    stylegan2_ada.main([str(a) for a in args])
-
-
-def fails(capsys, *args):
-    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
-    capsys.readouterr()
-    assert common.exit_status(lambda: main(*args)) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and "Traceback" not in err, err
-    return err
+script, run, main, fails = commands.of(stylegan2_ada)
 
 
 def faces(folder, n=6, size=8, domain=0):
@@ -1018,7 +980,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["timelapse", "--checkpoint", trained, "--out", "x.mp4"], "x.mp4"),
         (["evaluate", "--checkpoint", trained, "--data", "nowhere"], "nowhere"),
     ]
-    mistakes.each_ends_in_one_line(fails, capsys, cases)
+    commands.each_ends_in_one_line(fails, capsys, cases)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(capsys):

@@ -1,0 +1,67 @@
+"""What the tests of the papers' commands share: running a script as its user does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_stray_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads that wait for each other make tiny steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def of(paper):
+    """script, run, main and fails of a paper's module."""
+
+    def script(*args, launcher=(), file=f"{paper.__name__}.py"):
+        """The command line of a real process."""
+        return [sys.executable, *launcher, str(ROOT / file), *map(str, args)]
+
+    def run(*args, **how):
+        """What a real process prints."""
+        done = subprocess.run(script(*args, **how), capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def main(*args):
+        """The same command, here."""
+        paper.main([str(a) for a in args])
+
+    def fails(capsys, *args):
+        """Runs the command here; it must end as a user's mistake does. Returns its one line."""
+        capsys.readouterr()
+        assert common.exit_status(lambda: main(*args)) == 2
+        err = capsys.readouterr().err.strip()
+        lines = [line for line in err.splitlines() if not line.startswith("skipped ")]
+        assert len(lines) == 1 and "Traceback" not in err, err
+        return lines[0]
+
+    return script, run, main, fails
+
+
+def each_ends_in_one_line(fails, capsys, cases):
+    """cases: [(arguments, what the line must say)]; all are tried. Nothing may be left behind."""
+    problems = []
+    for args, message in cases:
+        try:
+            assert message in fails(capsys, *args)
+        except Exception as e:  # the rest is tried, too
+            problems.append(f"{args}: {type(e).__name__}: {e}")
+    assert not problems, "\n".join(problems)
+    assert not Path("runs").exists() and not Path("out").exists()
