@@ -357,8 +357,10 @@ def init_weights(net):
 
 def build(config):
     """The network that a `config` describes: what its attribute of that name held."""
-    kinds = dict(G=Generator, F=MappingNetwork, E=StyleEncoder, D=Discriminator, FAN=common.FAN)
-    return kinds[config["kind"]](**{k: v for k, v in config.items() if k != "kind"})
+    if config["kind"] == "FAN":  # borrowed, for masks
+        return common.FAN()
+    kind = dict(G=Generator, F=MappingNetwork, E=StyleEncoder, D=Discriminator)[config["kind"]]
+    return kind(**{k: v for k, v in config.items() if k != "kind"})
 
 
 # =============================================================================
