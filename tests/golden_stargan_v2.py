@@ -263,12 +263,12 @@ def check_trajectory(case):
         moved = by_name(spec, lambda k, final=final, then=then: (final[k] - then[k]).norm())
         equal(case, f"final/update_norm/{name}", moved, 1e-7)
         for key in meta["final_tensors"][name]:
-            equal(case, f"final/param/{name}/{key}", final[key], 2e-7)
+            equal(case, f"final/param/{name}/{key}", final[key], 1e-7)
         if mean:
             moved = by_name(spec, lambda k, mean=mean, then=then: (mean[k] - then[k]).norm())
             equal(case, f"final/ema_update_norm/{name}", moved, 1e-7)
             for key in meta["final_tensors"][name]:
-                equal(case, f"final/ema/{name}/{key}", mean[key], 2e-7)
+                equal(case, f"final/ema/{name}/{key}", mean[key], 1e-7)
 
 
 # ---- landmarks ----
