@@ -30,12 +30,10 @@ segmentation. Differs from both: batches of any size (groups of the minibatch st
 as large as divides them), --freeze-local really freezes where asked to.
 """
 
-import argparse
 import copy
 import math
-import sys
+import re
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +42,6 @@ from torch import nn
 
 import common
 import ops_cuda as ops
-from common import UserError
 
 # =============================================================================
 # The paper's numbers
@@ -237,13 +234,15 @@ class LocalGenerators(nn.Module):
         for i, (layer, w) in enumerate(zip(self.layers, codes.unbind(2), strict=True), 1):
             x = layer(x, w)
             if i == self.depth_layers:
-                depth = (self.to_depth.weights() @ x[:, 1:] + self.to_depth.bias[:, :, None])[:, :, 0]
+                depth = (self.to_depth.weights() @ x[:, 1:] + self.to_depth.bias[:, :, None])[
+                    :, :, 0
+                ]
                 depth = F.pad(depth, (0, 0, 1, 0))  # of the background: 0 everywhere
                 x = x.detach() if self.detach_texture else x
         return x, depth
 
     def features(self, h, a):
-        # Linear in h, so that the sum over regions is one product: K maps of O channels never exist.
+        # Linear in h, so that the sum is one product, and K maps of O channels never exist.
         weight = self.to_feature.weights().transpose(0, 1).flatten(1)  # (O, K * C)
         bias = (self.to_feature.bias.T).expand(len(h), -1, -1) @ a  # (N, O, P)
         h = (h * a[:, :, None]).flatten(1, 2)  # (N, K * C, P)
@@ -309,7 +308,11 @@ class RenderNet(nn.Module):
 
     def __init__(self, K, I, size, coarse_size, min_size, channels, residual_refine):
         super().__init__()
-        self.coarse_size, self.min_size, self.residual_refine = coarse_size, min_size, residual_refine
+        self.coarse_size, self.min_size, self.residual_refine = (
+            coarse_size,
+            min_size,
+            residual_refine,
+        )
         self.layers, self.to_rgb, self.to_seg = (nn.ModuleList() for _ in range(3))
         C, res = I, min_size
         while res < size:
@@ -431,6 +434,11 @@ def minibatch_std(x, group=4, features=1):
     return torch.cat([x, y.to(x.dtype)], 1)
 
 
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`."""
+    return next(k for k in range(min(n, most), 0, -1) if n % k == 0)
+
+
 class DiscriminatorBlock(nn.Module):
     """A residual block of D, to half the side. forward(x): (N, I, H, W) -> (N, O, H / 2, W / 2)"""
 
@@ -473,7 +481,7 @@ class Discriminator(nn.Module):
         x = self.of_img(img)
         if seg is not None:
             x = x + self.of_seg(seg)
-        x = minibatch_std(x, math.gcd(len(x), self.config["mbstd_group"]))
+        x = minibatch_std(x, largest_divisor(len(x), self.config["mbstd_group"]))
         return self.out(self.fc(self.conv(x).flatten(1)))
 
 
@@ -481,3 +489,273 @@ def build(config):
     """The network that a `config` describes: what its attribute of that name held."""
     kind = dict(G=Generator, D=Discriminator)[config["kind"]]
     return kind(**{k: v for k, v in config.items() if k != "kind"})
+
+
+# =============================================================================
+# Official checkpoints
+# =============================================================================
+
+OFFICIAL_G = (  # pattern in an official name, ours; {} is an index that our tensors have, too
+    (r"pos_embed\.weights", "position.weight"),
+    (r"style\.(\d+)\.(weight|bias)", lambda m: f"mapping.fc{int(m[1]) - 1}.{m[2]}"),
+    (r"local_nets\.\d+\.linears\.(\d+)\.conv\.weight", r"local.layers.\1.weight"),
+    (
+        r"local_nets\.\d+\.linears\.(\d+)\.conv\.modulation\.(weight|bias)",
+        r"local.layers.\1.affine_\2",
+    ),
+    (r"local_nets\.\d+\.linears\.(\d+)\.activate\.bias", r"local.layers.\1.bias"),
+    (r"local_nets\.\d+\.to_feat\.(?:conv\.)?(weight|modulation|bias)", r"local.to_feature.\1"),
+    (r"local_nets\.\d+\.to_depth\.(?:conv\.)?(weight|modulation|bias)", r"local.to_depth.\1"),
+    (r"render_net\.convs\.(\d+)\.(weight|modulation)", r"render.layers.\1.\2"),
+    (r"render_net\.convs\.(\d+)\.noise\.weight", r"render.layers.\1.noise_strength"),
+    (r"render_net\.convs\.(\d+)\.activate\.bias", r"render.layers.\1.bias"),
+    (r"render_net\.noises\.noise_(\d+)", r"render.layers.\1.noise_const"),
+    (
+        r"render_net\.to_(rgb|seg)s\.(\d+)\.(?:conv\.)?(weight|modulation|bias)",
+        r"render.to_\1.\2.\3",
+    ),
+)
+OFFICIAL_D = (
+    (r"convs_(img|seg)\.0\.0\.weight", r"of_\1.0.weight"),
+    (r"convs_(img|seg)\.0\.1\.bias", r"of_\1.0.bias"),
+    (r"convs_(img|seg)\.(\d+)\.conv1\.[01]\.(weight|bias)", r"of_\1.\2.conv0.\3"),
+    (r"convs_(img|seg)\.(\d+)\.conv2\.[12]\.(weight|bias)", r"of_\1.\2.conv1.\3"),
+    (r"convs_(img|seg)\.(\d+)\.skip\.1\.weight", r"of_\1.\2.skip.weight"),
+    (r"final_conv\.[01]\.(weight|bias)", r"conv.\1"),
+    (r"final_linear\.0\.(weight|bias)", r"fc.\1"),
+    (r"final_linear\.1\.(weight|bias)", r"out.\1"),
+)
+# What shapes of tensors do not tell, by its official name: ours.
+UNSEEN = {"base_layers": "base_layers", "depth_layers": "depth_layers"}
+UNSEEN |= {"residual_refine": "residual_refine", "transparent_dims": "see_through"}
+
+
+def our_name(name):
+    """(our name, region or None) of an official tensor; (None, None) for filters, which are
+    constants. Raises ValueError for other names."""
+    if name.endswith(".kernel"):
+        return None, None
+    for pattern, ours in (*OFFICIAL_G, *OFFICIAL_D):
+        if m := re.fullmatch(pattern, name):
+            region = re.match(r"local_nets\.(\d+)\.", name)
+            return m.expand(ours) if isinstance(ours, str) else ours(m), region and int(region[1])
+    raise ValueError(f"not a tensor of SemanticStyleGAN: {name!r}")
+
+
+def official_G(shape, options):
+    """The config of a generator with tensors of these shapes."""
+    missing = [theirs for theirs in UNSEEN if options.get(theirs) is None]
+    if missing:
+        raise ValueError(f"its tensors do not tell {', '.join(missing)}, and it has no options")
+    (K, _, local_channels, _), w_dim = (
+        shape["local.layers.0.weight"][:4],
+        shape["mapping.fc0.weight"][0],
+    )
+    coarse_channels = shape["local.to_feature.weight"][1]
+    stages = range(sum(name.startswith("render.to_rgb.") for name in shape) // 3)
+    O, I = zip(*(shape[f"render.layers.{2 * i}.weight"][:2] for i in stages), strict=True)
+    size = 2 ** ((shape["position.weight"][1] // 2 - 1) // 2)
+    min_size = size >> len(stages)
+    again = next(i for i in stages[1:] if I[i] != O[i - 1])  # where the features come in again
+    return dict(
+        kind="G", size=size, classes=K, w_dim=w_dim,
+        map_layers=sum(name.startswith("mapping.") for name in shape) // 2,
+        channels={min_size << (i + 1): O[i] for i in stages},
+        coarse_size=min_size << again, min_size=min_size,
+        layers=sum(name.startswith("local.layers.") for name in shape) // 4,
+        local_channels=local_channels, coarse_channels=coarse_channels,
+        detach_texture=bool(options.get("detach_texture")),
+    ) | {ours: options[theirs] for theirs, ours in UNSEEN.items()}  # fmt: skip
+
+
+def official_D(shape):
+    """The config of a discriminator with tensors of these shapes."""
+    O, classes = shape["of_img.0.weight"][0], shape["of_seg.0.weight"][1]
+    blocks = sum(name.startswith("of_img.") and name.endswith("skip.weight") for name in shape)
+    size = 4 << blocks
+    channels = {size: O}
+    for k in range(1, blocks + 1):
+        channels[size >> k] = shape[f"of_img.{k}.conv1.weight"][0]
+    return dict(kind="D", size=size, classes=classes, channels=channels)
+
+
+def from_official(arrays, options):
+    """A ready G or D of {official name: tensor} of an official .pt file.
+
+    Sizes are read off the shapes. Four things leave no trace there, and a G with the wrong ones
+    makes wrong pictures without an error: options, the saved official arguments, must hold
+    base_layers, depth_layers, residual_refine and transparent_dims. The file has no mean w: that of
+    10,000 is taken. Raises ValueError for what is missing and for anything else.
+    """
+    found, regions = {}, {}
+    for name, a in arrays.items():
+        ours, region = our_name(name)
+        if region is not None:
+            regions.setdefault(ours, {})[region] = a
+        elif ours:
+            found[ours] = a
+    for name, parts in regions.items():  # one tensor of all regions, but for the background's depth
+        found[name] = torch.stack([parts[k] for k in sorted(parts)])
+    shape = {name: tuple(a.shape) for name, a in found.items()}
+    try:
+        config = official_G(shape, options) if "position.weight" in shape else official_D(shape)
+    except KeyError as e:
+        raise ValueError(f"no tensor {e.args[0]!r}") from None
+    net = build(config)
+    common.fill(net, found, optional=("noise_const", "w_avg"))
+    if config["kind"] == "G":
+        update_w_avg(net)
+    return net
+
+
+# =============================================================================
+# Losses
+# =============================================================================
+
+
+def mixed_ws(ws, ws2, r):
+    """Style mixing of a model of regions: ws (N, num_ws, w_dim) with codes of ws2 where r says so.
+
+    r: (N, K) of 0: both codes of the region stay, 1: its texture is ws2's, 2: structure and
+    texture are. Base codes stay, and a region never has another's structure with its own texture.
+    """
+    K = r.shape[1]
+    base, regions = ws.split([ws.shape[1] - 2 * K, 2 * K], 1)
+    other = ws2[:, -2 * K :].unflatten(1, (K, 2))
+    takes = torch.stack([r == 2, r >= 1], 2)[..., None]  # (N, K, 2, 1): structure, texture
+    regions = torch.where(takes, other, regions.unflatten(1, (K, 2)))
+    return torch.cat([base, regions.flatten(1, 2)], 1)
+
+
+def logistic_loss(logits, real):
+    """-log sigmoid of +-logits: how far D is from calling the images real (True) or not. (N,)
+
+    The non-saturating loss of G, and either half of D's (Goodfellow et al. 2014).
+    """
+    return F.softplus(-logits if real else logits).flatten()
+
+
+def r1_penalties(logits, *reals):
+    """|grad D|^2 of each real image, and of each segmentation (N,), if both are given (Mescheder et
+    al. 2018). Weigh them by R1_IMG / 2 and R1_SEG / 2.
+
+    logits: D(*reals), of tensors that require a gradient.
+    """
+    with ops.no_weight_gradients():
+        grads = torch.autograd.grad(logits.sum(), reals, create_graph=True)
+    return [g.square().sum([1, 2, 3]) for g in grads]
+
+
+def mask_loss(seg, coarse):
+    """How far the segmentation, averaged to the masks' side, is from the masks: mean square. The
+    paper's |delta m|^2 of the renderer's residual, to first order (sec. 3.3)."""
+    return (coarse - F.avg_pool2d(seg, seg.shape[2] // coarse.shape[2])).square().mean()
+
+
+def path_lengths(img, codes, y):
+    """|J_w^T y| of each sample (N,), StyleGAN2 Eq. (4), of images (N, 3, H, W) alone. y: likewise
+    ~ N(0, 1); codes: (N, K * layers, w_dim), what the images were made of; all rows count alike.
+
+    y is divided by the image side and squares are averaged over rows, as in the official code.
+    """
+    y = y / math.sqrt(img.shape[2] * img.shape[3])
+    with ops.no_weight_gradients():
+        (J,) = torch.autograd.grad((img * y).sum(), codes, create_graph=True)
+    return J.square().sum(2).mean(1).sqrt()
+
+
+# =============================================================================
+# Training
+# =============================================================================
+
+
+def mix(G, n, args, run):
+    """Codes of n latents, or with probability --mixing, one draw for the batch, of two latents in
+    each."""
+    z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
+    mixes = run.rand(1, shared=True) < args.mixing
+    r = (3 * run.rand(n, G.config["classes"])).floor()
+    ws = mixed_ws(G.mapping(z), G.mapping(z2), torch.where(mixes, r, 0))
+    return G.expand(ws)
+
+
+def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
+    """One iteration: D, every --r1-every steps R1, G, every --pl-every steps path length, each with
+    an Adam step of its own (lazy regularization). Returns {name: loss}, unweighted.
+
+    opts: of G's mapping network, of the rest of G, and of D; pl_mean: (), moved in place; real:
+    (N, 3, size, size) in [-1, 1]; seg: (N, K, size, size), 1 where the region is, else -1, or None:
+    D sees images alone, and nothing holds the segmentation (adaptation, sec. 4.4). `run` gives
+    rand, randn, mean, backward and step.
+    """
+    losses, n, (opt_mapping, opt_G, opt_D) = {}, len(real), opts
+
+    def seen(img, seg_of_img):
+        return (img,) if seg is None else (img, seg_of_img)
+
+    # ---- D: images with their segmentations ----------------------------------------------------
+    D.requires_grad_(True)
+    with torch.no_grad():
+        fake = G.synthesis(mix(G, n, args, run), noise)
+    on_real, on_fake = D(*seen(real, seg)), D(*seen(fake.img, fake.seg))
+    losses["D_real"] = logistic_loss(on_real, real=True).mean()
+    losses["D_fake"] = logistic_loss(on_fake, real=False).mean()
+    losses |= {"D/real": on_real.mean(), "D/fake": on_fake.mean()}
+    run.backward(losses["D_real"] + losses["D_fake"])
+    run.step(opt_D)
+    if step % args.r1_every == 0 and (args.r1_img or args.r1_seg):
+        reals = [x.detach().requires_grad_(True) for x in seen(real, seg)]
+        found = [penalty.mean() for penalty in r1_penalties(D(*reals), *reals)]
+        losses |= dict(zip(("reg/r1_img", "reg/r1_seg"), found, strict=False))
+        weights = (args.r1_img, args.r1_seg)
+        r1 = sum(weight / 2 * x for weight, x in zip(weights, found, strict=False))
+        run.backward(r1 * args.r1_every)
+        run.step(opt_D)
+
+    # ---- G; D only passes gradients on --------------------------------------------------------
+    D.requires_grad_(False)
+    fake = G.synthesis(mix(G, n, args, run), noise)
+    losses["G"] = logistic_loss(D(*seen(fake.img, fake.seg)), real=True).mean()
+    losses["mask"] = mask_loss(fake.seg, fake.coarse)
+    held = 0.0 if seg is None else args.lambda_mask
+    run.backward(losses["G"] + held * losses["mask"])
+    run.step(opt_mapping, opt_G)
+    if step % args.pl_every == 0 and args.pl_weight:
+        with torch.no_grad():
+            codes = mix(G, max(1, n // PL_SHRINK), args, run)
+        img = G.synthesis(codes.requires_grad_(True), noise).img
+        lengths = path_lengths(img, codes, run.randn(*img.shape))
+        # The running mean includes these lengths and passes their gradients on, as officially.
+        mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
+        losses["reg/pl"] = (lengths - mean).square().mean()
+        run.backward(losses["reg/pl"] * args.pl_weight * args.pl_every)
+        pl_mean.copy_(mean.detach())
+        losses |= {"reg/pl_length": lengths.mean(), "reg/pl_mean": pl_mean.clone()}
+        run.step(opt_G)  # the codes are given: the mapping network has no part in this
+    return losses
+
+
+@torch.no_grad()
+def update_w_avg(G, n=10_000):
+    """Sets the mean of w, for truncation, to that of n latents."""
+    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["w_dim"]))
+    z = z.to(G.mapping.w_avg)
+    G.mapping.w_avg.copy_(G.mapping(z)[:, 0].mean(0))
+
+
+@torch.no_grad()
+def update_ema(G_ema, G, beta):
+    """G_ema = lerp(G, G_ema, beta), parameters alone: each has noise maps of its own."""
+    torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
+
+
+def average_of(G):
+    """A copy for the running average of G's weights, with noise maps of its own."""
+    return copy.deepcopy(G).eval().requires_grad_(False)
+
+
+def lazy(lr, every):
+    """Adam's rate and betas to the power of k / (k + 1), since every k steps come with one more, of
+    the regularizer (StyleGAN2 appendix B)."""
+    share = every / (every + 1)
+    return lr * share, tuple(beta**share for beta in BETAS)

@@ -13,6 +13,7 @@ import types
 import zlib
 from pathlib import Path
 
+import golden_semantic_stylegan
 import golden_stargan_v2
 import golden_stylegan
 import golden_stylegan2
@@ -24,7 +25,15 @@ import common
 import cyclegan
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
-READY = ("cyclegan", "fid", "stargan_v2", "stylegan", "stylegan2", "stylegan2_ada")
+READY = (
+    "cyclegan",
+    "fid",
+    "semantic_stylegan",
+    "stargan_v2",
+    "stylegan",
+    "stylegan2",
+    "stylegan2_ada",
+)
 STYLEGANS = dict.fromkeys(golden_stylegan2.PAPERS, golden_stylegan2.check)
 STYLEGANS |= {"stylegan": golden_stylegan.check}
 FILES = sorted(f for f in GOLDEN_DIR.glob("*/*.npz") if f.parent.name in READY)
@@ -568,3 +577,4 @@ def check_fid(case):
 
 
 SYSTEMS = {"cyclegan": check_cyclegan, "fid": check_fid, "stargan_v2": golden_stargan_v2.check}
+SYSTEMS |= {"semantic_stylegan": golden_semantic_stylegan.check}
