@@ -756,6 +756,10 @@ class Source:
     def image(self, name, mode="RGB"):
         return decode(self.read(name), name, mode)
 
+    def regions(self, name):
+        """A label map (H, W), uint8; toy: the regions of a face. May raise BadImage."""
+        return decode_labels(self.read(name), name)
+
     def labels(self):
         """{name: class number} or {name: list of floats} of StyleGAN's dataset.json, or None."""
         if not self.has("dataset.json"):
@@ -854,6 +858,9 @@ class Subset(Source):
 
     def image(self, name, mode="RGB"):
         return self.source.image(self.folder + name, mode)
+
+    def regions(self, name):
+        return self.source.regions(self.folder + name)
 
     def counterpart(self, name, domain, mode="RGB"):
         return self.source.counterpart(self.folder + name, domain, mode)
@@ -1256,6 +1263,7 @@ def counterpart(seed, domain, size=64):
 
 
 TOY_FACES = {"faces": (0, 0, 4000)}  # for the papers that learn one set of pictures
+TOY_LABELLED = {"train": (0, 0, 4000), "test": (0, 30_000, 200)}  # with maps of their regions
 TOY_CLASSES = {name: (k, 2000 * k, 2000) for k, name in enumerate(TOY_DOMAINS)}  # with labels
 TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no face in both
     "trainA": (0, 0, 800),
@@ -1289,6 +1297,10 @@ class Toy(Source):
     def image(self, name, mode="RGB"):
         domain, seed = self.domain_and_seed(name)
         return toy_face(seed, domain, self.size).convert(mode)
+
+    def regions(self, name):
+        domain, seed = self.domain_and_seed(name)
+        return np.array(toy_labels(seed, domain, self.size))
 
     def counterpart(self, name, domain, mode="RGB"):
         return toy_face(self.domain_and_seed(name)[1], domain, self.size).convert(mode)
@@ -1386,6 +1398,10 @@ class ImageSet:
         return len(self.names)
 
     def __getitem__(self, i):
+        return self.array(i)
+
+    def array(self, i):
+        """What `read` makes of file i, or of its neighbour; kept if there is room."""
         image = self.kept.get(i)
         if image is None:
             image = self.load(i)
@@ -1398,10 +1414,13 @@ class ImageSet:
         for k in range(len(self)):
             name = self.names[(i + k) % len(self)]
             try:
-                return pixels(self.prepare(self.source.image(name, self.mode)))
+                return self.read(name)
             except BadImage as e:
                 self.report(name, e)
         raise UserError(f"--data {self.source.path}: not one readable picture.")
+
+    def read(self, name):
+        return pixels(self.prepare(self.source.image(name, self.mode)))
 
     def shrunk(self, factor):
         """The same pictures averaged over boxes of factor x factor pixels: the levels that
@@ -1444,9 +1463,12 @@ class ImageSet:
 
     def all(self, n=None):
         """All pictures that can be read, or those of the first n, uint8 (N, C, H, W)."""
-        images = {name: self[i] for i, name in enumerate(self.names[:n])}
+        return stack(self.arrays(n))
+
+    def arrays(self, n):
+        images = {name: self.array(i) for i, name in enumerate(self.names[:n])}
         good = [image for name, image in images.items() if name not in self.bad]
-        return stack(good or list(images.values()))
+        return good or list(images.values())
 
 
 def pixels(img):
@@ -1492,7 +1514,14 @@ def square_pictures(args, source, channels=3):
     --size: the largest centre square of each picture, resized by Lanczos; without it, all
     must be squares of one power of two, as in NVIDIA's data sets.
     """
-    size, mode = args.size, "RGB" if channels == 3 else "L"
+    size, mode = square_size(args, source), "RGB" if channels == 3 else "L"
+    prepare = functools.partial(square, size, args.size is None)
+    return ImageSet(source, prepare, mode, args.cache), size
+
+
+def square_size(args, source):
+    """--size, or the side of the first picture; UserError if it does not suit."""
+    size = args.size
     if size is None and not source.is_toy:
         W, size = source.image(source.names[0]).size
         if W != size:
@@ -1507,11 +1536,10 @@ def square_pictures(args, source, channels=3):
         )
     if len(source.names) < 2:
         raise UserError(f"--data {args.data}: one picture is no set to learn from; add others.")
-    prepare = functools.partial(square, size, args.size is None)
-    return ImageSet(source, prepare, mode, args.cache), size
+    return size
 
 
-def square(size, exact, img):
+def square(size, exact, img, resample=Image.Resampling.LANCZOS):
     """The largest centre square of a PIL picture, size x size; exact: it has to be that already."""
     if img.size == (size, size):
         return img
@@ -1520,7 +1548,178 @@ def square(size, exact, img):
             f"pictures of different sizes, {size}x{size} and {img.width}x{img.height}: pass --size"
             f" {size} to crop and resize them."
         )
-    return ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(img, (size, size), resample)
+
+
+NO_CLASS = 255  # in a label map: of the border that augment_pair moves in
+CELEBAMASK = (  # the 19 classes of CelebAMask-HQ: 13, without left and right, lips and mouth
+    "background face eye eyebrow mouth nose ear hair neck cloth glasses hat earring".split(),
+    (0, 1, 5, 10, 2, 2, 3, 3, 6, 6, 4, 4, 4, 7, 11, 12, 8, 8, 9),
+)
+GROUPS = {"celebamask": CELEBAMASK}  # of --group: (names, the class of each index in the files)
+
+
+def add_labelled_options(p):
+    """The options of labelled_pictures, beside --data, --size and --cache."""
+    classes = p.add_mutually_exclusive_group()
+    classes.add_argument("--classes", metavar="FILE", help="names, a line each; default: numbers")
+    joined = "join the 19 classes of CelebAMask-HQ's files to the paper's 13"
+    classes.add_argument("--group", choices=list(GROUPS), help=joined)
+
+
+class LabelledSet(ImageSet):
+    """Pictures with label maps: self[i] is uint8 (size, size, 3) and (size, size), cut alike.
+
+    images, maps: sources; pairs: {name of a picture: name of its map}; table: the class of each
+    index that a map may hold, uint8. A pair with a file that cannot be read is reported and stood
+    in for as in ImageSet. A map of another shape or with another index is a UserError.
+    """
+
+    def __init__(self, images, maps, pairs, prepare, size, table, cache):
+        super().__init__(images, prepare, cache=cache)
+        self.maps, self.pairs, self.names = maps, pairs, list(pairs)
+        self.size, self.table = size, table
+
+    def __getitem__(self, i):
+        both = self.array(i)
+        return both[:, :, :3], both[:, :, 3]
+
+    def read(self, name):
+        img, other = self.source.image(name), self.pairs[name]
+        label = Image.fromarray(self.table[indices_below(len(self.table), self.maps, other)])
+        (W, H), (w, h) = img.size, label.size
+        if 2 * abs(W * h - w * H) > max(W + H, w + h):  # more than rounding a scaled side explains
+            raise UserError(
+                f"{self.maps.path}: {other} is {w}x{h}, its picture {W}x{H}: they need the same"
+                " shape."
+            )
+        label = square(self.size, False, label, Image.Resampling.NEAREST)
+        return np.dstack([pixels(self.prepare(img)), label])
+
+    def all(self, n=None):
+        """All pairs that can be read, or those of the first n: uint8 (N, 3, H, W), (N, H, W)."""
+        arrays = self.arrays(n)
+        images = stack([both[:, :, :3] for both in arrays])
+        return images, torch.from_numpy(np.stack([both[:, :, 3] for both in arrays]))
+
+
+def indices_below(K, source, name):
+    """The label map (H, W) of a source; UserError if it holds K or more."""
+    label = source.regions(name)
+    if (value := label.max()) >= K:
+        hint = " Of a mask of two classes, save them as 0 and 1." if value == 255 else ""
+        raise UserError(f"{source.path}: {name} holds label {value}; they go to {K - 1}.{hint}")
+    return label
+
+
+def labelled_pictures(args, source, part="train"):
+    """A LabelledSet of size x size pictures, the size, and the names of the classes.
+
+    source: the folders images and labels (toy: TOY_LABELLED), or those in the folder `part` if it
+    has one. A picture and its map have one path, but for the suffix. Without --classes and --group
+    there are as many classes as the maps hold, called 0, 1, ...; all maps are read for that.
+    --size as in square_pictures. Raises UserError for what does not go together.
+    """
+    source = subset(source, part) if has_subset(source, part) else source
+    images = maps = source
+    if not source.is_toy:
+        images, maps = (subset(source, f, "images and labels") for f in ("images", "labels"))
+    size = square_size(args, images)
+    pairs = paired(args, images, maps)
+    if args.group:
+        names, table = GROUPS[args.group]
+    else:
+        names = named_classes(args) or (source.is_toy and list(TOY_REGIONS))
+        names = names or numbered_classes(args, maps)
+        table = range(len(names))
+    if len(names) > 16:
+        warning = "each costs memory and time, and the paper has 13; join some if you can"
+        print(f"{len(names)} classes: {warning}.", file=sys.stderr)
+    prepare = functools.partial(square, size, args.size is None)
+    table = np.array(table, np.uint8)
+    return LabelledSet(images, maps, pairs, prepare, size, table, args.cache), size, names
+
+
+def paired(args, images, maps):
+    """{name in images: name in maps}, of equal paths without the suffix."""
+    found = []
+    for source in (images, maps):
+        names = {}
+        for name in source.names:
+            stem = name.rpartition(".")[0]
+            if stem in names:
+                raise UserError(f"{source.path}: {names[stem]} and {name} have one name.")
+            names[stem] = name
+        found.append(names)
+    alone = []
+    for (a, b), what in zip((found, found[::-1]), ("pictures", "label maps"), strict=True):
+        if missing := sorted(a.keys() - b.keys()):
+            alone.append(f"{len(missing)} {what} without a partner, {a[missing[0]]} for one")
+    if alone:
+        raise UserError(f"--data {args.data}: {'; '.join(alone)}. Equal names make a pair.")
+    return {name: found[1][stem] for stem, name in found[0].items()}
+
+
+def named_classes(args):
+    """The names in the file --classes, or None."""
+    if args.classes is None:
+        return None
+    try:
+        names = Path(args.classes).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a text file"
+        raise UserError(f"--classes {args.classes}: {reason}.") from None
+    names = [name.strip() for name in names if name.strip()]
+    if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
+        needed = f"2 to {NO_CLASS} different names are needed, a line each"
+        raise UserError(f"--classes {args.classes}: {len(names)} lines; {needed}.")
+    return names
+
+
+def numbered_classes(args, maps):
+    """The names 0, 1, ... up to the largest label of all maps that can be read."""
+
+    def largest(k):
+        try:
+            return int(indices_below(NO_CLASS, maps, maps.names[k]).max())
+        except BadImage:
+            return 0  # the loader will name it
+
+    last = max(prefetch(largest, 0, len(maps.names), 4))
+    if last == 0:
+        raise UserError(f"--data {args.data}: all labels are 0: there is one class only.")
+    return [str(k) for k in range(last + 1)]
+
+
+def augment_pair(image, label, rng, flip=True, affine=True):
+    """A pair of a LabelledSet, changed at random, both alike: the official --aug.
+
+    flip: mirrored half of the time. affine: half of the time scaled by 0.8 to 1.2, turned by up to
+    15 degrees and shifted by up to a tenth of the side, each drawn evenly; what moves in from
+    outside is black and NO_CLASS, which one_hot_seg makes -1 in all planes.
+    """
+    if flip and rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    if not affine or rng.random() >= 0.5:
+        return image, label
+    H, W = label.shape
+    scale, angle = rng.uniform(0.8, 1.2), math.radians(rng.uniform(-15, 15))
+    centre = np.array([W / 2, H / 2])
+    moved = centre + rng.uniform(-0.1, 0.1, 2) * (W, H)
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    back = np.array([[cos, sin], [-sin, cos]])  # from places in the result to those in the original
+    a, b = np.column_stack([back, centre - back @ moved]).tolist()
+    box = (W, H), Image.Transform.AFFINE, (*a, *b)
+    image = Image.fromarray(image).transform(*box, Image.Resampling.BILINEAR)
+    label = Image.fromarray(label).transform(*box, Image.Resampling.NEAREST, fillcolor=NO_CLASS)
+    return np.array(image), np.array(label)
+
+
+def one_hot_seg(labels, K):
+    """Labels (N, H, W), integers, -> floats (N, K, H, W): 1 in the plane of the class, -1 in the
+    others; -1 in all where the label is K or more, as NO_CLASS."""
+    classes = torch.arange(K, device=labels.device)[:, None, None]
+    return (labels[:, None] == classes).float() * 2 - 1
 
 
 def split(n, subset, seed):

@@ -1,0 +1,304 @@
+"""Pictures with label maps, and what is measured on regions."""
+
+import argparse
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import NO_CLASS, TOY_LABELLED, TOY_REGIONS, UserError, augment_pair, labelled_pictures
+
+WIDE = np.arange(24 * 40).reshape(24, 40) % 7
+
+
+def options(data="toy", size=16, classes=None, group=None):
+    return argparse.Namespace(data=str(data), size=size, classes=classes, group=group, cache="auto")
+
+
+def write_pair(folder, name, label=WIDE, suffix=".png", mode="L"):
+    """A label map, and a picture whose red is 30 times the label."""
+    label = np.asarray(label, np.uint8)
+    image = np.zeros((*label.shape, 3), np.uint8)
+    image[:, :, 0] = 30 * label
+    for kind in ("images", "labels"):
+        (folder / kind / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / "images" / f"{name}{suffix}")
+    picture = Image.fromarray(label)
+    if mode == "P":
+        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tolist())
+    picture.save(folder / "labels" / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Five pairs of 40 x 24 pixels, at any depth."""
+    for name in ("a", "b", "c.1", "deep/a", "deep/er/b"):
+        write_pair(tmp_path / "set", name)
+    return tmp_path / "set"
+
+
+def load(args, part="train"):
+    source = common.open_data(args.data, size=args.size, toy=TOY_LABELLED)
+    return labelled_pictures(args, source, part)
+
+
+def refused(args):
+    with pytest.raises(UserError) as e:
+        data, _, _ = load(args)
+        data.all()
+    return str(e.value)
+
+
+# ---- labelled pictures ------------------------------------------------------------------------
+
+
+def test_a_toy_pair_is_a_face_and_its_regions():
+    data, size, classes = load(options())
+    image, label = data[7]
+    assert (len(data), size, classes) == (4000, 16, list(TOY_REGIONS))
+    assert np.array_equal(image, np.asarray(common.toy_face(7, 0, 16)))
+    assert np.array_equal(label, np.asarray(common.toy_labels(7, 0, 16)))
+    images, labels = data.all(3)
+    assert images.shape == (3, 3, 16, 16) and labels.shape == (3, 16, 16)
+    assert images.dtype == labels.dtype == torch.uint8
+    assert np.array_equal(labels[2], data[2][1])
+    assert np.array_equal(images[2].permute(1, 2, 0), data[2][0])
+
+
+def test_the_test_faces_of_toy_are_in_no_training():
+    data, _, _ = load(options(), "test")
+    assert len(data) == 200
+    assert np.array_equal(data[0][0], np.asarray(common.toy_face(30_000, 0, 16)))
+    first = TOY_LABELLED["test"][1]
+    assert first >= common.CLASSIFIER_SEEDS + 16_000 + 2000  # of toy_classifier
+    assert all(a + n <= first for _, a, n in common.TOY_CLASSES.values())
+
+
+def test_a_folder_with_train_and_test_gives_the_part_asked_for_and_otherwise_all(pairs, tmp_path):
+    write_pair(tmp_path / "both/train", "a")
+    write_pair(tmp_path / "both/train", "b")
+    write_pair(tmp_path / "both/test", "c")
+    write_pair(tmp_path / "both/test", "d")
+    for part, names in (("train", ["a.png", "b.png"]), ("test", ["c.png", "d.png"])):
+        assert load(options(tmp_path / "both"), part)[0].names == names
+        assert len(load(options(pairs), part)[0]) == 5
+
+
+@pytest.mark.parametrize("padding", [((0, 0), (1, 1)), ((2, 2), (0, 0))])
+@pytest.mark.parametrize("step", [1, 3])
+def test_picture_and_map_are_cut_alike_whatever_their_shape_and_size(tmp_path, padding, step):
+    blocks = np.random.default_rng(0).integers(0, 7, (4, 4)).astype(np.uint8)
+    label = np.pad(blocks, padding, constant_values=6).repeat(12, 0).repeat(12, 1)
+    for name in "ab":
+        write_pair(tmp_path, name, label)
+        Image.fromarray(label[::step, ::step]).save(tmp_path / f"labels/{name}.png")
+    image, seg = load(options(tmp_path, size=16))[0][0]
+    assert np.array_equal(seg, blocks.repeat(4, 0).repeat(4, 1))
+    within = np.ix_(*[np.arange(16).reshape(4, 4)[:, 1:3].ravel()] * 2)  # off the edges of blocks
+    assert np.array_equal(np.rint(image[:, :, 0] / 30)[within], seg[within])
+
+
+def test_a_side_that_was_rounded_is_the_same_shape_and_another_is_refused(tmp_path):
+    label = np.tile(np.arange(3), (64, 31))[:, :91]
+    for name in "ab":
+        write_pair(tmp_path, name, label)
+    for size, fits in (((30, 21), True), ((31, 22), True), ((45, 32), True), ((45, 30), False)):
+        Image.fromarray(label.astype(np.uint8)).resize(size, 0).save(tmp_path / "labels/b.png")
+        if fits:
+            assert load(options(tmp_path))[0][1][1].shape == (16, 16)
+        else:
+            message = refused(options(tmp_path))
+            assert "b.png is 45x30, its picture 91x64" in message
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".JPG"])
+def test_pairs_are_found_at_any_depth_and_with_any_suffix(tmp_path, suffix):
+    for name in ("a", "deep/a", "deep/er/c.1"):
+        write_pair(tmp_path, name, suffix=suffix)
+    (tmp_path / "README.md").write_text("no picture")
+    data, _, _ = load(options(tmp_path))
+    assert data.names == [f"{name}{suffix}" for name in ("a", "deep/a", "deep/er/c.1")]
+    assert data.pairs[f"deep/er/c.1{suffix}"] == "deep/er/c.1.png"
+
+
+def test_a_zip_gives_what_its_folder_gives_at_its_top_or_below_it(pairs, tmp_path):
+    images, labels = load(options(pairs))[0].all()
+    for top in ("", "set/"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+            for path in pairs.rglob("*.png"):
+                z.write(path, f"{top}{path.relative_to(pairs)}")
+        zipped = load(options(tmp_path / "a.zip"))[0].all()
+        assert torch.equal(images, zipped[0]) and torch.equal(labels, zipped[1])
+
+
+def test_indices_of_palettes_and_black_and_white_are_classes(tmp_path):
+    for name in "ab":
+        write_pair(tmp_path / "P", name, mode="P")
+        write_pair(tmp_path / "1", name, WIDE % 2)
+        Image.fromarray(WIDE % 2 > 0).save(tmp_path / f"1/labels/{name}.png")
+    assert Image.open(tmp_path / "P/labels/a.png").mode == "P"
+    assert Image.open(tmp_path / "1/labels/a.png").mode == "1"
+    for mode, K in (("P", 7), ("1", 2)):
+        write_pair(tmp_path / "L", "a", WIDE % K)
+        write_pair(tmp_path / "L", "b", WIDE % K)
+        data, _, classes = load(options(tmp_path / mode))
+        assert classes == [str(k) for k in range(K)]
+        assert torch.equal(data.all()[1], load(options(tmp_path / "L"))[0].all()[1])
+
+
+def test_names_of_classes_come_from_a_file_and_may_be_more_than_are_seen(pairs, tmp_path):
+    (tmp_path / "names.txt").write_text("sky\n a b \r\n\nc\nd\ne\nf\ng\nnever seen\n\n")
+    _, _, classes = load(options(pairs, classes=str(tmp_path / "names.txt")))
+    assert classes == ["sky", "a b", "c", "d", "e", "f", "g", "never seen"]
+
+
+def test_the_19_classes_of_celebamask_are_joined_when_asked_and_not_otherwise(tmp_path, capsys):
+    raw = np.arange(19).repeat(16)[None].repeat(304, 0)
+    for name in "ab":
+        write_pair(tmp_path, name, raw % 9)
+        Image.fromarray(raw.astype(np.uint8)).save(tmp_path / f"labels/{name}.png")
+    data, _, classes = load(options(tmp_path, group="celebamask", size=512))
+    assert len(classes) == 13 and capsys.readouterr().err == ""
+    assert (classes[5], classes[10], classes[12]) == ("nose", "glasses", "earring")
+    seen = data[0][1][0, np.rint((np.arange(19) + 0.5) * 512 / 19).astype(int)].tolist()
+    assert seen == [0, 1, 5, 10, 2, 2, 3, 3, 6, 6, 4, 4, 4, 7, 11, 12, 8, 8, 9]
+    _, _, classes = load(options(tmp_path))
+    assert len(classes) == 19
+    assert capsys.readouterr().err.startswith("19 classes: ")
+
+
+def test_a_pair_with_a_damaged_file_is_named_and_its_neighbour_stands_in(tmp_path, capsys):
+    for k in range(200):
+        write_pair(tmp_path, f"{k:03}", np.full((8, 8), k % 5))
+    bad = ["images/007.png", "labels/100.png"]
+    for name in bad:
+        (tmp_path / name).write_bytes(b"no picture")
+    data, _, _ = load(options(tmp_path, size=8))
+    images, labels = data.all()
+    assert len(images) == len(labels) == 198
+    assert (data[7][1] == 3).all() and (data[100][1] == 1).all()
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in err] == [f"skipped {name}" for name in bad]
+    (tmp_path / "labels/150.png").write_bytes(b"no map")
+    assert "3 of 200 pictures are damaged" in refused(options(tmp_path, size=8))
+
+
+def test_a_mistake_in_labelled_pictures_is_one_line_that_names_it(pairs, tmp_path):
+    def remove(folder, *names):
+        for name in names:
+            (folder / name).unlink()
+
+    write_pair(tmp_path / "alone", "a")
+    write_pair(tmp_path / "alone", "b")
+    write_pair(tmp_path / "alone", "c")
+    remove(tmp_path / "alone", "images/b.png", "labels/c.png", "labels/a.png")
+    message = refused(options(tmp_path / "alone"))
+    assert "2 pictures without a partner, a.png for one; 1 label maps without" in message
+    assert "b.png for one" in message
+
+    write_pair(tmp_path / "twice", "a")
+    write_pair(tmp_path / "twice", "a", suffix=".jpg")
+    assert "a.jpg and a.png have one name" in refused(options(tmp_path / "twice"))
+
+    write_pair(tmp_path / "none", "a")
+    write_pair(tmp_path / "none", "b")
+    for kind in ("images", "labels"):
+        (tmp_path / "none" / kind).rename(tmp_path / "none/other")
+        message = refused(options(tmp_path / "none"))
+        assert f"no folder {kind} in it" in message and "Expected: images and labels" in message
+        (tmp_path / "none/other").rename(tmp_path / "none" / kind)
+
+    (tmp_path / "few.txt").write_text("a\nb\nc\n")
+    message = refused(options(pairs, classes=tmp_path / "few.txt"))
+    assert "a.png holds label 6; they go to 2" in message
+    (tmp_path / "same.txt").write_text("a\nb\na\n")
+    assert "2 to 255 different names" in refused(options(pairs, classes=tmp_path / "same.txt"))
+    assert "No such file" in refused(options(pairs, classes=tmp_path / "missing.txt"))
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    assert "not a text file" in refused(options(pairs, classes=tmp_path / "bytes.txt"))
+
+    write_pair(tmp_path / "raw", "a", WIDE + 13)
+    write_pair(tmp_path / "raw", "b", WIDE + 13)
+    assert "a.png holds label 19; they go to 18" in refused(
+        options(tmp_path / "raw", group="celebamask")
+    )
+    write_pair(tmp_path / "mask", "a", 255 * (WIDE % 2))
+    write_pair(tmp_path / "mask", "b")
+    assert "a.png holds label 255; they go to 254. Of a mask of two classes" in refused(
+        options(tmp_path / "mask")
+    )
+    write_pair(tmp_path / "flat", "a", 0 * WIDE)
+    write_pair(tmp_path / "flat", "b", 0 * WIDE)
+    assert "all labels are 0" in refused(options(tmp_path / "flat"))
+    assert "a.png is 40x24, not square" in refused(options(pairs, size=None))
+    write_pair(tmp_path / "one", "a")
+    assert "one picture is no set" in refused(options(tmp_path / "one"))
+
+
+# ---- augmented pairs, planes of classes -------------------------------------------------------
+
+
+def draws(image, label, n=200, **options):
+    return [augment_pair(image, label, np.random.default_rng(k), **options) for k in range(n)]
+
+
+def test_an_augmented_picture_and_its_map_stay_aligned_and_what_moves_in_is_black_and_no_class():
+    label = np.kron(np.arange(16).reshape(4, 4), np.ones((16, 16))).astype(np.uint8)
+    image = np.repeat(15 * label[:, :, None] + 15, 3, 2)
+    shares, wrong = [], 0
+    for moved, seg in draws(image, label):
+        assert moved.shape == image.shape and seg.shape == label.shape
+        assert moved.dtype == seg.dtype == np.uint8
+        outside = seg == NO_CLASS
+        wrong += ((moved.max(2) == 0) != outside).sum()
+        shown = np.rint(moved[:, :, 0] / 15) - 1
+        shares.append((shown == seg)[~outside].mean())
+    assert wrong <= 5  # of 819,200: Pillow's nearest pixels have places of 16 binary digits
+    assert min(shares) > 0.8  # pixels between blocks hold mixed colours
+    assert np.mean([seg.max() == NO_CLASS for _, seg in draws(image, label)]) > 0.3
+
+
+def test_half_of_the_pairs_are_mirrored_and_without_affine_nothing_else_happens():
+    data, _, _ = load(options(size=32))
+    image, label = data[0]
+    mirrored = 0
+    for moved, seg in draws(image, label, affine=False):
+        which = not np.array_equal(seg, label)
+        mirrored += which
+        assert np.array_equal(moved, image[:, ::-1] if which else image)
+        assert np.array_equal(seg, label[:, ::-1] if which else label)
+    assert 80 < mirrored < 120
+    assert all(a is image and b is label for a, b in draws(image, label, flip=False, affine=False))
+
+
+def test_moves_are_the_official_ones_in_range_and_share():
+    """A dot at the centre moves by the shift; another tells the angle and the scale."""
+    label = np.zeros((401, 401), np.uint8)
+    label[195:206, 195:206], label[195:206, 295:306] = 1, 2
+    image, found = np.zeros((401, 401, 3), np.uint8), []
+    for _, seg in draws(image, label, 300, flip=False):
+        a, b = (np.argwhere(seg == k).mean(0) for k in (1, 2))
+        y, x = b - a
+        found.append([*((a - 200) / 401), np.hypot(x, y) / 100, np.degrees(np.arctan2(y, x))])
+    still = np.array([np.allclose(f, [0, 0, 1, 0]) for f in found])
+    assert 120 < still.sum() < 180
+    moved = np.array(found)[~still]
+    limits = np.array([[-0.1, 0.1], [-0.1, 0.1], [0.8, 1.2], [-15, 15]])
+    slack = np.array([0.002, 0.002, 0.01, 0.5])
+    width = limits[:, 1] - limits[:, 0]
+    for k in range(4):
+        assert limits[k, 0] - slack[k] < moved[:, k].min() < limits[k, 0] + 0.1 * width[k]
+        assert limits[k, 1] - 0.1 * width[k] < moved[:, k].max() < limits[k, 1] + slack[k]
+        assert abs(moved[:, k].mean() - limits[k].mean()) < 0.08 * width[k]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_planes_of_classes_hold_1_where_the_class_is_and_minus_1_elsewhere(dtype):
+    labels = torch.tensor([[[0, 2], [1, NO_CLASS]]], dtype=dtype)
+    planes = common.one_hot_seg(labels, 3)
+    assert planes.dtype == torch.float32
+    assert planes.tolist() == [[[[1, -1], [-1, -1]], [[-1, -1], [1, -1]], [[-1, 1], [-1, -1]]]]
