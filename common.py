@@ -11,6 +11,7 @@ In this file, in the order in which a run meets it
     metrics                     fd8, FID, KID; InceptionV3 written out
     VGG16, AlexNet              LPIPS, path length, precision and recall
     separability                the toy faces' attributes, a classifier, planes in latent space
+    regions                     a segmenter, directions of attributes, the locality of edits
     landmarks                   FAN, and StarGAN v2's masks of a face
     projection                  a picture's latent
     generators                  what the StyleGANs' commands share
@@ -2566,6 +2567,56 @@ def grid(images, columns):
     return picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
 
 
+SEG_COLORS = (  # of the first 17 classes, those of the official SemanticStyleGAN
+    (0, 0, 0), (239, 234, 90), (44, 105, 154), (4, 139, 168), (13, 179, 158), (131, 227, 119),
+    (185, 231, 105), (107, 137, 198), (241, 196, 83), (242, 158, 76), (234, 114, 71),
+    (215, 95, 155), (207, 113, 192), (159, 89, 165), (142, 82, 172), (158, 115, 200),
+    (116, 95, 159),
+)  # fmt: skip
+INFERNO = (  # ten colours, evenly spaced, of matplotlib's map of this name (CC0)
+    (0, 0, 4), (27, 12, 65), (75, 12, 107), (120, 28, 109), (165, 45, 96), (207, 68, 70),
+    (237, 105, 37), (251, 154, 6), (247, 209, 60), (252, 255, 164),
+)  # fmt: skip
+
+
+def seg_colors(K):
+    """The colours (K, 3), uint8, of K classes, all different up to 256."""
+    more = ((0.1 + 0.618 * k, (0.9, 0.5)[k % 2], 1 - k % 5 / 10) for k in range(K - 17))
+    return torch.tensor([*SEG_COLORS[:K], *(_hsv(*color) for color in more)], dtype=torch.uint8)
+
+
+def color_labels(labels):
+    """Labels (N, H, W), integers to 255, -> pictures (N, 3, H, W), uint8, in seg_colors."""
+    return seg_colors(256).to(labels.device)[labels.long()].permute(0, 3, 1, 2)
+
+
+def heat(x):
+    """Floats (N, H, W) -> pictures (N, 3, H, W), uint8: 0 almost black, 1 bright, the rest cut."""
+    table = torch.tensor(INFERNO, device=x.device).float()
+    place = x.float().clamp(0, 1) * (len(table) - 1)
+    low = place.long().clamp(max=len(table) - 2)
+    colors = torch.lerp(table[low], table[low + 1], (place - low)[..., None])
+    return colors.round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def inferno(x):
+    """Maps (N, H, W), floats, -> uint8 pictures (N, 3, H, W), each from its least to its largest
+    value; one that is constant is dark throughout."""
+    low, high = x.amin([1, 2], keepdim=True), x.amax([1, 2], keepdim=True)
+    return heat((x - low) / torch.where(high > low, high - low, 1))
+
+
+def levels(images):
+    """uint8 pictures, or floats in [-1, 1], as float64 in 0 ... 255, not clamped."""
+    return images.double() if images.dtype == torch.uint8 else (images.double() + 1) * 127.5
+
+
+def difference(a, b):
+    """uint8 pictures (N, 3, H, W) of how much a and b, alike or in [-1, 1], differ: the mean over
+    the channels, from almost black, 0, to the brightest, 128 levels of 255 and more."""
+    return heat((levels(a) - levels(b)).abs().mean(1) / 128)
+
+
 CURVE_COLORS = ("#0b62a4", "#d9480f", "#2b8a3e", "#862e9c")
 
 
@@ -4303,6 +4354,43 @@ def linear_separability(latents, logits):
                 guess = has
             entropies[space].append(conditional_entropy(guess, has))
     return {space: 2 ** sum(H) for space, H in entropies.items()}, entropies
+
+
+# =============================================================================
+# Regions: what an edit changes, and where
+# =============================================================================
+# Of no paper, though SemanticStyleGAN's claims that its edits are local: measures for any model.
+
+
+def locality(before, after, region):
+    """Where an edit changes pictures: two float64 tensors (N,).
+
+    before, after: (N, 3, H, W), uint8 or in [-1, 1]; region: (N, H, W) bool, the union of the
+    region in both. It is grown by 3% of the height, rounded up, in all eight directions (a square).
+    Returns the share of the squared change that is inside, NaN where nothing changes, and the mean
+    absolute change of a value outside, in levels of 255, NaN where there is no outside.
+    """
+    reach = -(-3 * region.shape[1] // 100)
+    grown = F.max_pool2d(region.float(), 2 * reach + 1, 1, reach) > 0
+    change = levels(after) - levels(before)
+    energy, amount = change.square().sum(1), change.abs().mean(1)
+    inside = (energy * grown).sum([1, 2]) / energy.sum([1, 2])
+    outside = (amount * ~grown).sum([1, 2]) / (~grown).sum([1, 2])
+    return inside, outside
+
+
+def describe_locality(shares, outside):
+    """One line for what locality returns."""
+    changed, bounded = shares[~shares.isnan()], outside[~outside.isnan()]
+    parts = [f"{len(shares)} pairs, {len(shares) - len(changed)} without any change"]
+    if len(changed):
+        low, middle, high = changed.quantile(changed.new_tensor([0.25, 0.5, 0.75])).tolist()
+        parts += [
+            f"of the squared change {middle:.1%} are inside (quartiles {low:.1%}, {high:.1%})"
+        ]
+    if len(bounded):
+        parts += [f"a value outside changes by {bounded.quantile(0.5):.2f} of 255 levels"]
+    return f"locality, medians of {'; '.join(parts)}"
 
 
 # =============================================================================

@@ -302,3 +302,113 @@ def test_planes_of_classes_hold_1_where_the_class_is_and_minus_1_elsewhere(dtype
     planes = common.one_hot_seg(labels, 3)
     assert planes.dtype == torch.float32
     assert planes.tolist() == [[[[1, -1], [-1, -1]], [[-1, -1], [1, -1]], [[-1, 1], [-1, -1]]]]
+
+
+# ---- pictures of regions ----------------------------------------------------------------------
+
+
+def test_classes_have_the_official_colours_and_further_ones_that_are_all_different():
+    official = {1: (239, 234, 90), 7: (107, 137, 198), 12: (207, 113, 192), 16: (116, 95, 159)}
+    for K in (1, 13, 17, 18, 256):
+        colors = common.seg_colors(K)
+        assert colors.shape == (K, 3) and colors.dtype == torch.uint8
+        assert len({tuple(color) for color in colors.tolist()}) == K
+        for k, color in official.items():
+            assert k >= K or tuple(colors[k].tolist()) == color
+        assert torch.equal(colors, common.seg_colors(256)[:K])
+
+
+def test_labels_are_shown_in_the_colours_of_their_classes():
+    labels = torch.tensor([[[0, 3, 40]], [[255, 12, 1]]], dtype=torch.uint8)
+    pictures = common.color_labels(labels)
+    assert pictures.shape == (2, 3, 1, 3) and pictures.dtype == torch.uint8
+    for n, x in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
+        assert torch.equal(pictures[n, :, 0, x], common.seg_colors(256)[labels[n, 0, x].long()])
+
+
+def test_inferno_spans_each_map_and_interpolates_between_its_colours():
+    x = torch.tensor([[[-5.0, -4, -3, 4]], [[1, 1, 1, 1]]], dtype=torch.float64)
+    pictures = common.inferno(x)
+    assert pictures.shape == (2, 3, 1, 4) and pictures.dtype == torch.uint8
+    assert [tuple(c) for c in pictures[0, :, 0].T.tolist()] == [
+        common.INFERNO[k] for k in (0, 1, 2, 9)
+    ]
+    assert (pictures[1] == torch.tensor(common.INFERNO[0])[:, None, None]).all()
+    middle = common.inferno(torch.tensor([[[0, 0.5, 1]]]))[0, :, 0, 1]
+    assert (middle - torch.tensor([186.0, 56.5, 83])).abs().max() <= 0.5  # of INFERNO[4] and [5]
+
+
+def test_a_difference_is_shown_on_a_fixed_scale():
+    a = torch.zeros(1, 3, 1, 5, dtype=torch.uint8)
+    b = a.clone()
+    b[0, :, 0, 1], b[0, 0, 0, 2], b[0, :, 0, 3], b[0, :, 0, 4] = 64, 192, 128, 255
+    for shown in (common.difference(a, b), common.difference(b, a)):
+        colors = [tuple(c) for c in shown[0, :, 0].T.tolist()]
+        assert colors[0] == common.INFERNO[0] and colors[3] == colors[4] == common.INFERNO[-1]
+        assert colors[1] == colors[2] not in common.INFERNO
+        assert torch.equal(shown, common.difference(*(common.to_float(x, "cpu") for x in (a, b))))
+
+
+# ---- locality ---------------------------------------------------------------------------------
+
+
+def disc(size, radius):
+    y, x = torch.meshgrid(*[torch.arange(size) - size // 2] * 2, indexing="ij")
+    return (y**2 + x**2 <= radius**2)[None]
+
+
+def test_an_edit_inside_its_region_has_share_1_and_one_far_off_share_0():
+    before, region = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8), disc(64, 9)
+    after = torch.where(region, 130, before)
+    shares, outside = common.locality(before, after, region)
+    assert shares.dtype == outside.dtype == torch.float64
+    assert (shares.tolist(), outside.tolist()) == ([1], [0])
+    shares, outside = common.locality(before, after.roll(32, 2), region)
+    grown = region.clone()
+    grown[0] = torch.nn.functional.max_pool2d(region.float(), 5, 1, 2) > 0  # 3% of 64: 2 pixels
+    assert shares.tolist() == [0]
+    assert outside.item() == pytest.approx(30 * region.sum().item() / (~grown).sum().item())
+
+
+@pytest.mark.parametrize("size, reach", [(16, 1), (33, 1), (34, 2), (100, 3), (101, 4)])
+def test_a_uniform_change_has_the_share_of_the_region_grown_by_3_percent_of_the_side(size, reach):
+    region = torch.zeros(1, size, size, dtype=torch.bool)
+    region[0, 8, 6:9] = True
+    image = torch.zeros(1, 3, size, size)
+    shares, outside = common.locality(image, image + 0.1, region)
+    area = (2 * reach + 1) * (2 * reach + 3)
+    assert shares.item() == pytest.approx(area / size**2)
+    assert outside.item() == pytest.approx(12.75, rel=1e-6)
+
+
+def test_the_share_is_of_squares_and_floats_count_as_their_8_bits():
+    before = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    after, region = before.clone(), torch.zeros(1, 64, 64, dtype=torch.bool)
+    region[0, 10, 10] = True
+    after[0, 0, 10, 10], after[0, 1, 50, 50] = 90, 30
+    shares, outside = common.locality(before, after, region)
+    assert shares.item() == pytest.approx(8100 / 9000)
+    assert outside.item() == pytest.approx(10 / (64 * 64 - 25))
+    floats = [common.to_float(x, "cpu") for x in (before, after)]
+    for a, b in zip(common.locality(*floats, region), (shares, outside), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_where_nothing_changes_there_is_no_share_and_where_all_is_inside_no_outside():
+    image = torch.zeros(2, 3, 8, 8)
+    region = torch.stack([torch.zeros(8, 8, dtype=torch.bool), torch.ones(8, 8, dtype=torch.bool)])
+    shares, outside = common.locality(image, image, region)
+    assert shares.isnan().all() and outside[0] == 0 and outside[1].isnan()
+    line = common.describe_locality(shares, outside)
+    assert "2 pairs, 2 without any change" in line and "inside" not in line and "0.00 of" in line
+    assert "outside" not in common.describe_locality(shares, outside[1:])
+
+
+def test_a_description_gives_medians_quartiles_and_counts():
+    nan = float("nan")
+    shares = torch.tensor([0.1, 0.2, nan, 0.4, 0.8, 0.9], dtype=torch.float64)
+    outside = torch.tensor([1.0, nan, 0, 3, 2, 9], dtype=torch.float64)
+    line = common.describe_locality(shares, outside)
+    assert "6 pairs, 1 without any change" in line
+    assert "40.0% are inside (quartiles 20.0%, 80.0%)" in line
+    assert "2.00 of 255 levels" in line and "\n" not in line
