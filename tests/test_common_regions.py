@@ -412,3 +412,68 @@ def test_a_description_gives_medians_quartiles_and_counts():
     assert "6 pairs, 1 without any change" in line
     assert "40.0% are inside (quartiles 20.0%, 80.0%)" in line
     assert "2.00 of 255 levels" in line and "\n" not in line
+
+
+# ---- attributes and their directions ----------------------------------------------------------
+
+
+def test_attributes_of_regions_are_their_area_and_their_light():
+    labels = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [0, 0]]], dtype=torch.uint8)
+    images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    images[0, 0, 1], images[0, 1, 1], images[0, 2, 1], images[1] = 100, 200, 50, 255
+    found = common.region_attributes(images, labels, ["sky", "a.b", "none"])
+    parts = ("area", "light")
+    assert list(found) == [f"{c}.{part}" for c in ("sky", "a.b", "none") for part in parts]
+    assert found["sky.area"].tolist() == [0.25, 1] and found["a.b.area"].tolist() == [0.75, 0]
+    light = 0.299 * 100 + 0.587 * 200 + 0.114 * 50
+    assert found["sky.light"].tolist() == pytest.approx([0, 255])
+    assert found["a.b.light"][0].item() == pytest.approx(light * 2 / 3)
+    assert found["a.b.light"][1].isnan() and found["none.light"].isnan().all()
+    assert found["none.area"].tolist() == [0, 0]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale, shift", [(1, 0), (0.01, 3), (50, -100)])
+def test_a_direction_is_the_normal_of_the_plane_between_two_sets(scale, shift):
+    normal = torch.nn.functional.normalize(random(8, seed=1), dim=0)
+    x = random(4000, 8)
+    direction, accuracy = common.fit_direction(scale * x + shift, x @ normal > 0.5)
+    assert direction.dtype == torch.float32 and direction.norm().item() == pytest.approx(1)
+    assert direction @ normal > 0.995 and accuracy > 0.97
+    opposite, _ = common.fit_direction(scale * x + shift, x @ normal <= 0.5)
+    torch.testing.assert_close(opposite, -direction, rtol=0, atol=1e-5)
+
+
+def test_the_plane_is_the_minimum_of_the_stated_objective_over_four_fifths_of_either_class():
+    x, y = random(100, 3), torch.arange(100) % 3 == 0
+    x[y] += 1
+    direction, accuracy = common.fit_direction(x, y)
+    learn = torch.ones(100, dtype=torch.bool)
+    for of in (y, ~y):
+        learn[of.nonzero()[4::5, 0]] = False
+    x = (x.double() - x[learn].double().mean(0)) / x[learn].double().var(0).mean().sqrt()
+    v = torch.zeros(4, dtype=torch.float64)
+    for _ in range(3000):  # plain descent
+        share = torch.sigmoid(x[learn] @ v[:3] + v[3])
+        slope = (share - y[learn].double()) / learn.sum()
+        v[:3] -= 0.5 * (x[learn].T @ slope + 0.01 * v[:3])
+        v[3] -= 0.5 * slope.sum()
+    torch.testing.assert_close(direction, (v[:3] / v[:3].norm()).float(), rtol=0, atol=1e-5)
+    right = (x @ v[:3] + v[3] > 0) == y
+    assert accuracy == pytest.approx(right[~learn].double().mean().item())
+
+
+def test_accuracy_is_of_samples_that_were_not_learned_from():
+    _, accuracy = common.fit_direction(random(100, 400), torch.arange(100) % 2 == 0)
+    assert 0.2 < accuracy < 0.8  # a plane splits the 80 that it learns from, by chance
+
+
+def test_directions_need_ten_samples_of_either_class():
+    x, y = random(100, 3), torch.arange(100) < 9
+    for of in (y, ~y, torch.zeros(100, dtype=torch.bool)):
+        with pytest.raises(UserError, match=f"{of.sum()} of 100 samples have the attribute"):
+            common.fit_direction(x, of)
+    common.fit_direction(x, torch.arange(100) < 10)
