@@ -4361,6 +4361,134 @@ def linear_separability(latents, logits):
 # =============================================================================
 # Of no paper, though SemanticStyleGAN's claims that its edits are local: measures for any model.
 
+SEGMENTER_FORMAT = 1  # part of the name of its file: raise it when the training changes
+
+
+class Segmenter(nn.Module):
+    """Images (N, 3, H, W) in [-1, 1] -> logits (N, K, H, W) of K classes: a small U-Net.
+
+    H, W: multiples of 8; pictures above 128 pixels are averaged to 128 first, and the logits
+    enlarged. `scores` holds how right it was in its training's end, see load_segmenter.
+    """
+
+    def __init__(self, K, widths=(16, 32, 64, 64)):
+        super().__init__()
+        self.scores = {}
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for I, O in itertools.pairwise((3, *widths)):
+            self.down.append(nn.Sequential(*self.layer(I, O), *self.layer(O, O)))
+        for O, I in itertools.pairwise(widths):
+            self.up.insert(0, nn.Sequential(*self.layer(I + O, O)))
+        self.classes = nn.Conv2d(widths[0], K, 1)
+
+    def layer(self, I, O):
+        return nn.Conv2d(I, O, 3, padding=1, bias=False), nn.BatchNorm2d(O), nn.ReLU()
+
+    def forward(self, x):
+        size = x.shape[2:]
+        x = F.avg_pool2d(x, max(1, min(size) // 128))
+        skips = []
+        for layers in self.down:
+            skips.append(layers(F.avg_pool2d(skips[-1], 2) if skips else x))
+        x = skips.pop()
+        for layers in self.up:
+            x = layers(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
+        return F.interpolate(self.classes(x), size, mode="bilinear")
+
+
+def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, batch=16):
+    """A Segmenter that learned from labelled pictures, in eval mode, and a printed line on it.
+
+    data: a LabelledSet of size x size pictures, of which at most 4,000, evenly spaced, are used, at
+    128 pixels at most; K: its classes. A tenth of them, at most 400, are held out and judged:
+    net.scores = {"accuracy", "mean_iou", "n"}. With a folder the network is kept there, under a
+    hash of all that it learned from, so that changed data never meets an old one.
+    One to two minutes on one CPU core at 64 pixels. torch's global random state is left alone.
+    """
+    rows = np.linspace(0, len(data) - 1, min(len(data), 4000)).round().astype(int)
+    factor = max(1, size // 128)
+    centre = slice(factor // 2, None, factor)
+    pairs = [data[i] for i in rows]
+    images = stack([np.asarray(Image.fromarray(image).reduce(factor)) for image, _ in pairs])
+    labels = torch.from_numpy(np.stack([label[centre, centre] for _, label in pairs]))
+    n = min(len(rows) // 10 + 1, 400)
+    digest = hashlib.sha256(f"{SEGMENTER_FORMAT} {K} {size} {seed} {steps} {batch}".encode())
+    for part in (images, labels):
+        digest.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
+    path = folder and Path(folder, f"segmenter-{digest.hexdigest()[:32]}.pt")
+    net = read_segmenter(path, K) if path and path.exists() else None
+    if net is None:
+        net = train_segmenter(images, labels, n, K, device, seed, steps, batch)
+        if path:
+            with write_whole(path) as f:
+                torch.save({"state": to_cpu(net.state_dict()), "scores": net.scores}, f)
+    accuracy, iou, n = net.scores.values()
+    print(
+        f"segmenter of {K} classes, on {n} pictures that it did not learn from: {accuracy:.1%} of"
+        f" the pixels are right, mean IoU {iou:.3f}"
+    )
+    return net.to(device).eval().requires_grad_(False)
+
+
+def read_segmenter(path, K):
+    """The Segmenter in a file, or None after a line that it is damaged."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        net = Segmenter(K)
+        net.load_state_dict(held["state"])
+        net.scores = {key: held["scores"][key] for key in ("accuracy", "mean_iou", "n")}
+        return net
+    except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
+        print(f"{path} is damaged ({type(e).__name__}): learning it again.", file=sys.stderr)
+        return None
+
+
+def train_segmenter(images, labels, held_out, K, device, seed, steps, batch):
+    """A Segmenter of `steps` steps of Adam on cross entropy, mirrored at random, and its scores on
+    `held_out` random pairs that it does not see."""
+    images, labels = images.to(device), labels.to(device)
+    with torch.random.fork_rng(devices=[]), exact_float32(device):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+        order = torch.randperm(len(images))
+        test, learn = order[:held_out], order[held_out:]
+        net = Segmenter(K).to(device)
+        opt = torch.optim.Adam(net.parameters())
+        for k in range(steps):
+            opt.param_groups[0]["lr"] = 1e-2 * (1 - k / steps)
+            rows = learn[torch.randint(len(learn), (batch,))].to(device)
+            mirror = torch.randint(2, (batch,)).to(device).bool()
+            x, y = to_float(images[rows], device), labels[rows].long()
+            x = torch.where(mirror[:, None, None, None], x.flip(3), x)
+            y = torch.where(mirror[:, None, None], y.flip(2), y)
+            loss = F.cross_entropy(net(x), y, ignore_index=NO_CLASS)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        net.eval()
+        iou, accuracy = mean_iou(segment(net, images[test.to(device)]), labels[test.to(device)], K)
+    net.scores = {"accuracy": accuracy, "mean_iou": iou, "n": held_out}
+    return net
+
+
+@torch.no_grad()
+def segment(net, images):
+    """The classes that a Segmenter sees in images (N, 3, H, W), uint8 or in [-1, 1]: uint8
+    (N, H, W), where the images are."""
+    device = next(net.parameters()).device
+    parts = [net(to_float(x, device)).argmax(1).to(torch.uint8) for x in uint8_batches(images)]
+    return torch.cat(parts).to(images.device)
+
+
+def mean_iou(a, b, K):
+    """Agreement of labels a, b (N, H, W): intersection over union, the mean of the classes below K
+    that are in a or b, and the share of equal pixels. Pixels of K or more in one do not count."""
+    known = (a < K) & (b < K)
+    table = torch.bincount(K * a[known].long() + b[known].long(), minlength=K * K)
+    table = table.reshape(K, K).double()
+    equal, union = table.diag(), table.sum(0) + table.sum(1) - table.diag()
+    seen = union > 0
+    return (equal[seen] / union[seen]).mean().item(), (equal.sum() / table.sum()).item()
+
 
 def locality(before, after, region):
     """Where an edit changes pictures: two float64 tensors (N,).

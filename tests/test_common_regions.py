@@ -477,3 +477,118 @@ def test_directions_need_ten_samples_of_either_class():
         with pytest.raises(UserError, match=f"{of.sum()} of 100 samples have the attribute"):
             common.fit_direction(x, of)
     common.fit_direction(x, torch.arange(100) < 10)
+
+
+# ---- a segmenter ------------------------------------------------------------------------------
+
+
+class Stripes:
+    """Labelled pictures whose class is which channel is brightest, in stripes of random width."""
+
+    def __init__(self, n=60, size=16, seed=0):
+        self.n, self.size, self.seed = n, size, seed
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng([self.seed, i])
+        label = np.sort(rng.integers(0, 3, self.size)).astype(np.uint8)
+        label = np.tile(rng.permutation(3).astype(np.uint8)[label], (self.size, 1))
+        image = rng.integers(0, 100, (self.size, self.size, 3), dtype=np.uint8)
+        image += (120 * (label[:, :, None] == np.arange(3))).astype(np.uint8)
+        return image, label
+
+    def all(self):
+        images, labels = zip(*(self[i] for i in range(self.n)), strict=True)
+        return common.stack(images), torch.from_numpy(np.stack(labels))
+
+
+TINY = dict(K=3, size=16, steps=30, batch=8)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A short training: the network, the folder of its file, torch's random state around it."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    before = torch.get_rng_state()
+    net = common.load_segmenter(Stripes(), folder=folder, **TINY)
+    return net, folder, before, torch.get_rng_state()
+
+
+def test_a_segmenter_learns_classes_and_says_how_right_it_is_on_pictures_it_did_not_see(learned):
+    net, *_ = learned
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert net.scores["n"] == 7 and net.scores["accuracy"] > 0.95
+    images, labels = Stripes(40, seed=1).all()
+    seen = common.segment(net, images)
+    assert seen.shape == labels.shape and seen.dtype == torch.uint8
+    iou, accuracy = common.mean_iou(seen, labels, 3)
+    assert accuracy == pytest.approx(net.scores["accuracy"], abs=0.03)
+    assert iou == pytest.approx(net.scores["mean_iou"], abs=0.06)
+    assert torch.equal(common.segment(net, common.to_float(images, "cpu")), seen)
+
+
+def test_its_training_is_a_pure_function_and_leaves_the_random_state_alone(learned):
+    net, _, before, after = learned
+    assert torch.equal(before, after)
+    torch.rand(3)
+    for seed in (0, 1):
+        other = common.load_segmenter(Stripes(), seed=seed, **TINY)
+        same = [
+            torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True)
+        ]
+        assert all(same) if seed == 0 else not all(same)
+
+
+def test_a_segmenter_is_read_from_its_folder_unless_data_or_options_changed(
+    learned, monkeypatch, capsys
+):
+    net, folder, *_ = learned
+    images = Stripes(5).all()[0]
+
+    def no_training(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr(common, "train_segmenter", no_training)
+    again = common.load_segmenter(Stripes(), folder=folder, **TINY)
+    assert torch.equal(common.segment(again, images), common.segment(net, images))
+    assert again.scores == net.scores and not again.training
+    assert f"on 7 pictures that it did not learn from: {net.scores['accuracy']:.1%}" in (
+        capsys.readouterr().out
+    )
+    for data, changed in ((Stripes(seed=1), {}), (Stripes(), {"seed": 1}), (Stripes(), {"K": 4})):
+        with pytest.raises(InterruptedError):
+            common.load_segmenter(data, folder=folder, **TINY | changed)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InterruptedError):
+        common.load_segmenter(Stripes(), folder=folder, **TINY)
+    file.write_bytes(whole)
+    assert f"{file} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [8, 16, 128, 256, 512])
+def test_a_segmenter_takes_every_size_and_averages_large_pictures_to_128_pixels(size):
+    net, x = common.Segmenter(5).eval(), random(1, 3, size, size)
+    factor = max(1, size // 128)
+    small = net(x.reshape(1, 3, size // factor, factor, -1, factor).mean([3, 5]))
+    logits = net(x)
+    assert logits.shape == (1, 5, size, size)
+    enlarged = torch.nn.functional.interpolate(small, (size, size), mode="bilinear")
+    torch.testing.assert_close(logits, enlarged, rtol=1e-4, atol=1e-5)
+
+
+def test_large_pictures_are_learned_at_128_pixels():
+    net = common.load_segmenter(Stripes(4, 256), **TINY | dict(size=256, steps=2, batch=2))
+    assert net.scores["n"] == 1
+
+
+def test_agreement_is_counted_over_the_classes_that_appear():
+    a = torch.tensor([[[0, 0, 1, 1, NO_CLASS]]], dtype=torch.uint8)
+    b = torch.tensor([[[0, 1, 1, 4, 1]]], dtype=torch.uint8)
+    iou, accuracy = common.mean_iou(a, b, 8)
+    assert iou == pytest.approx((1 / 2 + 1 / 3 + 0) / 3) and accuracy == pytest.approx(0.5)
+    assert common.mean_iou(a, a, 8) == (1, 1)
+    assert common.mean_iou(b, a, 8) == (iou, accuracy)
