@@ -11,6 +11,7 @@ In this file, in the order in which a run meets it
     metrics                     fd8, FID, KID; InceptionV3 written out
     VGG16, AlexNet              LPIPS, path length, precision and recall
     separability                the toy faces' attributes, a classifier, planes in latent space
+    regions                     a segmenter, directions of attributes, the locality of edits
     landmarks                   FAN, and StarGAN v2's masks of a face
     projection                  a picture's latent
     generators                  what the StyleGANs' commands share
@@ -756,6 +757,10 @@ class Source:
     def image(self, name, mode="RGB"):
         return decode(self.read(name), name, mode)
 
+    def regions(self, name):
+        """A label map (H, W), uint8; toy: the regions of a face. May raise BadImage."""
+        return decode_labels(self.read(name), name)
+
     def labels(self):
         """{name: class number} or {name: list of floats} of StyleGAN's dataset.json, or None."""
         if not self.has("dataset.json"):
@@ -854,6 +859,9 @@ class Subset(Source):
 
     def image(self, name, mode="RGB"):
         return self.source.image(self.folder + name, mode)
+
+    def regions(self, name):
+        return self.source.regions(self.folder + name)
 
     def counterpart(self, name, domain, mode="RGB"):
         return self.source.counterpart(self.folder + name, domain, mode)
@@ -1256,6 +1264,7 @@ def counterpart(seed, domain, size=64):
 
 
 TOY_FACES = {"faces": (0, 0, 4000)}  # for the papers that learn one set of pictures
+TOY_LABELLED = {"train": (0, 0, 4000), "test": (0, 30_000, 200)}  # with maps of their regions
 TOY_CLASSES = {name: (k, 2000 * k, 2000) for k, name in enumerate(TOY_DOMAINS)}  # with labels
 TOY_PARTS = {  # part: (domain, first seed, faces); CycleGAN's two domains, no face in both
     "trainA": (0, 0, 800),
@@ -1289,6 +1298,10 @@ class Toy(Source):
     def image(self, name, mode="RGB"):
         domain, seed = self.domain_and_seed(name)
         return toy_face(seed, domain, self.size).convert(mode)
+
+    def regions(self, name):
+        domain, seed = self.domain_and_seed(name)
+        return np.array(toy_labels(seed, domain, self.size))
 
     def counterpart(self, name, domain, mode="RGB"):
         return toy_face(self.domain_and_seed(name)[1], domain, self.size).convert(mode)
@@ -1386,6 +1399,10 @@ class ImageSet:
         return len(self.names)
 
     def __getitem__(self, i):
+        return self.array(i)
+
+    def array(self, i):
+        """What `read` makes of file i, or of its neighbour; kept if there is room."""
         image = self.kept.get(i)
         if image is None:
             image = self.load(i)
@@ -1398,10 +1415,13 @@ class ImageSet:
         for k in range(len(self)):
             name = self.names[(i + k) % len(self)]
             try:
-                return pixels(self.prepare(self.source.image(name, self.mode)))
+                return self.read(name)
             except BadImage as e:
                 self.report(name, e)
         raise UserError(f"--data {self.source.path}: not one readable picture.")
+
+    def read(self, name):
+        return pixels(self.prepare(self.source.image(name, self.mode)))
 
     def shrunk(self, factor):
         """The same pictures averaged over boxes of factor x factor pixels: the levels that
@@ -1444,9 +1464,12 @@ class ImageSet:
 
     def all(self, n=None):
         """All pictures that can be read, or those of the first n, uint8 (N, C, H, W)."""
-        images = {name: self[i] for i, name in enumerate(self.names[:n])}
+        return stack(self.arrays(n))
+
+    def arrays(self, n):
+        images = {name: self.array(i) for i, name in enumerate(self.names[:n])}
         good = [image for name, image in images.items() if name not in self.bad]
-        return stack(good or list(images.values()))
+        return good or list(images.values())
 
 
 def pixels(img):
@@ -1492,7 +1515,14 @@ def square_pictures(args, source, channels=3):
     --size: the largest centre square of each picture, resized by Lanczos; without it, all
     must be squares of one power of two, as in NVIDIA's data sets.
     """
-    size, mode = args.size, "RGB" if channels == 3 else "L"
+    size, mode = square_size(args, source), "RGB" if channels == 3 else "L"
+    prepare = functools.partial(square, size, args.size is None)
+    return ImageSet(source, prepare, mode, args.cache), size
+
+
+def square_size(args, source):
+    """--size, or the side of the first picture; UserError if it does not suit."""
+    size = args.size
     if size is None and not source.is_toy:
         W, size = source.image(source.names[0]).size
         if W != size:
@@ -1507,11 +1537,10 @@ def square_pictures(args, source, channels=3):
         )
     if len(source.names) < 2:
         raise UserError(f"--data {args.data}: one picture is no set to learn from; add others.")
-    prepare = functools.partial(square, size, args.size is None)
-    return ImageSet(source, prepare, mode, args.cache), size
+    return size
 
 
-def square(size, exact, img):
+def square(size, exact, img, resample=Image.Resampling.LANCZOS):
     """The largest centre square of a PIL picture, size x size; exact: it has to be that already."""
     if img.size == (size, size):
         return img
@@ -1520,7 +1549,178 @@ def square(size, exact, img):
             f"pictures of different sizes, {size}x{size} and {img.width}x{img.height}: pass --size"
             f" {size} to crop and resize them."
         )
-    return ImageOps.fit(img, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(img, (size, size), resample)
+
+
+NO_CLASS = 255  # in a label map: of the border that augment_pair moves in
+CELEBAMASK = (  # the 19 classes of CelebAMask-HQ: 13, without left and right, lips and mouth
+    "background face eye eyebrow mouth nose ear hair neck cloth glasses hat earring".split(),
+    (0, 1, 5, 10, 2, 2, 3, 3, 6, 6, 4, 4, 4, 7, 11, 12, 8, 8, 9),
+)
+GROUPS = {"celebamask": CELEBAMASK}  # of --group: (names, the class of each index in the files)
+
+
+def add_labelled_options(p):
+    """The options of labelled_pictures, beside --data, --size and --cache."""
+    classes = p.add_mutually_exclusive_group()
+    classes.add_argument("--classes", metavar="FILE", help="names, a line each; default: numbers")
+    joined = "join the 19 classes of CelebAMask-HQ's files to the paper's 13"
+    classes.add_argument("--group", choices=list(GROUPS), help=joined)
+
+
+class LabelledSet(ImageSet):
+    """Pictures with label maps: self[i] is uint8 (size, size, 3) and (size, size), cut alike.
+
+    images, maps: sources; pairs: {name of a picture: name of its map}; table: the class of each
+    index that a map may hold, uint8. A pair with a file that cannot be read is reported and stood
+    in for as in ImageSet. A map of another shape or with another index is a UserError.
+    """
+
+    def __init__(self, images, maps, pairs, prepare, size, table, cache):
+        super().__init__(images, prepare, cache=cache)
+        self.maps, self.pairs, self.names = maps, pairs, list(pairs)
+        self.size, self.table = size, table
+
+    def __getitem__(self, i):
+        both = self.array(i)
+        return both[:, :, :3], both[:, :, 3]
+
+    def read(self, name):
+        img, other = self.source.image(name), self.pairs[name]
+        label = Image.fromarray(self.table[indices_below(len(self.table), self.maps, other)])
+        (W, H), (w, h) = img.size, label.size
+        if 2 * abs(W * h - w * H) > max(W + H, w + h):  # more than rounding a scaled side explains
+            raise UserError(
+                f"{self.maps.path}: {other} is {w}x{h}, its picture {W}x{H}: they need the same"
+                " shape."
+            )
+        label = square(self.size, False, label, Image.Resampling.NEAREST)
+        return np.dstack([pixels(self.prepare(img)), label])
+
+    def all(self, n=None):
+        """All pairs that can be read, or those of the first n: uint8 (N, 3, H, W), (N, H, W)."""
+        arrays = self.arrays(n)
+        images = stack([both[:, :, :3] for both in arrays])
+        return images, torch.from_numpy(np.stack([both[:, :, 3] for both in arrays]))
+
+
+def indices_below(K, source, name):
+    """The label map (H, W) of a source; UserError if it holds K or more."""
+    label = source.regions(name)
+    if (value := label.max()) >= K:
+        hint = " Of a mask of two classes, save them as 0 and 1." if value == 255 else ""
+        raise UserError(f"{source.path}: {name} holds label {value}; they go to {K - 1}.{hint}")
+    return label
+
+
+def labelled_pictures(args, source, part="train"):
+    """A LabelledSet of size x size pictures, the size, and the names of the classes.
+
+    source: the folders images and labels (toy: TOY_LABELLED), or those in the folder `part` if it
+    has one. A picture and its map have one path, but for the suffix. Without --classes and --group
+    there are as many classes as the maps hold, called 0, 1, ...; all maps are read for that.
+    --size as in square_pictures. Raises UserError for what does not go together.
+    """
+    source = subset(source, part) if has_subset(source, part) else source
+    images = maps = source
+    if not source.is_toy:
+        images, maps = (subset(source, f, "images and labels") for f in ("images", "labels"))
+    size = square_size(args, images)
+    pairs = paired(args, images, maps)
+    if args.group:
+        names, table = GROUPS[args.group]
+    else:
+        names = named_classes(args) or (source.is_toy and list(TOY_REGIONS))
+        names = names or numbered_classes(args, maps)
+        table = range(len(names))
+    if len(names) > 16:
+        warning = "each costs memory and time, and the paper has 13; join some if you can"
+        print(f"{len(names)} classes: {warning}.", file=sys.stderr)
+    prepare = functools.partial(square, size, args.size is None)
+    table = np.array(table, np.uint8)
+    return LabelledSet(images, maps, pairs, prepare, size, table, args.cache), size, names
+
+
+def paired(args, images, maps):
+    """{name in images: name in maps}, of equal paths without the suffix."""
+    found = []
+    for source in (images, maps):
+        names = {}
+        for name in source.names:
+            stem = name.rpartition(".")[0]
+            if stem in names:
+                raise UserError(f"{source.path}: {names[stem]} and {name} have one name.")
+            names[stem] = name
+        found.append(names)
+    alone = []
+    for (a, b), what in zip((found, found[::-1]), ("pictures", "label maps"), strict=True):
+        if missing := sorted(a.keys() - b.keys()):
+            alone.append(f"{len(missing)} {what} without a partner, {a[missing[0]]} for one")
+    if alone:
+        raise UserError(f"--data {args.data}: {'; '.join(alone)}. Equal names make a pair.")
+    return {name: found[1][stem] for stem, name in found[0].items()}
+
+
+def named_classes(args):
+    """The names in the file --classes, or None."""
+    if args.classes is None:
+        return None
+    try:
+        names = Path(args.classes).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or "not a text file"
+        raise UserError(f"--classes {args.classes}: {reason}.") from None
+    names = [name.strip() for name in names if name.strip()]
+    if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
+        needed = f"2 to {NO_CLASS} different names are needed, a line each"
+        raise UserError(f"--classes {args.classes}: {len(names)} lines; {needed}.")
+    return names
+
+
+def numbered_classes(args, maps):
+    """The names 0, 1, ... up to the largest label of all maps that can be read."""
+
+    def largest(k):
+        try:
+            return int(indices_below(NO_CLASS, maps, maps.names[k]).max())
+        except BadImage:
+            return 0  # the loader will name it
+
+    last = max(prefetch(largest, 0, len(maps.names), 4))
+    if last == 0:
+        raise UserError(f"--data {args.data}: all labels are 0: there is one class only.")
+    return [str(k) for k in range(last + 1)]
+
+
+def augment_pair(image, label, rng, flip=True, affine=True):
+    """A pair of a LabelledSet, changed at random, both alike: the official --aug.
+
+    flip: mirrored half of the time. affine: half of the time scaled by 0.8 to 1.2, turned by up to
+    15 degrees and shifted by up to a tenth of the side, each drawn evenly; what moves in from
+    outside is black and NO_CLASS, which one_hot_seg makes -1 in all planes.
+    """
+    if flip and rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    if not affine or rng.random() >= 0.5:
+        return image, label
+    H, W = label.shape
+    scale, angle = rng.uniform(0.8, 1.2), math.radians(rng.uniform(-15, 15))
+    centre = np.array([W / 2, H / 2])
+    moved = centre + rng.uniform(-0.1, 0.1, 2) * (W, H)
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    back = np.array([[cos, sin], [-sin, cos]])  # from places in the result to those in the original
+    a, b = np.column_stack([back, centre - back @ moved]).tolist()
+    box = (W, H), Image.Transform.AFFINE, (*a, *b)
+    image = Image.fromarray(image).transform(*box, Image.Resampling.BILINEAR)
+    label = Image.fromarray(label).transform(*box, Image.Resampling.NEAREST, fillcolor=NO_CLASS)
+    return np.array(image), np.array(label)
+
+
+def one_hot_seg(labels, K):
+    """Labels (N, H, W), integers, -> floats (N, K, H, W): 1 in the plane of the class, -1 in the
+    others; -1 in all where the label is K or more, as NO_CLASS."""
+    classes = torch.arange(K, device=labels.device)[:, None, None]
+    return (labels[:, None] == classes).float() * 2 - 1
 
 
 def split(n, subset, seed):
@@ -2365,6 +2565,56 @@ def grid(images, columns):
     tiles = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
     picture, zoom = to_picture(tiles.reshape(C, rows * H, columns * W)), max(1, 96 // H)
     return picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
+
+
+SEG_COLORS = (  # of the first 17 classes, those of the official SemanticStyleGAN
+    (0, 0, 0), (239, 234, 90), (44, 105, 154), (4, 139, 168), (13, 179, 158), (131, 227, 119),
+    (185, 231, 105), (107, 137, 198), (241, 196, 83), (242, 158, 76), (234, 114, 71),
+    (215, 95, 155), (207, 113, 192), (159, 89, 165), (142, 82, 172), (158, 115, 200),
+    (116, 95, 159),
+)  # fmt: skip
+INFERNO = (  # ten colours, evenly spaced, of matplotlib's map of this name (CC0)
+    (0, 0, 4), (27, 12, 65), (75, 12, 107), (120, 28, 109), (165, 45, 96), (207, 68, 70),
+    (237, 105, 37), (251, 154, 6), (247, 209, 60), (252, 255, 164),
+)  # fmt: skip
+
+
+def seg_colors(K):
+    """The colours (K, 3), uint8, of K classes, all different up to 256."""
+    more = ((0.1 + 0.618 * k, (0.9, 0.5)[k % 2], 1 - k % 5 / 10) for k in range(K - 17))
+    return torch.tensor([*SEG_COLORS[:K], *(_hsv(*color) for color in more)], dtype=torch.uint8)
+
+
+def color_labels(labels):
+    """Labels (N, H, W), integers to 255, -> pictures (N, 3, H, W), uint8, in seg_colors."""
+    return seg_colors(256).to(labels.device)[labels.long()].permute(0, 3, 1, 2)
+
+
+def heat(x):
+    """Floats (N, H, W) -> pictures (N, 3, H, W), uint8: 0 almost black, 1 bright, the rest cut."""
+    table = torch.tensor(INFERNO, device=x.device).float()
+    place = x.float().clamp(0, 1) * (len(table) - 1)
+    low = place.long().clamp(max=len(table) - 2)
+    colors = torch.lerp(table[low], table[low + 1], (place - low)[..., None])
+    return colors.round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def inferno(x):
+    """Maps (N, H, W), floats, -> uint8 pictures (N, 3, H, W), each from its least to its largest
+    value; one that is constant is dark throughout."""
+    low, high = x.amin([1, 2], keepdim=True), x.amax([1, 2], keepdim=True)
+    return heat((x - low) / torch.where(high > low, high - low, 1))
+
+
+def levels(images):
+    """uint8 pictures, or floats in [-1, 1], as float64 in 0 ... 255, not clamped."""
+    return images.double() if images.dtype == torch.uint8 else (images.double() + 1) * 127.5
+
+
+def difference(a, b):
+    """uint8 pictures (N, 3, H, W) of how much a and b, alike or in [-1, 1], differ: the mean over
+    the channels, from almost black, 0, to the brightest, 128 levels of 255 and more."""
+    return heat((levels(a) - levels(b)).abs().mean(1) / 128)
 
 
 CURVE_COLORS = ("#0b62a4", "#d9480f", "#2b8a3e", "#862e9c")
@@ -4104,6 +4354,226 @@ def linear_separability(latents, logits):
                 guess = has
             entropies[space].append(conditional_entropy(guess, has))
     return {space: 2 ** sum(H) for space, H in entropies.items()}, entropies
+
+
+# =============================================================================
+# Regions: what an edit changes, and where
+# =============================================================================
+# Of no paper, though SemanticStyleGAN's claims that its edits are local: measures for any model.
+
+SEGMENTER_FORMAT = 1  # part of the name of its file: raise it when the training changes
+
+
+class Segmenter(nn.Module):
+    """Images (N, 3, H, W) in [-1, 1] -> logits (N, K, H, W) of K classes: a small U-Net.
+
+    H, W: multiples of 8; pictures above 128 pixels are averaged to 128 first, and the logits
+    enlarged. `scores` holds how right it was in its training's end, see load_segmenter.
+    """
+
+    def __init__(self, K, widths=(16, 32, 64, 64)):
+        super().__init__()
+        self.scores = {}
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for I, O in itertools.pairwise((3, *widths)):
+            self.down.append(nn.Sequential(*self.layer(I, O), *self.layer(O, O)))
+        for O, I in itertools.pairwise(widths):
+            self.up.insert(0, nn.Sequential(*self.layer(I + O, O)))
+        self.classes = nn.Conv2d(widths[0], K, 1)
+
+    def layer(self, I, O):
+        return nn.Conv2d(I, O, 3, padding=1, bias=False), nn.BatchNorm2d(O), nn.ReLU()
+
+    def forward(self, x):
+        size = x.shape[2:]
+        x = F.avg_pool2d(x, max(1, min(size) // 128))
+        skips = []
+        for layers in self.down:
+            skips.append(layers(F.avg_pool2d(skips[-1], 2) if skips else x))
+        x = skips.pop()
+        for layers in self.up:
+            x = layers(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
+        return F.interpolate(self.classes(x), size, mode="bilinear")
+
+
+def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, batch=16):
+    """A Segmenter that learned from labelled pictures, in eval mode, and a printed line on it.
+
+    data: a LabelledSet of size x size pictures, of which at most 4,000, evenly spaced, are used, at
+    128 pixels at most; K: its classes. A tenth of them, at most 400, are held out and judged:
+    net.scores = {"accuracy", "mean_iou", "n"}. With a folder the network is kept there, under a
+    hash of all that it learned from, so that changed data never meets an old one.
+    One to two minutes on one CPU core at 64 pixels. torch's global random state is left alone.
+    """
+    rows = np.linspace(0, len(data) - 1, min(len(data), 4000)).round().astype(int)
+    factor = max(1, size // 128)
+    centre = slice(factor // 2, None, factor)
+    pairs = [data[i] for i in rows]
+    images = stack([np.asarray(Image.fromarray(image).reduce(factor)) for image, _ in pairs])
+    labels = torch.from_numpy(np.stack([label[centre, centre] for _, label in pairs]))
+    n = min(len(rows) // 10 + 1, 400)
+    digest = hashlib.sha256(f"{SEGMENTER_FORMAT} {K} {size} {seed} {steps} {batch}".encode())
+    for part in (images, labels):
+        digest.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
+    path = folder and Path(folder, f"segmenter-{digest.hexdigest()[:32]}.pt")
+    net = read_segmenter(path, K) if path and path.exists() else None
+    if net is None:
+        net = train_segmenter(images, labels, n, K, device, seed, steps, batch)
+        if path:
+            with write_whole(path) as f:
+                torch.save({"state": to_cpu(net.state_dict()), "scores": net.scores}, f)
+    accuracy, iou, n = net.scores.values()
+    print(
+        f"segmenter of {K} classes, on {n} pictures that it did not learn from: {accuracy:.1%} of"
+        f" the pixels are right, mean IoU {iou:.3f}"
+    )
+    return net.to(device).eval().requires_grad_(False)
+
+
+def read_segmenter(path, K):
+    """The Segmenter in a file, or None after a line that it is damaged."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        net = Segmenter(K)
+        net.load_state_dict(held["state"])
+        net.scores = {key: held["scores"][key] for key in ("accuracy", "mean_iou", "n")}
+        return net
+    except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
+        print(f"{path} is damaged ({type(e).__name__}): learning it again.", file=sys.stderr)
+        return None
+
+
+def train_segmenter(images, labels, held_out, K, device, seed, steps, batch):
+    """A Segmenter of `steps` steps of Adam on cross entropy, mirrored at random, and its scores on
+    `held_out` random pairs that it does not see."""
+    images, labels = images.to(device), labels.to(device)
+    with torch.random.fork_rng(devices=[]), exact_float32(device):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+        order = torch.randperm(len(images))
+        test, learn = order[:held_out], order[held_out:]
+        net = Segmenter(K).to(device)
+        opt = torch.optim.Adam(net.parameters())
+        for k in range(steps):
+            opt.param_groups[0]["lr"] = 1e-2 * (1 - k / steps)
+            rows = learn[torch.randint(len(learn), (batch,))].to(device)
+            mirror = torch.randint(2, (batch,)).to(device).bool()
+            x, y = to_float(images[rows], device), labels[rows].long()
+            x = torch.where(mirror[:, None, None, None], x.flip(3), x)
+            y = torch.where(mirror[:, None, None], y.flip(2), y)
+            loss = F.cross_entropy(net(x), y, ignore_index=NO_CLASS)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        net.eval()
+        iou, accuracy = mean_iou(segment(net, images[test.to(device)]), labels[test.to(device)], K)
+    net.scores = {"accuracy": accuracy, "mean_iou": iou, "n": held_out}
+    return net
+
+
+@torch.no_grad()
+def segment(net, images):
+    """The classes that a Segmenter sees in images (N, 3, H, W), uint8 or in [-1, 1]: uint8
+    (N, H, W), where the images are."""
+    device = next(net.parameters()).device
+    parts = [net(to_float(x, device)).argmax(1).to(torch.uint8) for x in uint8_batches(images)]
+    return torch.cat(parts).to(images.device)
+
+
+def mean_iou(a, b, K):
+    """Agreement of labels a, b (N, H, W): intersection over union, the mean of the classes below K
+    that are in a or b, and the share of equal pixels. Pixels of K or more in one do not count."""
+    known = (a < K) & (b < K)
+    table = torch.bincount(K * a[known].long() + b[known].long(), minlength=K * K)
+    table = table.reshape(K, K).double()
+    equal, union = table.diag(), table.sum(0) + table.sum(1) - table.diag()
+    seen = union > 0
+    return (equal[seen] / union[seen]).mean().item(), (equal.sum() / table.sum()).item()
+
+
+def locality(before, after, region):
+    """Where an edit changes pictures: two float64 tensors (N,).
+
+    before, after: (N, 3, H, W), uint8 or in [-1, 1]; region: (N, H, W) bool, the union of the
+    region in both. It is grown by 3% of the height, rounded up, in all eight directions (a square).
+    Returns the share of the squared change that is inside, NaN where nothing changes, and the mean
+    absolute change of a value outside, in levels of 255, NaN where there is no outside.
+    """
+    reach = -(-3 * region.shape[1] // 100)
+    grown = F.max_pool2d(region.float(), 2 * reach + 1, 1, reach) > 0
+    change = levels(after) - levels(before)
+    energy, amount = change.square().sum(1), change.abs().mean(1)
+    inside = (energy * grown).sum([1, 2]) / energy.sum([1, 2])
+    outside = (amount * ~grown).sum([1, 2]) / (~grown).sum([1, 2])
+    return inside, outside
+
+
+def describe_locality(shares, outside):
+    """One line for what locality returns."""
+    changed, bounded = shares[~shares.isnan()], outside[~outside.isnan()]
+    parts = [f"{len(shares)} pairs, {len(shares) - len(changed)} without any change"]
+    if len(changed):
+        low, middle, high = changed.quantile(changed.new_tensor([0.25, 0.5, 0.75])).tolist()
+        parts += [
+            f"of the squared change {middle:.1%} are inside (quartiles {low:.1%}, {high:.1%})"
+        ]
+    if len(bounded):
+        parts += [f"a value outside changes by {bounded.quantile(0.5):.2f} of 255 levels"]
+    return f"locality, medians of {'; '.join(parts)}"
+
+
+def region_attributes(images, labels, classes):
+    """What pictures differ in, region by region: {attribute: float64 (N,)}.
+
+    images: uint8 (N, 3, H, W); labels: (N, H, W), integers; classes: their names. NAME.area is the
+    share of the pixels that are of the class, NAME.light their mean luminance (Rec. 601), 0 to
+    255, NaN where there are none.
+    """
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=images.device)
+    luminance = torch.einsum("nchw,c->nhw", images.double(), weights)
+    found = {}
+    for k, name in enumerate(classes):
+        where = labels == k
+        found[f"{name}.area"] = where.double().mean([1, 2])
+        found[f"{name}.light"] = (luminance * where).sum([1, 2]) / where.sum([1, 2])
+    return found
+
+
+def fit_direction(w, y):
+    """The direction in which an attribute grows: (unit vector (D,), float32, accuracy).
+
+    w: latents (N, D); y: (N,) bool, who has it. The normal of the plane of a logistic regression,
+    as InterFaceGAN's (Shen et al. 2020) of a support vector machine, in float64: mean log loss +
+    0.01 |v|^2 / 2, of w divided by one deviation for all D numbers, so that v points to where
+    latents do vary. Every fifth sample of either class is held out and judged for the accuracy.
+    Raises UserError if one of the classes has fewer than 10 members.
+    """
+    n = int(y.sum())
+    if min(n, len(y) - n) < 10:
+        raise UserError(
+            f"{n} of {len(y)} samples have the attribute: at least 10 with it and 10 without are"
+            " needed. Take more samples, or another attribute."
+        )
+    rank = torch.where(y, y.cumsum(0), (~y).cumsum(0))  # 1, 2, ... within its class
+    learn = rank % 5 > 0
+    x = w.double()
+    x = (x - x[learn].mean(0)) / x[learn].std(0).square().mean().sqrt()
+    v = x.new_zeros(x.shape[1] + 1, requires_grad=True)  # the last one: the constant
+    opt = torch.optim.LBFGS(
+        [v], max_iter=200, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        opt.zero_grad()
+        logits = x[learn] @ v[:-1] + v[-1]
+        loss = F.binary_cross_entropy_with_logits(logits, y[learn].double())
+        loss = loss + 0.005 * v[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(objective)
+    v = v.detach()
+    right = (x @ v[:-1] + v[-1] > 0) == y
+    return F.normalize(v[:-1], dim=0).float(), right[~learn].double().mean().item()
 
 
 # =============================================================================
