@@ -30,9 +30,11 @@ segmentation. Differs from both: batches of any size (groups of the minibatch st
 as large as divides them), --freeze-local really freezes where asked to.
 """
 
+import argparse
 import copy
 import math
 import re
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -759,3 +761,169 @@ def lazy(lr, every):
     the regularizer (StyleGAN2 appendix B)."""
     share = every / (every + 1)
     return lr * share, tuple(beta**share for beta in BETAS)
+
+
+def new_networks(args, size, K, names):
+    """{"G", "D"} with fresh weights."""
+    channels = channel_table(args.channel_base, args.channel_max, size)
+    see_through = [k for k, name in enumerate(names) if name in see_through_names(args)]
+    G = Generator(
+        size, K, args.w_dim, args.map_layers, channels, args.coarse_size, args.min_size,
+        args.layers, args.base_layers, args.depth_layers, args.local_channels,
+        args.coarse_channels, args.residual_refine, args.detach_texture, see_through,
+    )  # fmt: skip
+    return {"G": G, "D": Discriminator(size, K, channels, args.mbstd_group)}
+
+
+def see_through_names(args):
+    """--see-through as names of classes."""
+    return [name.strip() for name in args.see_through.split(",") if name.strip()]
+
+
+def train(args):
+    run = common.Run("semantic_stylegan", args, __file__)
+    run.log_every = 100 * args.batch
+    source = common.open_data(args.data, size=args.size, toy=common.TOY_LABELLED)
+    data, size, names = common.labelled_pictures(args, source)
+
+    # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
+    def pair(n):
+        epoch, i = divmod(n, len(data))
+        k = common.shuffled(len(data), args.seed, epoch)[i]
+        rng = common.item_rng(args.seed, epoch, i)
+        return common.augment_pair(*data[k], rng, flip=args.mirror or args.aug, affine=args.aug)
+
+    # ---- networks, their average, optimisers --------------------------------------------------
+    nets = new_networks(args, size, len(names), names)
+    nets["G_ema"] = average_of(nets["G"])
+    G, D, G_ema = (net.to(run.device) for net in nets.values())
+    lr_G, lr_D = lazy(args.lr, args.pl_every), lazy(args.lr, args.r1_every)
+    opts = {
+        "mapping": run.adam([G.mapping], *lr_G),
+        "G": run.adam([G.position, G.local, G.render], *lr_G),
+        "D": run.adam([D], *lr_D),
+    }
+    pl_mean = torch.zeros((), device=run.device)
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
+    run.say(f"{len(data)} pictures of {size}x{size} with {len(names)} classes: {', '.join(names)}")
+
+    for step, (real, labels) in run.batches(pair, start, args.iters):
+        seg = common.one_hot_seg(labels, len(names))
+        losses = train_step(G, D, opts.values(), pl_mean, real, seg, step, args, run, run.randn)
+        update_ema(G_ema, G, args.ema_beta)
+        run.log(losses)
+        if run.due(args.every * args.batch) or run.steps_done == run.total:
+            update_w_avg(G_ema)
+            show(run, G_ema, args, data, names)
+            run.save()
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+# =============================================================================
+# Regions
+# =============================================================================
+
+
+def rows_of(G, k, part="both"):
+    """Which of the ws say what region k looks like: its structure, its texture, or both."""
+    structure = G.config["base_layers"] + 2 * k
+    return {"structure": [structure], "texture": [structure + 1]}.get(
+        part, [structure, structure + 1]
+    )
+
+
+def swapped(G, ws, other, k, part="both", alpha=1.0):
+    """ws (N, num_ws, w_dim) in which region k is (alpha = 1), or is on the way to be, other's."""
+    rows, ws = rows_of(G, k, part), ws.clone()
+    ws[:, rows] = ws[:, rows].lerp(other[:, rows], alpha)
+    return ws
+
+
+@torch.no_grad()
+def pictures(G, ws, batch=16, shown=None):
+    """A Picture of ws with constant noise: img uint8 (N, 3, size, size), seg the region of each
+    pixel, uint8 (N, size, size), coarse likewise of the masks, depth; all on the CPU."""
+    device, parts = G.mapping.w_avg.device, []
+    for w in ws.split(batch):
+        p = G.synthesis(w.to(device), "const", shown)
+        labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
+        parts.append([x.cpu() for x in (common.to_uint8(p.img), *labels, p.depth)])
+    return Picture(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def locality_of_swap(G, ws, other, k, part="both"):
+    """common.locality of giving region k of `ws` the codes of `other`, each pair (N,)."""
+    before, after = pictures(G, ws), pictures(G, swapped(G, ws, other, k, part))
+    return common.locality(before.img, after.img, (before.seg == k) | (after.seg == k))
+
+
+@torch.no_grad()
+def show(run, G, args, data, names):
+    z = common.latents(range(20_000, 20_000 + 500), G.config["w_dim"]).to(run.device)
+    ws = G.mapping(z)
+    p, (real, labels) = pictures(G, ws), data.all(500)
+    row = dict(fd8=common.fd8(real, p.img))
+    for k, name in enumerate(names):
+        shares, outside = locality_of_swap(G, ws[:64], ws[64:128], k)
+        row[f"inside_{name}"] = shares.nanmedian().item()
+        row[f"area_{name}"] = (p.seg == k).double().mean().item() / (
+            labels == k
+        ).double().mean().item()
+    run.save_scores(row)
+    run.say(" ".join(f"{k} {v:.3f}" for k, v in row.items()))
+    show_samples(run, G, args)
+
+
+@torch.no_grad()
+def show_samples(run, G, args):
+    z = common.latents(range(args.seed, args.seed + 8), G.config["w_dim"]).to(run.device)
+    p = G(z, noise="const")
+    rows = [common.to_uint8(p.img).cpu(), common.color_labels(p.seg.argmax(1)).cpu()]
+    coarse = common.color_labels(p.coarse.argmax(1)).cpu()
+    rows.append(F.interpolate(coarse, p.img.shape[2:]))
+    run.save_picture(common.grid(torch.cat(rows), 8))
+
+
+def main(argv=None):
+    cli = common.CommandLine("semantic_stylegan.py", __doc__, {"toy": TOY})
+    number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+    p = cli.command("train", train, "train on labelled pictures (default command)")
+    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=2000)
+    common.add_labelled_options(p)
+    p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
+    p.add("--iters", type=number, default=ITERS)
+    p.add("--mirror", action="store_true")
+    p.add("--aug", action="store_true")
+    p.add("--lr", type=above_0, default=LR)
+    p.add("--r1-img", type=from_0, default=R1_IMG)
+    p.add("--r1-seg", type=from_0, default=R1_SEG)
+    p.add("--r1-every", type=number, default=R1_EVERY)
+    p.add("--lambda-mask", type=from_0, default=LAMBDA_MASK)
+    p.add("--pl-weight", type=from_0, default=PL_WEIGHT)
+    p.add("--pl-every", type=number, default=PL_EVERY)
+    p.add("--mixing", type=common.probability, default=MIXING)
+    p.add("--ema-beta", type=common.fraction, default=EMA_BETA)
+    p.add("--mbstd-group", type=number, default=4)
+    for name, value in dict(
+        coarse_size=64,
+        min_size=16,
+        layers=10,
+        base_layers=2,
+        depth_layers=6,
+        local_channels=64,
+        coarse_channels=512,
+        channel_base=32768,
+        channel_max=512,
+        w_dim=512,
+        map_layers=8,
+    ).items():
+        p.add("--" + name.replace("_", "-"), type=number, default=value)
+    p.add("--residual-refine", action=argparse.BooleanOptionalAction, default=True)
+    p.add("--detach-texture", action="store_true")
+    p.add("--see-through", default=",".join(SEE_THROUGH))
+    args = cli.parse(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(common.exit_status(main))

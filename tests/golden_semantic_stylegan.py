@@ -47,7 +47,7 @@ def official_network(spec):
     assert wanted.items() <= config.items(), (wanted, config)
     net.names = {name: ours.our_name(name) for name in spec["param_names"]}
     assert {n for n, _ in net.names.values()} == {n for n, _ in net.named_parameters()}
-    return net.double().train()
+    return golden.ready(net).train()
 
 
 def part(t, name, region, official):
@@ -106,7 +106,8 @@ def check_local_generator(case):
             2, kwargs["in_channel"], kwargs["hidden_channel"], kwargs["out_channel"],
             kwargs["style_dim"], kwargs["n_layers"], kwargs["depth_layers"],
             kwargs["detach_texture"],
-        ).double()  # fmt: skip
+        )  # fmt: skip
+        local = golden.ready(local)
         names = {
             name: ours.our_name(f"local_nets.{k}.{name}")[0].removeprefix("local.")
             for name in arrays
@@ -142,7 +143,8 @@ def check_local_generator(case):
         case.equal(f"{label}/grad_norm", torch.stack(norms))
     spec = case.meta["nets"]["pos_embed"]
     side, kwargs = spec["hw"], spec["kwargs"]
-    position = ours.FourierFeatures(kwargs["out_channels"], side, kwargs["N_freqs"]).double()
+    position = ours.FourierFeatures(kwargs["out_channels"], side, kwargs["N_freqs"])
+    position = golden.ready(position)
     with torch.no_grad():
         weight = torch.as_tensor(golden.weights(spec)["weights"])
         position.weight.copy_(weight.reshape(position.weight.shape))
@@ -155,7 +157,7 @@ def check_composite(case):
     feats = torch.stack([given[f"feat/{k}"] for k in range(K)], 1)
     depth = torch.cat([given[f"depth/{k}"] for k in range(K)], 1)
     for i, spec in enumerate(case.meta["cases"]):
-        shown = None if spec["mask"] is None else torch.tensor(spec["mask"]).double()
+        shown = None if spec["mask"] is None else golden.ready(torch.tensor(spec["mask"]))
         m, a = ours.fusion_weights(depth, shown, spec["transparent_dims"])
         case.equal(f"{i}/feat", (a[:, :, None] * feats).sum(1))
         case.equal(f"{i}/seg", m)
@@ -216,7 +218,7 @@ def check_generator(case):
         compare("wexp", given["wexp"])
         compare("noise_list", ws, noise=noise_of(given))
     for i, shown in enumerate(case.meta.get("composition_masks", ())):
-        compare(f"cmask{i}", ws, shown=torch.tensor(shown).double())
+        compare(f"cmask{i}", ws, shown=golden.ready(torch.tensor(shown)))
     if "z2" in given:
         ws2 = G.mapping(given["z2"])
         r = torch.as_tensor(case["in/inject"]).view(K, -1).T  # stored region by region
@@ -485,7 +487,7 @@ def check_trajectory(case):
         )  # fmt: skip
         labels = (given[f"real_label/{step}"] * a["seg_dim"]).floor().long()
         labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
-        seg = 2 * F.one_hot(labels, a["seg_dim"]).movedim(3, 1).double() - 1
+        seg = 2 * golden.ready(F.one_hot(labels, a["seg_dim"]).movedim(3, 1)) - 1
         losses = ours.train_step(
             G, D, opts, pl_mean, given[f"real_img/{step}"], seg, step, args, run, run.noise
         )
