@@ -330,6 +330,20 @@ def add_generate_options(p, psi=1.0, cutoff=None):
     p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
 
 
+def add_edit_options(p):
+    """The options of `edit`, beside those of add_generator_options."""
+    p.add("--direction", required=True, metavar="ATTR[,ATTR]", help="NAME.area or NAME.light of a"
+          " region, or an attribute of toy faces, such as 'mouth open'")  # fmt: skip
+    p.add("--alpha", type=finite, default=3, help="how far, in deviations of the latents along it")
+    p.add("--seeds", type=seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
+    p.add("--data", help="with label maps; default: what the checkpoint was trained on")
+    p.add("--samples", type=positive_int, default=2000, help="that a direction is fitted to")
+    p.add("--batch", type=positive_int, default=32)
+    p.add("--seed", type=not_negative_int, default=0, help="of the samples and the segmenter")
+    p.set_defaults(cache="off")  # pictures are read once
+    add_labelled_options(p)
+
+
 def add_app_options(p, max_side=512):
     """The options of every `app`."""
     p.add("--checkpoint", required=True, help="ours or an official one")
@@ -1314,13 +1328,15 @@ class Toy(Source):
 
 def open_data(data, root="data", size=None, toy=TOY_PARTS):
     """The source for --data: toy (faces of size x size pixels, in folders of these names), toy/NAME
-    (faces of one domain, as toy/goblin, for the papers that learn one set), the name of a public
+    (faces of one domain, as toy/goblin, for the papers that learn one), the name of a public
     set (fetched once, to ROOT/NAME), a folder or a .zip. One's own folder of such a name is given
     as ./NAME."""
     if data == "toy":
         return Toy(size, toy)
-    if data.startswith("toy/") and toy is TOY_FACES and data[4:] in TOY_DOMAINS:
-        return Toy(size, {"faces": (TOY_DOMAINS.index(data[4:]), 0, 4000)})
+    one_domain = toy in (TOY_FACES, TOY_LABELLED)
+    if data.startswith("toy/") and one_domain and data[4:] in TOY_DOMAINS:
+        domain = TOY_DOMAINS.index(data[4:])
+        return Toy(size, {part: (domain, first, n) for part, (_, first, n) in toy.items()})
     path = Path(data).expanduser()
     if data in PUBLIC or data in WITHDRAWN:
         folder, archive = Path(root, data), Path(root, f"{data}.zip")
@@ -1339,7 +1355,7 @@ def open_data(data, root="data", size=None, toy=TOY_PARTS):
     if path.is_file() and path.suffix.lower() == ".zip":
         return Zip(path)
     names = sorted([*PUBLIC, *WITHDRAWN])
-    if data.startswith("toy/") and toy is TOY_FACES:
+    if data.startswith("toy/") and one_domain:
         raise UserError(f"--data {data}: there are {', '.join(f'toy/{d}' for d in TOY_DOMAINS)}.")
     close = difflib.get_close_matches(str(data).lower(), [*names, "toy"], 1)
     problem = "is a file, but not a .zip" if path.is_file() else "does not exist"
@@ -4418,10 +4434,14 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
     path = folder and Path(folder, f"segmenter-{digest.hexdigest()[:32]}.pt")
     net = read_segmenter(path, K) if path and path.exists() else None
     if net is None:
+        print(f"training a segmenter of {K} classes on {len(images) - n} pictures", flush=True)
         net = train_segmenter(images, labels, n, K, device, seed, steps, batch)
         if path:
-            with write_whole(path) as f:
-                torch.save({"state": to_cpu(net.state_dict()), "scores": net.scores}, f)
+            try:
+                with write_whole(path) as f:
+                    torch.save({"state": to_cpu(net.state_dict()), "scores": net.scores}, f)
+            except UserError as e:
+                print(f"{e} The segmenter will be trained anew next time.", file=sys.stderr)
     accuracy, iou, n = net.scores.values()
     print(
         f"segmenter of {K} classes, on {n} pictures that it did not learn from: {accuracy:.1%} of"
@@ -4543,8 +4563,9 @@ def fit_direction(w, y):
 
     w: latents (N, D); y: (N,) bool, who has it. The normal of the plane of a logistic regression,
     as InterFaceGAN's (Shen et al. 2020) of a support vector machine, in float64: mean log loss +
-    0.01 |v|^2 / 2, of w divided by one deviation for all D numbers, so that v points to where
-    latents do vary. Every fifth sample of either class is held out and judged for the accuracy.
+    0.01 |v|^2 / 2 (best for held-out samples of the toy run among powers of ten), of w divided by
+    one deviation for all D numbers, so that v points to where latents do vary. Every fifth sample
+    of either class is held out and judged for the accuracy.
     Raises UserError if one of the classes has fewer than 10 members.
     """
     n = int(y.sum())
@@ -4574,6 +4595,121 @@ def fit_direction(w, y):
     v = v.detach()
     right = (x @ v[:-1] + v[-1] > 0) == y
     return F.normalize(v[:-1], dim=0).float(), right[~learn].double().mean().item()
+
+
+_HEAD = ("skin", "eyes", "brows", "nose", "mouth", "hair", "neck", "ears", "glasses")
+TOY_EDITED = {  # of TOY_BINARY: the regions where a picture has to change with it
+    "looks right": _HEAD,
+    "leans right": _HEAD,
+    "mouth open": ("mouth",),
+    "glasses": ("glasses",),
+    "long hair": ("hair",),
+    "hair up": ("hair",),
+    "dark hair": ("hair", "brows"),
+    "dark skin": ("skin", "nose", "mouth", "neck", "ears"),
+    "dark clothes": ("clothes",),
+    "blue clothes": ("clothes",),
+    "striped sky": ("background",),
+    "yellow sky": ("background",),
+}
+PAIRS = 200  # of samples, that the locality of an edit is measured on
+
+Attribute = collections.namedtuple("Attribute", "name classes score threshold")
+Attribute.__doc__ = """What a direction can be fitted to.
+
+classes: the numbers of the classes where pictures have to change with it
+score(images, labels): float64 (N,) of uint8 (N, 3, H, W) and (N, H, W), NaN where it has no value
+threshold: who scores more has the attribute; None: the median of all samples
+"""
+
+
+def attributes_of(text, classes, toy=None):
+    """The Attributes in --direction, "mouth.area,glasses", say.
+
+    classes: names of the classes in label maps; toy: what toy_classifier is called with where the
+    pictures are toy faces. Raises UserError for names that are none.
+    """
+
+    def of_region(k, kind, images, labels):
+        here = (labels != k).byte()  # class 0
+        return region_attributes(images, here, [""])[f".{kind}"]
+
+    def of_toy(i, images, labels):
+        device = next(net.parameters()).device
+        parts = [net(to_float(x, device))[:, i] for x in uint8_batches(images)]
+        return torch.cat(parts).double().cpu()
+
+    known = {}
+    for k, region in enumerate(classes):
+        for kind in ("area", "light"):
+            score = functools.partial(of_region, k, kind)
+            known[f"{region}.{kind}"] = Attribute(f"{region}.{kind}", (k,), score, None)
+    for i, (name, regions) in enumerate(TOY_EDITED.items() if toy else ()):
+        numbers = tuple(map(TOY_REGIONS.index, regions))
+        known[name] = Attribute(name, numbers, functools.partial(of_toy, i), 0.0)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--direction: no {name!r}; there are {', '.join(known)}.")
+    if set(names) & TOY_EDITED.keys() and toy:
+        print(f"training a classifier of {len(TOY_BINARY)} attributes of toy faces", flush=True)
+        net, accuracy = toy_classifier(**toy)
+        for name in names:
+            if name in accuracy:
+                print(f"{name}: the classifier is right on {accuracy[name]:.1%}")
+    return [known[name] for name in names]
+
+
+def edit_directions(args, attributes, w, shown, render):
+    """The command `edit`: fits a direction to each attribute and moves latents along it.
+
+    w: latents (N, D) that the directions are fitted to; shown: those of args.seeds (n, D), for a
+    sheet of before, after and difference in args.out; render(w, move, attribute) -> images, labels,
+    uint8 (n, 3, H, W) and (n, H, W) on the CPU: of latents, to which the model adds `move` (D,),
+    if it is not None, where it can so that this attribute changes. args.alpha counts deviations of
+    w along the direction. Prints how often the attribute is there before and after and the
+    locality of the change, both of PAIRS of w.
+    Returns {attribute: {"direction" (D,), "deviation", "accuracy" of fit_direction, shares
+    "before" and "after", and of locality() "inside" and "outside" (PAIRS,)}}.
+    """
+    scores = {a.name: [] for a in attributes}
+    for part in w.split(args.batch):
+        images, labels = render(part, None, None)
+        for a in attributes:
+            scores[a.name].append(a.score(images, labels))
+    found = {}
+    for a in attributes:
+        score = torch.cat(scores[a.name])
+        known = ~score.isnan()
+        limit = score[known].median() if a.threshold is None and known.any() else a.threshold or 0.0
+        try:
+            direction, accuracy = fit_direction(w[known.to(w.device)].cpu(), score[known] > limit)
+        except UserError as e:
+            raise UserError(f"--direction {a.name}: {e}") from None
+        deviation = (w.cpu() @ direction).std().item()
+        move = (args.alpha * deviation * direction).to(w.device)
+        shares, outside, after = [], [], []
+        for part in w[:PAIRS].split(args.batch):
+            (image, label), (edited, seg) = render(part, None, a), render(part, move, a)
+            region = sum((label == k) | (seg == k) for k in a.classes) > 0
+            parts = (*locality(image, edited, region), a.score(edited, seg))
+            for kept, new in zip((shares, outside, after), parts, strict=True):
+                kept.append(new)
+        shares, outside, after = map(torch.cat, (shares, outside, after))
+        has = [(x[~x.isnan()] > limit).double().mean().item() for x in (score[:PAIRS], after)]
+        found[a.name] = dict(direction=direction, deviation=deviation, accuracy=accuracy)
+        found[a.name] |= dict(before=has[0], after=has[1], inside=shares, outside=outside)
+        print(
+            f"{a.name}: the plane is right on {accuracy:.1%} of held-out samples; {has[0]:.0%} of"
+            f" the pictures have it, and {args.alpha:g} deviations along its normal {has[1]:.0%}"
+        )
+        print(f"{a.name}: {describe_locality(shares, outside)}")
+        path = Path(args.out, f"{re.sub('[^A-Za-z0-9_.-]+', '-', a.name)}.png")
+        before, after = render(shown, None, a)[0], render(shown, move, a)[0]
+        sheet = {"before": before, "after": after, "difference": difference(before, after)}
+        save_sheet(path, sheet, [f"seed {seed}" for seed in args.seeds])
+        print(f"{a.name}: {path}")
+    return found
 
 
 # =============================================================================
@@ -5102,6 +5238,42 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False):
     print(describe_scores(row))
     if args.out:
         write_json(args.out, row)
+
+
+def edit_generator(args, G, c, saved):
+    """The command `edit` of a StyleGAN: latents in W; a segmenter finds the regions."""
+    out_folder(args)
+    device = next(G.parameters()).device
+    data, args.size = args.data or saved.get("data"), G.config["img_resolution"]
+    if data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    if G.config["img_channels"] != 3:
+        raise UserError("edit needs a model of colour pictures.")
+    if data == "toy" and c is not None:
+        data = f"toy/{TOY_DOMAINS[args.label]}"
+    args.data = data
+    source = open_data(data, size=args.size, toy=TOY_LABELLED)
+    images, _, classes = labelled_pictures(args, source)
+    toy = None
+    if source.is_toy:
+        toy = dict(size=args.size, device=device, seed=args.seed)
+        toy["domain"], _ = source.domain_and_seed(source.names[0])
+    attributes = attributes_of(args.direction, classes, toy)
+    net = load_segmenter(images, len(classes), args.size, device, args.seed, cache_folder())
+
+    def w_of(z):
+        with torch.no_grad():
+            label = None if c is None else c.to(device).expand(len(z), -1)
+            return G.mapping(z.float().to(device), label)[:, 0]
+
+    def render(w, move, attribute):
+        w = w if move is None else w + move
+        pictures = synthesize(G, w[:, None].expand(-1, G.num_ws, -1))
+        return pictures, segment(net, pictures)
+
+    rng = np.random.default_rng(args.seed)
+    w = w_of(torch.from_numpy(rng.standard_normal((args.samples, G.config["z_dim"]))))
+    edit_directions(args, attributes, w, w_of(latents(args.seeds, G.config["z_dim"])), render)
 
 
 def separability(args, G, source, random_z):

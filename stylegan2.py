@@ -815,7 +815,7 @@ def from_official(arrays, options=None):
 
 
 # =============================================================================
-# generate, project, evaluate
+# generate, project, edit, evaluate
 # =============================================================================
 
 
@@ -862,6 +862,11 @@ def project(args):
 def generate(args):
     """Pictures of seeds, the style-mixing table of StyleGAN's Fig. 3, or an interpolation film."""
     common.generate(args, *common.load_generator(args, load_networks)[:2])
+
+
+def edit(args):
+    """Directions of attributes in W, and where pictures change along them."""
+    common.edit_generator(args, *common.load_generator(args, load_networks))
 
 
 def evaluate(args):
@@ -920,6 +925,10 @@ def main(argv=None):
     p.add("--seed", type=common.not_negative_int, default=0)
     p.add("--film-every", type=number, default=10, help="steps between frames of progress.webp")
     common.add_vgg_options(p)
+
+    p = cli.command("edit", edit, "move along directions of attributes, measure what changes where")
+    common.add_generator_options(p)
+    common.add_edit_options(p)
 
     p = cli.command("evaluate", evaluate, "fd8, FID, KID, precision, recall and path length")
     common.add_evaluate_options(p)

@@ -479,6 +479,115 @@ def test_directions_need_ten_samples_of_either_class():
     common.fit_direction(x, torch.arange(100) < 10)
 
 
+def stripes_model(w):
+    """Three regions of a third each; w[:, k] is the light of region k, w[:, 3] moves the border."""
+    n, edge = len(w), (8 + (3 * w[:, 3]).clamp(-7, 7).round()).long()
+    x = torch.arange(24)[None]
+    labels = ((x >= edge[:, None]).long() + (x >= 16)).to(torch.uint8)  # (n, 24)
+    light = w[:, :3].gather(1, labels.long())
+    images = common.to_uint8(0.2 * light)[:, None, None].expand(n, 3, 24, 24)
+    return images.contiguous(), labels[:, None].expand(n, 24, 24).contiguous()
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """edit(text, render=...) -> what edit_directions finds of the attributes in text."""
+
+    def edit(text, render=None, **options):
+        defaults = dict(alpha=2.0, batch=70, seeds=[3, 4, 9], out=str(tmp_path / "out"))
+        args = argparse.Namespace(**defaults | options)
+        attributes = common.attributes_of(text, ["left", "middle", "ri/ght"])
+        render = render or (lambda w, move, a: stripes_model(w if move is None else w + move))
+        return common.edit_directions(
+            args, attributes, random(600, 4), random(3, 4, seed=1), render
+        )
+
+    return edit
+
+
+def test_an_edit_finds_the_latent_number_of_an_attribute_and_changes_its_region_only(
+    edited, tmp_path, capsys
+):
+    found = edited("left.light, ri/ght.light,left.area")
+    assert list(found) == ["left.light", "ri/ght.light", "left.area"]
+    for (name, row), k in zip(found.items(), (0, 2, 3), strict=True):
+        assert row["direction"][k] > 0.98, name
+        assert row["deviation"] == pytest.approx(1, abs=0.1) and row["accuracy"] > 0.9
+        assert row["before"] == pytest.approx(0.5, abs=0.12) and row["after"] > 0.9
+        assert len(row["inside"]) == len(row["outside"]) == common.PAIRS == 200
+        assert row["inside"].median() > 0.98 and row["outside"].median() < 3
+    out = capsys.readouterr().out
+    assert "ri/ght.light: locality, medians of 200 pairs, 0 without any change; of the" in out
+    assert f"the plane is right on {found['left.area']['accuracy']:.1%} of held-out" in out
+    names = {"left.light.png", "ri-ght.light.png", "left.area.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_an_edit_that_changes_everything_has_the_share_of_its_grown_region(edited):
+    def render(w, move, attribute):
+        images, labels = stripes_model(w * torch.tensor([1, 1, 1, 0]))
+        return images + (0 if move is None else 10), labels
+
+    row = edited("middle.light", render)["middle.light"]
+    assert row["inside"].median().item() == pytest.approx(10 / 24)
+    assert row["outside"].median().item() == pytest.approx(10)
+
+
+def test_alpha_counts_deviations_and_0_changes_nothing(edited, capsys):
+    moves = []
+
+    def render(w, move, attribute):
+        moves.append((move, attribute))
+        return stripes_model(w if move is None else w + move)
+
+    row = edited("left.light", render, alpha=-1.5)["left.light"]
+    move, attribute = next(m for m in moves if m[0] is not None)
+    torch.testing.assert_close(move, -1.5 * row["deviation"] * row["direction"])
+    assert attribute.classes == (0,) and row["after"] < row["before"]
+    assert moves[0] == (None, None)
+    row = edited("left.light", alpha=0)["left.light"]
+    assert row["before"] == row["after"] and row["inside"].isnan().all()
+    assert "200 pairs, 200 without any change" in capsys.readouterr().out
+
+
+def test_samples_without_a_region_do_not_count_for_its_light_and_a_missing_one_is_refused(edited):
+    def render(w, move, attribute):
+        images, labels = stripes_model(w if move is None else w + move)
+        labels[w[:, 1] > 0.5] = 0
+        return images, labels
+
+    assert edited("ri/ght.light", render)["ri/ght.light"]["direction"][2] > 0.9
+    with pytest.raises(UserError, match="--direction ri/ght.light: 0 of 0 samples"):
+        edited("ri/ght.light", lambda *args: (render(*args)[0], 0 * render(*args)[1]))
+
+
+def test_attributes_are_those_of_regions_and_on_toy_those_of_its_faces(monkeypatch, capsys):
+    quick = dict(size=8, faces=320, held_out=100, epochs=1)
+    mouth, bright = common.attributes_of("mouth open,nose.light", TOY_REGIONS, quick)
+    assert mouth.classes == (TOY_REGIONS.index("mouth"),) and mouth.threshold == 0
+    assert bright.classes == (TOY_REGIONS.index("nose"),) and bright.threshold is None
+    net, accuracy = common.toy_classifier(**quick)
+    images, _ = common.toy_examples(range(40), 0, 8)
+    expected = net(common.to_float(images, "cpu"))[:, list(common.TOY_BINARY).index("mouth open")]
+    torch.testing.assert_close(mouth.score(images, None), expected.double())
+    out = capsys.readouterr().out
+    assert f"mouth open: the classifier is right on {accuracy['mouth open']:.1%}" in out
+    assert "glasses" not in out
+    labels = torch.from_numpy(np.stack([common.toy_labels(k, 0, 8) for k in range(40)]))
+    found = common.region_attributes(images, labels, TOY_REGIONS)["nose.light"]
+    assert bright.score(images, labels).tolist() == pytest.approx(found.tolist(), nan_ok=True)
+    assert common.TOY_EDITED.keys() == common.TOY_BINARY.keys()
+    with pytest.raises(UserError, match="no 'mouth open'; there are a.area, a.light, b.area"):
+        common.attributes_of("a.area,mouth open", ["a", "b"])
+
+
+def test_toy_faces_of_one_domain_have_their_own_regions():
+    image, label = load(options("toy/goblin"), "test")[0][4]
+    assert np.array_equal(image, np.asarray(common.toy_face(30_004, 1, 16)))
+    assert np.array_equal(label, np.asarray(common.toy_labels(30_004, 1, 16)))
+    assert "there are toy/human, toy/goblin, toy/robot" in refused(options("toy/elf"))
+
+
 # ---- a segmenter ------------------------------------------------------------------------------
 
 
