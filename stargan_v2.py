@@ -363,10 +363,6 @@ def build(config):
     return kind(**{k: v for k, v in config.items() if k != "kind"})
 
 
-# =============================================================================
-# Official checkpoints
-# =============================================================================
-
 OFFICIAL = {"generator": "G", "mapping_network": "F", "style_encoder": "E", "discriminator": "D"}
 OFFICIAL |= {"fan": "FAN"}
 
@@ -834,10 +830,6 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
     row["diversity"] = float(np.mean(diversity))
     return row | (dict(error_in_mean_style=float(np.mean(errors))) if is_toy else {})
 
-
-# =============================================================================
-# Translating pictures
-# =============================================================================
 
 MOST = 32  # pictures in a row or column of a grid
 
