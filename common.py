@@ -3672,9 +3672,27 @@ WEIGHTS = {  # what: (name in the cache folder, address, sha256)
 }
 
 
+class Ignored:
+    """Stands in for NumPy's numbers in a file of tensors, which nobody needs."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+NUMPY_NAMES = ("numpy.dtype", "numpy.ndarray") + tuple(
+    f"numpy.{core}.multiarray.{name}"
+    for core in ("core", "_core")
+    for name in ("scalar", "_reconstruct")
+)
+
+
 def read_tensors(file):
-    """What torch.save wrote, onto the CPU; nothing in it is run."""
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """What torch.save wrote, onto the CPU, but for NumPy's numbers; nothing in it is run."""
+    with torch.serialization.safe_globals([(Ignored, name) for name in NUMPY_NAMES]):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_weights(what, path, shapes, read=read_tensors):
@@ -3849,9 +3867,16 @@ class LPIPS(nn.Module):
 
 
 def lpips_of(load, net_path, what, lin_path, widths, device):
-    """LPIPS from two files, a network's and the weights of its channels; see read_weights."""
+    """LPIPS from two files, a network's and the weights of its channels; see read_weights. Under
+    other names, as in StarGAN v2's lpips_weights.ckpt, these stand in the order of the stages."""
     shapes = {f"lin{k}.model.1.weight": (1, C, 1, 1) for k, C in enumerate(widths)}
-    tensors, label = read_weights(what, lin_path, shapes)  # the small file first
+
+    def by_stage(file):
+        found = read_tensors(file)
+        same = found.keys() == shapes.keys()
+        return found if same else dict(zip(shapes, found.values(), strict=True))
+
+    tensors, label = read_weights(what, lin_path, shapes, by_stage)  # the small file first
     net = load(net_path)
     net.classifier = nn.Sequential()  # 0.5 GB of VGG16 that LPIPS does not need
     lpips = LPIPS(net, [tensors[name] for name in shapes])

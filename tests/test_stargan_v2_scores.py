@@ -88,6 +88,19 @@ def test_lpips_with_alexnet_is_the_formula_of_the_official_evaluation(files):
     torch.testing.assert_close(lpips(x.float(), y.float()), distance.float(), rtol=1e-5, atol=0)
 
 
+def test_lpips_weights_under_other_names_stand_in_the_order_of_the_stages(files):
+    x, lin = torch.rand(2, 1, 3, 64, 64) * 2 - 1, torch.load(files[1])
+    torch.save({f"net.{name}": w for name, w in lin.items()}, "lpips_weights.ckpt")
+    torch.save(dict(reversed(lin.items())), "reversed.pth")  # names it knows may come in any order
+    distance = common.load_lpips_alex(*files)(*x)
+    for name in ("lpips_weights.ckpt", "reversed.pth"):
+        assert torch.equal(common.load_lpips_alex(files[0], name)(*x), distance) and distance > 0
+    for bad in (dict(list(lin.items())[:4]), {f"net.{name}": lin[name] for name in reversed(lin)}):
+        torch.save(bad, "bad.pth")
+        with pytest.raises(common.UserError, match="does not hold LPIPS of AlexNet weights"):
+            common.load_lpips_alex(files[0], "bad.pth")
+
+
 def test_alexnet_says_which_weights_it_has_and_from_which_size_it_works(files):
     lpips = common.load_lpips_alex(*files)
     assert lpips.label.startswith("LPIPS of AlexNet ") and " of AlexNet " in lpips.label[8:]
