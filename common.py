@@ -1448,6 +1448,13 @@ class ImageSet:
         good = [image for name, image in images.items() if name not in self.bad]
         return stack(good or list(images.values()))
 
+    def batches(self, n=256):
+        """All pictures that can be read, uint8 (up to n, C, H, W) at a time."""
+        for k in range(0, len(self), n):
+            images = {name: self[k + i] for i, name in enumerate(self.names[k : k + n])}
+            if good := [image for name, image in images.items() if name not in self.bad]:
+                yield stack(good)
+
 
 def pixels(img):
     """PIL picture, or uint8 array, -> uint8 array (H, W, C)."""
@@ -3418,21 +3425,26 @@ def kid(real, fake, subsets=100, subset_size=1000, generator=None, indices=None)
     return float(np.mean(values)), float(np.std(values))
 
 
+def averaged(x):
+    """uint8 images, or floats in [-1, 1], (n, C, H, W) -> (n, C, 8, 8), float64 in [-1, 1]."""
+    x = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
+    return F.adaptive_avg_pool2d(x, 8)
+
+
 @torch.no_grad()
 def fd8(real, fake):
     """Frechet distance between images in [-1, 1] area-averaged to 8 x 8: needs no network.
 
-    real, fake: see uint8_batches, but floats are taken as they are; grey counts as three equal
-    channels. 192 numbers per image, float64, covariance with n - 1.
+    real, fake: see uint8_batches, but floats are taken as they are, so that those once `averaged`
+    give the same; grey counts as three equal channels. 192 numbers per image, float64, covariance
+    with n - 1.
     """
     moments = []
     for images in (real, fake):
         stats = FeatureStats(192)
         for chunk in [images] if hasattr(images, "shape") else images:
             for x in torch.as_tensor(chunk).split(256):
-                x = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
-                x = F.adaptive_avg_pool2d(x, 8).expand(-1, 3, 8, 8)
-                stats.add(x.flatten(1))
+                stats.add(averaged(x).expand(-1, 3, 8, 8).flatten(1))
         moments += stats.mean_cov()
     return frechet_distance(*moments)
 
