@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 import types
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_common_app import Server
+from test_common_app import Server, browser, generate, outcome, shown  # noqa: F401  a fixture
 from test_stargan_v2 import (  # noqa: F401  two of them are fixtures for every test
     ROOT,
     TINY,
@@ -268,5 +269,41 @@ def test_the_page_does_what_translate_does_by_seeds_and_by_references(trained):
                 assert status == 200, body
                 Path("a.png").write_bytes(body)
                 assert Image.open("a.png").tobytes() == Image.open("t.png").tobytes()
+    finally:
+        assert app.stop() == ""
+
+
+def test_in_a_browser_domain_and_style_are_chosen_and_the_result_is_saved(trained, browser):  # noqa: F811
+    folder, at = trained.parent / "d/test", "document.getElementById('{}')".format
+    picture, ref = folder / "human/0.jpg", folder / "goblin/1.jpg"
+
+    def translated(*style):
+        main("translate", "--checkpoint", trained, "--input", picture, *style, "--out", "t.png")
+        return Image.open("t.png").tobytes()
+
+    app = Server(ROOT / "stargan_v2.py", "app", "--checkpoint", trained, "--port", 0)
+    try:
+        browser.tab(app.url)
+        assert (
+            browser.value(f"[...{at('domain')}.options].map(o => o.text).join()") == "goblin,human"
+        )
+        browser.choose("picture", picture)
+        assert generate(browser).startswith("Done")
+        assert shown(browser).tobytes() == translated("--domain", "goblin", "--seeds", 0)
+        browser.value(f"{at('domain')}.value = 'human'")
+        browser.value(f"{at('another')}.click()")
+        assert outcome(browser).startswith("Done")
+        seed = browser.value(f"{at('seed')}.value")
+        assert shown(browser).tobytes() == translated("--domain", "human", "--seeds", seed)
+        browser.value(f"{at('domain')}.value = 'goblin'")
+        browser.choose("reference", ref)
+        assert browser.value(f"{at('guided')}.checked") and generate(browser).startswith("Done")
+        assert shown(browser).tobytes() == translated("--domain", "goblin", "--ref", ref)
+        browser.value(f"{at('save')}.click()")
+        file, end = browser.downloads / "0-translated.png", time.monotonic() + 10
+        while not file.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert Image.open(file).tobytes() == Image.open("t.png").tobytes()
     finally:
         assert app.stop() == ""
