@@ -64,7 +64,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 
 try:
@@ -1487,6 +1487,13 @@ class ImageSet:
         good = [image for name, image in images.items() if name not in self.bad]
         return good or list(images.values())
 
+    def batches(self, n=256):
+        """All pictures that can be read, uint8 (up to n, C, H, W) at a time."""
+        for k in range(0, len(self), n):
+            images = {name: self[k + i] for i, name in enumerate(self.names[k : k + n])}
+            if good := [image for name, image in images.items() if name not in self.bad]:
+                yield stack(good)
+
 
 def pixels(img):
     """PIL picture, or uint8 array, -> uint8 array (H, W, C)."""
@@ -2815,7 +2822,7 @@ def read_pictures(path, prepare, mode, option):
             with open(folder / name, "rb") as f:
                 found[name] = pixels(prepare(decode(f, name, mode)))
         except BadImage as e:
-            print(f"skipped {e}", file=sys.stderr)
+            print(f"skipped {name}: {e.reason}", file=sys.stderr)
     if not found:
         raise UserError(f"{option} {path}: not one readable picture.")
     return list(found), stack(list(found.values()))
@@ -2850,12 +2857,11 @@ def map_pictures(source, out, mode, function):
             raise UserError(f"--out {out}: {target} would replace an original; name another place.")
         try:
             with open(folder / name, "rb") as f:
-                picture = decode(f, name, mode)
+                result = function(decode(f, name, mode))
         except BadImage as e:
             failed += 1
-            print(f"skipped {e}", file=sys.stderr)
+            print(f"skipped {name}: {e.reason}", file=sys.stderr)
             continue
-        result = function(picture)
         with write_whole(target) as f:
             result.save(f, "PNG")
         print(f"{n}/{len(names)} {target}")
@@ -3685,21 +3691,26 @@ def kid(real, fake, subsets=100, subset_size=1000, generator=None, indices=None)
     return float(np.mean(values)), float(np.std(values))
 
 
+def averaged(x):
+    """uint8 images, or floats in [-1, 1], (n, C, H, W) -> (n, C, 8, 8), float64 in [-1, 1]."""
+    x = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
+    return F.adaptive_avg_pool2d(x, 8)
+
+
 @torch.no_grad()
 def fd8(real, fake):
     """Frechet distance between images in [-1, 1] area-averaged to 8 x 8: needs no network.
 
-    real, fake: see uint8_batches, but floats are taken as they are; grey counts as three equal
-    channels. 192 numbers per image, float64, covariance with n - 1.
+    real, fake: see uint8_batches, but floats are taken as they are, so that those once `averaged`
+    give the same; grey counts as three equal channels. 192 numbers per image, float64, covariance
+    with n - 1.
     """
     moments = []
     for images in (real, fake):
         stats = FeatureStats(192)
         for chunk in [images] if hasattr(images, "shape") else images:
             for x in torch.as_tensor(chunk).split(256):
-                x = x.double() / 127.5 - 1 if x.dtype == torch.uint8 else x.double()
-                x = F.adaptive_avg_pool2d(x, 8).expand(-1, 3, 8, 8)
-                stats.add(x.flatten(1))
+                stats.add(averaged(x).expand(-1, 3, 8, 8).flatten(1))
         moments += stats.mean_cov()
     return frechet_distance(*moments)
 
@@ -3931,14 +3942,42 @@ WEIGHTS = {  # what: (name in the cache folder, address, sha256)
         "https://www.dropbox.com/s/tjxpypwpt38926e/wing.ckpt?dl=1",
         None,
     ),
+    "mean landmarks": (
+        "celeba_lm_mean.npz",
+        "https://www.dropbox.com/s/91fth49gyb7xksk/celeba_lm_mean.npz?dl=1",
+        None,
+    ),
 }
 
 
-def read_weights(what, path, shapes, tensors_of=dict):
+class Ignored:
+    """Stands in for NumPy's numbers in a file of tensors, which nobody needs."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+NUMPY_NAMES = ("numpy.dtype", "numpy.ndarray") + tuple(
+    f"numpy.{core}.multiarray.{name}"
+    for core in ("core", "_core")
+    for name in ("scalar", "_reconstruct")
+)
+
+
+def read_tensors(file):
+    """What torch.save wrote, onto the CPU, but for NumPy's numbers; nothing in it is run."""
+    with torch.serialization.safe_globals([(Ignored, name) for name in NUMPY_NAMES]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def read_weights(what, path, shapes, read=read_tensors):
     """(tensors, label) of a file, or of the cache's copy of WEIGHTS (fetched there if missing).
 
     Another file than the published one is taken when given by path, and labelled by its hash.
-    tensors_of(what the file holds) -> {name: tensor}.
+    read(file) -> {name: tensor or array}.
     Raises UserError if it is missing, damaged, or holds other names and shapes than `shapes`.
     """
     name, url, sha256 = WEIGHTS[what]
@@ -3953,7 +3992,7 @@ def read_weights(what, path, shapes, tensors_of=dict):
     if not path and sha256 and not published:
         raise UserError(f"{file} is damaged (sha256 {found[:8]}, not {sha256[:8]}). Delete it.")
     try:
-        tensors = tensors_of(torch.load(file, map_location="cpu", weights_only=True))
+        tensors = read(file)
         if {k: tuple(v.shape) for k, v in tensors.items()} != shapes:
             raise ValueError("other tensors")
     except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
@@ -4048,8 +4087,9 @@ def load_frozen(build, what, path, device):
         net = build()
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
-    def known(state):
-        return {k: v for k, v in state.items() if k in shapes or not k.startswith("classifier.")}
+    def known(file):
+        found = read_tensors(file).items()
+        return {k: v for k, v in found if k in shapes or not k.startswith("classifier.")}
 
     tensors, net.label = read_weights(what, path, shapes, known)
     net.load_state_dict(tensors, assign=True)
@@ -4105,9 +4145,16 @@ class LPIPS(nn.Module):
 
 
 def lpips_of(load, net_path, what, lin_path, widths, device):
-    """LPIPS from two files, a network's and the weights of its channels; see read_weights."""
+    """LPIPS from two files, a network's and the weights of its channels; see read_weights. Under
+    other names, as in StarGAN v2's lpips_weights.ckpt, these stand in the order of the stages."""
     shapes = {f"lin{k}.model.1.weight": (1, C, 1, 1) for k, C in enumerate(widths)}
-    tensors, label = read_weights(what, lin_path, shapes)  # the small file first
+
+    def by_stage(file):
+        found = read_tensors(file)
+        same = found.keys() == shapes.keys()
+        return found if same else dict(zip(shapes, found.values(), strict=True))
+
+    tensors, label = read_weights(what, lin_path, shapes, by_stage)  # the small file first
     net = load(net_path)
     net.classifier = nn.Sequential()  # 0.5 GB of VGG16 that LPIPS does not need
     lpips = LPIPS(net, [tensors[name] for name in shapes])
@@ -4715,8 +4762,8 @@ def edit_directions(args, attributes, w, shown, render):
 # =============================================================================
 # Face landmarks
 # =============================================================================
-# StarGAN v2 keeps the detail of a face around landmarks, which this network finds. Tensors have the
-# names of the official wing.ckpt.
+# StarGAN v2 keeps a face's detail around landmarks, which this network finds, and has its faces
+# where their landmarks fit mean ones. Tensors have the names of the official wing.ckpt.
 
 
 def with_coordinates(x):
@@ -4851,13 +4898,105 @@ def landmark_masks(maps):
     return [part.sum(1, keepdim=True).clamp(0, 1) for part in (h, fine)]
 
 
+def landmarks_of_maps(maps):
+    """Where landmarks are, (N, 98, 2), x and y in pixels of a 256 px picture, of their maps (N, 98,
+    64, 64): the middle of the largest pixel and, unless that lies at an edge, along either axis a
+    quarter of a pixel towards the larger neighbour (Bulat and Tzimiropoulos 2017)."""
+    H, W = maps.shape[2:]
+    flat = maps.flatten(2)
+    best = flat.argmax(2)  # (N, 98)
+    y, x = best // W, best % W
+    inside = (y > 0) & (y < H - 1) & (x > 0) & (x < W - 1)
+
+    def beside(step):
+        return flat.gather(2, torch.where(inside, best + step, best)[..., None])[..., 0]
+
+    shift = torch.stack([beside(step) - beside(-step) for step in (1, W)], 2).sign() / 4
+    return (torch.stack([x, y], 2) + 0.5 + shift) * (256 / W)
+
+
+LEFT_EYE, RIGHT_EYE, MOUTH = [*range(60, 68), 96], [*range(68, 76), 97], [76, 82]  # in the picture
+
+
+def similarity(landmarks, target):
+    """(a, b), complex: z -> a z + b, of z = x + iy, turns, scales and moves landmarks (98, 2) onto
+    target (98, 2), centre onto centre. Eyes and mouth tell the direction; pupils and the mouth's
+    ends the scale (clovaai/stargan-v2: core/wing.py). Raises ValueError if these coincide."""
+    z, w = (points[:, 0] + 1j * points[:, 1] for points in (landmarks, target))
+    four = [96, 97, *MOUTH]
+
+    def direction(z):
+        left, right, mouth = (z[part].mean() for part in (LEFT_EYE, RIGHT_EYE, MOUTH))
+        across = right - left + 1j * ((left + right) / 2 - mouth)
+        return across / abs(across)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.mean(abs(w[four] - w.mean()) / abs(z[four] - z.mean()))
+        a = scale * direction(w) / direction(z)
+    if not np.isfinite(a):
+        raise ValueError("landmarks coincide")
+    return a, w.mean() - a * z.mean()
+
+
+def mirrored_around(img):
+    """A PIL picture twice as wide and high, `img` with half of its reflection on each side, which
+    blurs towards the edges."""
+    W, H = img.size
+    sharp = np.asarray(img)
+    sharp = np.pad(sharp, [(H // 2,) * 2, (W // 2,) * 2, (0, 0)][: sharp.ndim], "reflect")
+    blurred = Image.fromarray(sharp).filter(ImageFilter.GaussianBlur(H / 100))
+    rows, columns = (np.arange(n) for n in sharp.shape[:2])
+    rows = np.minimum(rows, rows[::-1]) / max(1, H // 2)  # to the edge; from 1 on it is in `img`
+    columns = np.minimum(columns, columns[::-1]) / max(1, W // 2)
+    share = np.minimum(rows[:, None], columns).clip(max=1) ** 4  # of what is sharp
+    share = Image.fromarray(np.rint(255 * share).astype(np.uint8))
+    return Image.composite(Image.fromarray(sharp), blurred, share)
+
+
+@torch.no_grad()
+def aligned(fan, mean, size, img):
+    """A PIL picture of a face, turned, scaled and moved to a (size, size) one in which its
+    landmarks fit the mean ones (98, 2), x and y in pixels of 256. The face has to fill most of it.
+    Raises BadImage if there is none to be found."""
+    img = img.copy()
+    img.thumbnail((4 * size, 4 * size), BICUBIC)
+    x = to_float(stack([pixels(squeezed(256, img))]), next(fan.parameters()).device)
+    landmarks = landmarks_of_maps(fan(x)[:, :-1])[0].double().cpu().numpy() / 256
+    target = mean * (size / 256)
+    try:
+        scale = abs(similarity(landmarks * img.size, target)[0])
+        if scale < 1:  # to shrink is to average, which a warp does not do
+            img = img.resize([max(1, round(side * scale)) for side in img.size], BICUBIC)
+        a, b = similarity(landmarks * img.size, target)
+    except ValueError:
+        raise BadImage("The picture", "no face was found in it") from None
+    back = 1 / a
+    corner = complex(img.width // 2, img.height // 2) - back * b
+    matrix = (back.real, -back.imag, corner.real, back.imag, back.real, corner.imag)
+    around = mirrored_around(img)
+    return around.transform((size, size), Image.Transform.AFFINE, matrix, BICUBIC)
+
+
+def load_mean_landmarks(path=None):
+    """(98, 2) float64 of celeba_lm_mean.npz; see read_weights for files and errors."""
+
+    def read(file):
+        with np.load(file, allow_pickle=False) as arrays:
+            mean = arrays["mean"].astype(np.float64)
+        similarity(mean, mean)  # ValueError if it is no face
+        return {"mean": mean}
+
+    return read_weights("mean landmarks", path, {"mean": (98, 2)}, read)[0]["mean"]
+
+
 def load_fan(path=None, device="cpu"):
     """FAN from a file, wing.ckpt; see read_weights for files and errors."""
     fan = FAN()
     shapes = {name: tuple(tensor.shape) for name, tensor in fan.state_dict().items()}
 
-    def known(state):  # the file also holds what only its training needed
-        return {name: state["state_dict"][name] for name in shapes}
+    def known(file):  # it also holds what only its training needed
+        state = read_tensors(file)["state_dict"]
+        return {name: state[name] for name in shapes}
 
     tensors, _ = read_weights("FAN", path, shapes, known)
     fan.load_state_dict(tensors)

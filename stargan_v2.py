@@ -6,7 +6,7 @@ In this file, in the order in which a picture meets it      paper
     discriminator_losses, generator_losses                  sec. 2.2, Eqs. (1)-(5)
     lambda_ds_at                                            sec. 2.2 (decays linearly to zero)
     train_step, train                                       sec. 3, appendix
-    translate, app                                          Figs. 4-6: by latents, by references
+    translate, align, app                                   Figs. 4-6: by latents, by references
     evaluate                                                Tables 2, 3, appendix: LPIPS and FID
 
     python stargan_v2.py                                    # toy faces, 2 CPU cores, minutes
@@ -14,6 +14,7 @@ In this file, in the order in which a picture meets it      paper
     python stargan_v2.py --data celeba_hq                   # with masks of a landmark network
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 3
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --ref REFS --grid grid.png
+    python stargan_v2.py align --input PHOTOS --out FACES   # as CelebA-HQ's faces lie
     python stargan_v2.py evaluate --checkpoint RUN
     python stargan_v2.py app --checkpoint RUN               # a web page
 
@@ -363,10 +364,7 @@ def build(config):
     return kind(**{k: v for k, v in config.items() if k != "kind"})
 
 
-# =============================================================================
-# Official checkpoints
-# =============================================================================
-
+# Names of networks in official checkpoints: ours.
 OFFICIAL = {"generator": "G", "mapping_network": "F", "style_encoder": "E", "discriminator": "D"}
 OFFICIAL |= {"fan": "FAN"}
 
@@ -835,16 +833,12 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
     return row | (dict(error_in_mean_style=float(np.mean(errors))) if is_toy else {})
 
 
-# =============================================================================
-# Translating pictures
-# =============================================================================
-
 MOST = 32  # pictures in a row or column of a grid
 
 
 def networks_of(args):
-    """({"G", "F", "E": network}, the averages where there are any, on --device; masks_of; names of
-    the domains; options of the training) of --checkpoint."""
+    """({"G", "F", "E": network}, the averages where there are any, on --device, with "FAN" where it
+    is needed; masks_of; names of the domains; options of the training) of --checkpoint."""
     found, saved = load_networks(args.checkpoint)
     device = common.pick_device(args.device)
     nets = {}
@@ -853,10 +847,19 @@ def networks_of(args):
         if net is None:
             raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
         nets[name] = net.to(device).eval().requires_grad_(False)
-    masks_of = no_masks
-    if nets["G"].config["w_hpf"] > 0:
-        masks_of = (found.get("FAN") or common.load_fan(args.fan)).to(device).masks
-    return nets, masks_of, domain_names(nets, saved), saved
+    has_masks, names = nets["G"].config["w_hpf"] > 0, domain_names(nets, saved)
+    if has_masks or vars(args).get("align"):
+        nets["FAN"] = (found.get("FAN") or common.load_fan(args.fan)).to(device)
+    return nets, nets["FAN"].masks if has_masks else no_masks, names, saved
+
+
+def preparation(args, nets):
+    """PIL picture -> the square PIL picture that the networks take."""
+    size = nets["E"].config["size"]
+    if not args.align:
+        return functools.partial(common.squeezed, size)
+    mean = common.load_mean_landmarks(args.landmarks)
+    return functools.partial(common.aligned, nets["FAN"], mean, size)
 
 
 def film_alphas():
@@ -931,9 +934,8 @@ def translate(args):
     if args.ref is None and args.domain is None:
         raise UserError("--seeds needs --domain, the one to translate to.")
     nets, masks_of, names, saved = networks_of(args)
-    G = nets["G"]
+    G, prepare = nets["G"], preparation(args, nets)
     mode = "L" if G.config["img_channels"] == 1 else "RGB"
-    prepare = functools.partial(common.squeezed, nets["E"].config["size"])
     groups = chosen_styles(args, nets, names, prepare, mode)
 
     if args.grid or args.film:
@@ -964,23 +966,31 @@ def translate(args):
         common.map_pictures(args.input, args.out, mode, function)
 
 
+def align(args):
+    """Photos of faces, turned, scaled and moved to where those of CelebA-HQ lie."""
+    fan, mean = common.load_fan(args.fan), common.load_mean_landmarks(args.landmarks)
+    fan = fan.to(common.pick_device(args.device))
+    function = functools.partial(common.aligned, fan, mean, args.size)
+    common.map_pictures(args.input, args.out, "RGB", function)
+
+
 def app(args):
     """A web page on which visitors have their pictures translated, in the style of a latent or of a
     picture of the domain that they choose."""
     nets, masks_of, names, saved = networks_of(args)
     G, F, E = (nets[name] for name in "GFE")
-    size, mode = E.config["size"], "L" if G.config["img_channels"] == 1 else "RGB"
+    prepare, mode = preparation(args, nets), "L" if G.config["img_channels"] == 1 else "RGB"
 
-    def squeezed(img):
-        return common.stack([common.pixels(common.squeezed(size, img.convert(mode)))])
+    def prepared(img):
+        return common.stack([common.pixels(prepare(img.convert(mode)))])
 
     def function(img, domain, seed, reference):
         if reference is None:
             z = common.latents([seed], F.config["z_dim"])
             s = styles_of_latents(F, z, domain, args.psi)
         else:
-            s = styles_of_references(E, squeezed(reference), domain)
-        image = squeezed(img)
+            s = styles_of_references(E, prepared(reference), domain)
+        image = prepared(img)
         masks = masks_for(image, masks_of, device_of(G))
         return common.to_picture(translated(G, image, s, masks)[0])
 
@@ -1077,27 +1087,29 @@ def evaluate(args):
     result |= dict(latent={}, reference={})
     rng = torch.Generator().manual_seed(args.seed)
     pictures = {name: images.all() for name, images in tests.items()}
-    for (y, target), name in itertools.product(enumerate(train), train):
-        if name == target:
-            continue
-        x, reals = pictures[name], train[target].all()
-        if source.is_toy:
-            z = torch.zeros(1, nets["F"].config["z_dim"])
-            s = styles_of_latents(nets["F"], z, y, psi=0.0)
-            in_mean_style = translated(nets["G"], x, s, masks_for(x, masks_of, device))
-            true = tests[name].counterparts(target, tests[name].mode)
-        for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
-            fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
-            row |= common.translation_scores(x, fakes, reals)
-            if inception and "fd8" in row:
-                row |= common.fid_kid(reals, fakes, inception, args.fid_resize)
+    for y, target in enumerate(train):
+        # Training sets can be too large to be held: fd8 needs 8x8 pixels, FID passes over all.
+        reals = common.Again(train[target].batches)
+        small = torch.cat([common.averaged(x) for x in reals])
+        for name in (name for name in train if name != target):
+            x = pictures[name]
             if source.is_toy:
-                row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
-                row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
-                row["error_of_doing_nothing"] = common.mean_abs(x, true)
-            header = not result["latent"]
-            result[mode][f"{name} to {target}"] = row
-            print_row(f"{mode}: {name} to {target}", row, header)
+                z = torch.zeros(1, nets["F"].config["z_dim"])
+                s = styles_of_latents(nets["F"], z, y, psi=0.0)
+                in_mean_style = translated(nets["G"], x, s, masks_for(x, masks_of, device))
+                true = tests[name].counterparts(target, tests[name].mode)
+            for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
+                fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
+                row |= common.translation_scores(x, fakes, small)
+                if inception and "fd8" in row:
+                    row |= common.fid_kid(reals, fakes, inception, args.fid_resize)
+                if source.is_toy:
+                    row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
+                    row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
+                    row["error_of_doing_nothing"] = common.mean_abs(x, true)
+                header = not result["latent"]
+                result[mode][f"{name} to {target}"] = row
+                print_row(f"{mode}: {name} to {target}", row, header)
     for mode in ("latent", "reference"):
         rows = list(result[mode].values())
         mean = {k: float(np.mean([row[k] for row in rows])) for k in TABLE if k in rows[0]}
@@ -1114,9 +1126,15 @@ def evaluate(args):
 # =============================================================================
 
 
+def add_landmark_options(p):
+    p.add("--fan", help="wing.ckpt, where landmarks are needed and it cannot be fetched")
+    p.add("--landmarks", help="celeba_lm_mean.npz, of aligned faces, likewise")
+
+
 def main(argv=None):
     cli = common.CommandLine("stargan_v2.py", __doc__, {"toy": TOY} | PRESETS, tuple(SIZES))
     count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+    to_align = "turn, scale and move all faces, as the command align does"
 
     p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
     common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
@@ -1154,7 +1172,15 @@ def main(argv=None):
     p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
     p.add("--grid", metavar="FILE", help=".png: every picture in every style instead")
     p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
-    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
+    p.add("--align", action="store_true", help=to_align)
+    add_landmark_options(p)
+    common.add_device_option(p)
+
+    p = cli.command("align", align, "turn, scale and move photos of faces as those of CelebA-HQ")
+    p.add("--input", required=True, help="a picture or a folder; faces have to fill most of each")
+    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
+    p.add("--size", type=count, default=256, help="pixels, of the results")
+    add_landmark_options(p)
     common.add_device_option(p)
 
     p = cli.command("evaluate", evaluate, "FID, KID, LPIPS, fd8 and diversity on the test pictures")
@@ -1167,7 +1193,8 @@ def main(argv=None):
     p = cli.command("app", app, "a web page: choose picture, domain and style, save the result")
     common.add_app_options(p)
     p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
-    p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
+    p.add("--align", action="store_true", help=to_align)
+    add_landmark_options(p)
 
     args = cli.parse(argv)
     args.function(args)

@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import cyclegan
+import stargan_v2
 import stylegan
 import stylegan2
 import stylegan2_ada
@@ -46,7 +47,7 @@ def wait(device):
 
 
 class Phases:
-    """Stands in for common.Run in train_step, and times each phase by its update."""
+    """Stands in for common.Run in train_step, and times each phase by its step of optimisers."""
 
     def __init__(self, run, device):
         self.run, self.device, self.spent = run, device, []
@@ -59,7 +60,11 @@ class Phases:
         self.spent, self.last = [], time.perf_counter()
 
     def update(self, opt, loss):
-        self.run.update(opt, loss)
+        self.run.backward(loss)
+        self.step(opt)
+
+    def step(self, *optimizers):
+        self.run.step(*optimizers)
         wait(self.device)
         now = time.perf_counter()
         self.spent.append(now - self.last)
@@ -117,6 +122,59 @@ def options_of(paper, device, options, **preset):
     with mock.patch.object(paper, "train") as train:
         paper.main(argv)
     return train.call_args.args[0]
+
+
+def bench_stargan_v2(options, device):
+    """Rows: training, by phase, of networks without masks; translation of a batch, and of one
+    picture as the web page does it, with its style."""
+    full = options.full or device.type == "cuda"
+    preset = stargan_v2.SIZES | dict(preset="afhq", batch=8) if full else stargan_v2.TOY
+    args = options_of(stargan_v2, device, options, **preset)
+    stargan_v2.fill_options(args, {})
+    run, size, batch, domains = (
+        Phases(common.Run("bench", args, ""), device),
+        args.size,
+        args.batch,
+        3,
+    )
+    nets = {k: net.to(device) for k, net in stargan_v2.new_networks(args, domains).items()}
+    trained, ema = list(nets.values()), [stargan_v2.average_of(nets[name]) for name in "GFE"]
+    rates = (args.lr, args.lr_f, args.lr, args.lr)
+    opts = [
+        run.adam([net], lr, stargan_v2.BETAS, weight_decay=stargan_v2.WEIGHT_DECAY)
+        for net, lr in zip(trained, rates, strict=True)
+    ]
+    pictures = torch.rand(3, batch, args.channels, size, size, device=device) * 2 - 1
+    y, y_ref = torch.randint(domains, (2, batch), device=device)
+    phases = []
+
+    def step():
+        run.begin()
+        stargan_v2.train_step(trained, ema, opts, (*pictures, y, y_ref), 1.0, args, run)
+        phases.append(run.spent)
+
+    t = seconds(step, device, options.repeats)
+    medians = [1000 * statistics.median(spent) for spent in zip(*phases[1:], strict=True)]
+    names = ("D by latents", "by references", "G, F, E by latents", "G by references")
+    ms = ", ".join(f"{name} {m:.1f}" for name, m in zip(names, medians, strict=True))
+    name = f"train {size} px, channel base {args.channel_base}, batch {batch}, {run.precision}"
+    yield name, batch / t, ms, memory(device)
+
+    G, F, E = ema
+    x = common.to_uint8(pictures[0]).cpu()
+
+    def by_latent(n):
+        s = stargan_v2.styles_of_latents(F, torch.randn(n, args.z_dim), 0)
+        stargan_v2.translated(G, x[:n], s)
+
+    def by_reference(n):
+        stargan_v2.translated(G, x[:n], stargan_v2.styles_of_references(E, x[:n], 0))
+
+    for n in (batch, 1):
+        for way, function in (("a latent", by_latent), ("a reference", by_reference)):
+            t = seconds(lambda f=function, n=n: f(n), device, options.repeats)
+            name = f"translate {size} px in the style of {way}, batch {n}"
+            yield name, n / t, f"{1000 * t:.1f}", memory(device)
 
 
 def bench_stylegan(options, device):
@@ -260,6 +318,7 @@ def memory(device):
 
 ROWS = {
     "cyclegan": bench_cyclegan,
+    "stargan_v2": bench_stargan_v2,
     "stylegan": bench_stylegan,
     "stylegan2": bench_stylegan2,
     "stylegan2_ada": bench_stylegan2_ada,

@@ -500,6 +500,18 @@ def test_a_zip_gives_the_same_names_and_bytes_as_its_folder_to_threads_forks_and
     assert pickle.loads(pickle.dumps(source)).read("d0/0.png") == files["d0/0.png"]
 
 
+def test_batches_are_all_pictures_that_can_be_read_and_need_not_be_held(tmp_path, capsys):
+    for i in range(101):
+        Image.new("RGB", (4, 3), (i, 0, 0)).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "007.png").write_bytes(b"no picture")
+    data = common.ImageSet(Folder(tmp_path), lambda img: img, cache="off")
+    batches = list(data.batches(20))
+    assert [x.shape[0] for x in batches] == [19, 20, 20, 20, 20, 1] and not data.kept
+    found = np.concatenate([x.numpy() for x in batches])
+    assert found[:, 0, 0, 0].tolist() == [i for i in range(101) if i != 7]
+    assert np.array_equal(found, data.all())
+
+
 def test_an_encrypted_member_is_a_bad_image(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"a.png": b"x"})
     content = bytearray(path.read_bytes())

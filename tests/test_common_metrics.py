@@ -12,6 +12,7 @@ from common import (
     FeatureStats,
     InceptionV3,
     UserError,
+    averaged,
     fd8,
     fid_kid,
     frechet_distance,
@@ -205,6 +206,7 @@ def test_fd8_of_flat_images_is_192_times_the_squared_difference():
     assert fd8(black, [grey[:1], grey[1:]]) == pytest.approx(192 * 0.75**2)
     a, b = smooth(6, 8), smooth(6, 9)
     assert fd8(a, b) == pytest.approx(fd8(a / 127.5 - 1, b / 127.5 - 1), rel=1e-5)
+    assert fd8(averaged(a), b) == fd8(a, averaged(b)) == fd8(a, b)
 
 
 def test_statistics_of_real_images_are_cached_by_their_pixels(

@@ -421,6 +421,31 @@ def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeyp
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
 
 
+@pytest.mark.parametrize("new", [False, True], ids=["torch before 1.6", "torch since 1.6"])
+def test_the_landmark_networks_file_may_hold_what_its_training_left(wing, new):
+    """An epoch, NumPy's numbers, an optimiser's state."""
+    state, w = torch.load(wing)["state_dict"], torch.ones(2, requires_grad=True)
+    more = dict(epoch=80, nme=np.float64(0.04), best=np.int64(3), curve=np.ones(3, np.float32))
+    more |= dict(arch="FAN", optimizer=torch.optim.Adam([w]).state_dict())
+    torch.save(more | {"state_dict": state}, "a.ckpt", _use_new_zipfile_serialization=new)
+    found = common.load_fan("a.ckpt").state_dict()
+    assert all(torch.equal(found[name], state[name]) for name in found)
+
+
+class Attack:
+    def __reduce__(self):
+        return Path.touch, (Path("run"),)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["torch before 1.6", "torch since 1.6"])
+def test_a_landmark_networks_file_that_would_run_code_is_refused(wing, new):
+    state = torch.load(wing) | {"args": Attack(), "nme": np.float64(0.04)}
+    torch.save(state, "a.ckpt", _use_new_zipfile_serialization=new)
+    with pytest.raises(common.UserError, match="a.ckpt does not hold FAN weights"):
+        common.load_fan("a.ckpt")
+    assert not Path("run").exists()
+
+
 def test_greyscale_trains_and_translates(tmp_path):
     main("--data", domains("d", 2), *TINY, "--channels", 1, "--iters", 1, "--out", "r")
     main("translate", "--checkpoint", "r/stargan_v2-d-000", "--input", "d/test/human", "--ref",

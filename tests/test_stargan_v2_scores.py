@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 import types
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_common_app import Server
+from test_common_app import Server, browser, generate, outcome, shown  # noqa: F401  a fixture
 from test_stargan_v2 import (  # noqa: F401  two of them are fixtures for every test
     ROOT,
     TINY,
@@ -88,6 +89,19 @@ def test_lpips_with_alexnet_is_the_formula_of_the_official_evaluation(files):
     torch.testing.assert_close(lpips(x.float(), y.float()), distance.float(), rtol=1e-5, atol=0)
 
 
+def test_lpips_weights_under_other_names_stand_in_the_order_of_the_stages(files):
+    x, lin = torch.rand(2, 1, 3, 64, 64) * 2 - 1, torch.load(files[1])
+    torch.save({f"net.{name}": w for name, w in lin.items()}, "lpips_weights.ckpt")
+    torch.save(dict(reversed(lin.items())), "reversed.pth")  # names it knows may come in any order
+    distance = common.load_lpips_alex(*files)(*x)
+    for name in ("lpips_weights.ckpt", "reversed.pth"):
+        assert torch.equal(common.load_lpips_alex(files[0], name)(*x), distance) and distance > 0
+    for bad in (dict(list(lin.items())[:4]), {f"net.{name}": lin[name] for name in reversed(lin)}):
+        torch.save(bad, "bad.pth")
+        with pytest.raises(common.UserError, match="does not hold LPIPS of AlexNet weights"):
+            common.load_lpips_alex(files[0], "bad.pth")
+
+
 def test_alexnet_says_which_weights_it_has_and_from_which_size_it_works(files):
     lpips = common.load_lpips_alex(*files)
     assert lpips.label.startswith("LPIPS of AlexNet ") and " of AlexNet " in lpips.label[8:]
@@ -160,12 +174,15 @@ def test_given_weights_fill_the_columns_and_the_networks_are_named(
     trained, files, capsys, monkeypatch
 ):
     def fid_kid(real, fake, net, mode):
-        assert real.shape == (6, 3, 32, 32) and fake.shape == (60, 3, 32, 32)
+        for _ in range(2):  # it may pass over them twice
+            assert [x.shape for x in real] == [(4, 3, 32, 32), (2, 3, 32, 32)]
+        assert fake.shape == (60, 3, 32, 32)
         return {"fid": 1.5, "kid_x1000": 2.5, "resize": mode, "features": net.label, "warning": "!"}
 
     inception = types.SimpleNamespace(label="some network")
     monkeypatch.setattr(common, "load_inception_or_explain", lambda *args: inception)
     monkeypatch.setattr(common, "fid_kid", fid_kid)
+    monkeypatch.setattr(common.ImageSet.batches, "__defaults__", (4,))
     weights = ["--alexnet", files[0], "--lpips", files[1], "--fid-resize", "clean"]
     result = evaluate(trained, *weights)
     said = capsys.readouterr().out
@@ -252,5 +269,41 @@ def test_the_page_does_what_translate_does_by_seeds_and_by_references(trained):
                 assert status == 200, body
                 Path("a.png").write_bytes(body)
                 assert Image.open("a.png").tobytes() == Image.open("t.png").tobytes()
+    finally:
+        assert app.stop() == ""
+
+
+def test_in_a_browser_domain_and_style_are_chosen_and_the_result_is_saved(trained, browser):  # noqa: F811
+    folder, at = trained.parent / "d/test", "document.getElementById('{}')".format
+    picture, ref = folder / "human/0.jpg", folder / "goblin/1.jpg"
+
+    def translated(*style):
+        main("translate", "--checkpoint", trained, "--input", picture, *style, "--out", "t.png")
+        return Image.open("t.png").tobytes()
+
+    app = Server(ROOT / "stargan_v2.py", "app", "--checkpoint", trained, "--port", 0)
+    try:
+        browser.tab(app.url)
+        assert (
+            browser.value(f"[...{at('domain')}.options].map(o => o.text).join()") == "goblin,human"
+        )
+        browser.choose("picture", picture)
+        assert generate(browser).startswith("Done")
+        assert shown(browser).tobytes() == translated("--domain", "goblin", "--seeds", 0)
+        browser.value(f"{at('domain')}.value = 'human'")
+        browser.value(f"{at('another')}.click()")
+        assert outcome(browser).startswith("Done")
+        seed = browser.value(f"{at('seed')}.value")
+        assert shown(browser).tobytes() == translated("--domain", "human", "--seeds", seed)
+        browser.value(f"{at('domain')}.value = 'goblin'")
+        browser.choose("reference", ref)
+        assert browser.value(f"{at('guided')}.checked") and generate(browser).startswith("Done")
+        assert shown(browser).tobytes() == translated("--domain", "goblin", "--ref", ref)
+        browser.value(f"{at('save')}.click()")
+        file, end = browser.downloads / "0-translated.png", time.monotonic() + 10
+        while not file.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert Image.open(file).tobytes() == Image.open("t.png").tobytes()
     finally:
         assert app.stop() == ""
