@@ -4684,7 +4684,7 @@ def edit_directions(args, attributes, w, shown, render):
     for a in attributes:
         score = torch.cat(scores[a.name])
         known = ~score.isnan()
-        limit = score[known].median() if a.threshold is None and known.any() else a.threshold or 0.0
+        limit = score.nanmedian() if a.threshold is None else a.threshold
         try:
             direction, accuracy = fit_direction(w[known.to(w.device)].cpu(), score[known] > limit)
         except UserError as e:
