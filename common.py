@@ -2630,8 +2630,8 @@ def inferno(x):
 
 
 def levels(images):
-    """uint8 pictures, or floats in [-1, 1], as float64 in 0 ... 255, not clamped."""
-    return images.double() if images.dtype == torch.uint8 else (images.double() + 1) * 127.5
+    """uint8 pictures, or floats in [-1, 1], as float32 in 0 ... 255, not clamped."""
+    return images.float() if images.dtype == torch.uint8 else (images.float() + 1) * 127.5
 
 
 def difference(a, b):
@@ -4471,9 +4471,13 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
     rows = np.linspace(0, len(data) - 1, min(len(data), 4000)).round().astype(int)
     factor = max(1, size // 128)
     centre = slice(factor // 2, None, factor)
-    pairs = [data[i] for i in rows]
-    images = stack([np.asarray(Image.fromarray(image).reduce(factor)) for image, _ in pairs])
-    labels = torch.from_numpy(np.stack([label[centre, centre] for _, label in pairs]))
+
+    def small(k):
+        image, label = data[rows[k]]
+        return np.asarray(Image.fromarray(image).reduce(factor)), label[centre, centre]
+
+    images, labels = zip(*prefetch(small, 0, len(rows), 4), strict=True)
+    images, labels = stack(images), torch.from_numpy(np.stack(labels))
     n = min(len(rows) // 10 + 1, 400)
     digest = hashlib.sha256(f"{SEGMENTER_FORMAT} {K} {size} {seed} {steps} {batch}".encode())
     for part in (images, labels):
@@ -4569,9 +4573,8 @@ def locality(before, after, region):
     grown = F.max_pool2d(region.float(), 2 * reach + 1, 1, reach) > 0
     change = levels(after) - levels(before)
     energy, amount = change.square().sum(1), change.abs().mean(1)
-    inside = (energy * grown).sum([1, 2]) / energy.sum([1, 2])
-    outside = (amount * ~grown).sum([1, 2]) / (~grown).sum([1, 2])
-    return inside, outside
+    add = functools.partial(torch.sum, dim=[1, 2], dtype=torch.float64)
+    return add(energy * grown) / add(energy), add(amount * ~grown) / add(~grown)
 
 
 def describe_locality(shares, outside):
@@ -4595,8 +4598,8 @@ def region_attributes(images, labels, classes):
     share of the pixels that are of the class, NAME.light their mean luminance (Rec. 601), 0 to
     255, NaN where there are none.
     """
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=images.device)
-    luminance = torch.einsum("nchw,c->nhw", images.double(), weights)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    luminance = torch.einsum("nchw,c->nhw", images.float(), weights).double()
     found = {}
     for k, name in enumerate(classes):
         where = labels == k
@@ -4728,7 +4731,7 @@ def edit_directions(args, attributes, w, shown, render):
     for a in attributes:
         score = torch.cat(scores[a.name])
         known = ~score.isnan()
-        limit = score[known].median() if a.threshold is None and known.any() else a.threshold or 0.0
+        limit = score.nanmedian() if a.threshold is None else a.threshold
         try:
             direction, accuracy = fit_direction(w[known.to(w.device)].cpu(), score[known] > limit)
         except UserError as e:

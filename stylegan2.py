@@ -14,6 +14,7 @@ In this file, in the order of the signal              paper
     python stylegan2.py --data FOLDER_OR_ZIP --size 256 --mirror
     python stylegan2.py generate --checkpoint RUN --seeds 0-7 --psi 0.7
     python stylegan2.py project --checkpoint RUN --input FACE.png
+    python stylegan2.py edit --checkpoint RUN --direction "mouth open,hair.light"
     python stylegan2.py evaluate --checkpoint RUN
 
 Results: README. Differs from the paper, with the official PyTorch code (NVlabs/

@@ -95,11 +95,11 @@ def test_picture_and_map_are_cut_alike_whatever_their_shape_and_size(tmp_path, p
     label = np.pad(blocks, padding, constant_values=6).repeat(12, 0).repeat(12, 1)
     for name in "ab":
         write_pair(tmp_path, name, label)
-        Image.fromarray(label[::step, ::step]).save(tmp_path / f"labels/{name}.png")
+        Image.fromarray(40 * label[::step, ::step]).save(tmp_path / f"labels/{name}.png")
     image, seg = load(options(tmp_path, size=16))[0][0]
-    assert np.array_equal(seg, blocks.repeat(4, 0).repeat(4, 1))
+    assert np.array_equal(seg, 40 * blocks.repeat(4, 0).repeat(4, 1))
     within = np.ix_(*[np.arange(16).reshape(4, 4)[:, 1:3].ravel()] * 2)  # off the edges of blocks
-    assert np.array_equal(np.rint(image[:, :, 0] / 30)[within], seg[within])
+    assert np.array_equal(np.rint(image[:, :, 0] / 30)[within], seg[within] / 40)
 
 
 def test_a_side_that_was_rounded_is_the_same_shape_and_another_is_refused(tmp_path):
@@ -556,7 +556,8 @@ def test_samples_without_a_region_do_not_count_for_its_light_and_a_missing_one_i
         labels[w[:, 1] > 0.5] = 0
         return images, labels
 
-    assert edited("ri/ght.light", render)["ri/ght.light"]["direction"][2] > 0.9
+    row = edited("ri/ght.light", render)["ri/ght.light"]
+    assert row["direction"][2] > 0.9 and row["before"] == pytest.approx(0.5, abs=0.08)
     with pytest.raises(UserError, match="--direction ri/ght.light: 0 of 0 samples"):
         edited("ri/ght.light", lambda *args: (render(*args)[0], 0 * render(*args)[1]))
 
@@ -687,6 +688,14 @@ def test_a_segmenter_takes_every_size_and_averages_large_pictures_to_128_pixels(
     assert logits.shape == (1, 5, size, size)
     enlarged = torch.nn.functional.interpolate(small, (size, size), mode="bilinear")
     torch.testing.assert_close(logits, enlarged, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_that_a_segmenter_is_judged_by_are_not_learned_from():
+    pictures = [
+        (np.full((8, 8, 3), 200 * k, np.uint8), np.full((8, 8), k, np.uint8)) for k in (0, 1)
+    ]
+    net = common.load_segmenter(pictures, 2, 8, steps=20)  # of two pictures, one is held out
+    assert net.scores == {"accuracy": 0, "mean_iou": 0, "n": 1}
 
 
 def test_large_pictures_are_learned_at_128_pixels():

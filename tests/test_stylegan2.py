@@ -599,7 +599,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
             )
 
 
-# ---- generate, project, evaluate ----
+# ---- generate, project, edit, evaluate ----
 
 
 def test_generate_writes_pictures_a_grid_and_latents(trained):
@@ -683,6 +683,82 @@ def test_project_takes_pictures_of_other_sizes_and_with_alpha(trained, condition
     said = capsys.readouterr().out
     assert "a.png is 20x30: its centre square is resized to 16x16" in said
     assert Image.open("out/projected.png").size == (8, 8)
+
+
+def labelled_faces(folder, n=40):
+    """Toy faces of 16 x 16 pixels and their regions."""
+    for kind, draw in (("images", common.toy_face), ("labels", common.toy_labels)):
+        Path(folder, kind).mkdir(parents=True)
+        for k in range(n):
+            draw(k, 0, 16).save(f"{folder}/{kind}/{k}.png")
+    Path(folder, "names.txt").write_text("\n".join(common.TOY_REGIONS))
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """[(name, arguments, options)] of what `edit` learns from, less than in earnest."""
+    found, labelled = [], common.labelled_pictures
+
+    def fewer_pictures(*args):
+        data, size, classes = labelled(*args)
+        data.names = data.names[:400]
+        return data, size, classes
+
+    monkeypatch.setattr(common, "labelled_pictures", fewer_pictures)
+
+    def shorter(name, **fewer):
+        function = getattr(common, name)
+
+        def wrapper(*args, **options):
+            found.append((name, args, options))
+            return function(*args, **options, **fewer)
+
+        monkeypatch.setattr(common, name, wrapper)
+
+    shorter("toy_classifier", faces=1600, held_out=50, epochs=2)
+    shorter("load_segmenter", steps=80)
+    return found
+
+
+def test_edit_fits_directions_and_says_where_pictures_change(trained, calls, capsys):
+    options = ["--data", labelled_faces("d"), "--classes", "d/names.txt", "--samples", 300]
+    options += ["--seeds", "2,5-6", "--direction"]
+    main("edit", "--checkpoint", trained, *options, "hair.light,background.light")
+    text = capsys.readouterr().out
+    assert "segmenter of 11 classes, on 5 pictures" in text
+    for name in ("hair.light", "background.light"):
+        has = re.search(rf"{name}: the plane .*; (\d+)% of .* its normal (\d+)%\n", text)
+        assert int(has[1]) < int(has[2]) - 20, text
+        line = re.search(rf"{name}: locality, medians of 200 pairs, .*", text)[0]
+        inside, low, high, outside = map(float, re.findall(r"(\d+\.\d+)", line))
+        assert 0 < low < inside < high < 100 and outside > 0
+    sheet = Image.open("out/hair.light.png")  # before, after, difference; three rows
+    assert 3 * 132 < sheet.width < 4 * 132 and 3 * 132 < sheet.height < 4 * 132
+    main("generate", "--checkpoint", trained, "--seeds", "2", "--out", "g")
+    shown = np.asarray(sheet, int)[18 : 18 + 128, sheet.width - 3 * 132 :][4::8, 4:128:8]
+    assert np.abs(shown - np.asarray(Image.open("g/seed0002.png"), int)).max() <= 1
+    main("edit", "--checkpoint", trained, *options, "hair.light", "--alpha", 0)
+    text = capsys.readouterr().out
+    assert "200 without any change" in text and "training a segmenter" not in text
+
+
+def test_edit_knows_the_attributes_of_toy_faces_and_the_regions_of_every_class(
+    trained, conditional, calls, capsys
+):
+    options = ["--samples", 200, "--seeds", 1, "--direction"]
+    main("edit", "--checkpoint", trained, *options, "dark hair")
+    main("edit", "--checkpoint", conditional, "--class", 2, *options, "background.light")
+    said = capsys.readouterr().out
+    assert [name for name, *_ in calls] == ["toy_classifier", "load_segmenter", "load_segmenter"]
+    assert calls[0][2]["domain"] == 0 and calls[0][2]["size"] == 16
+    human, robot = (args[0] for _, args, _ in calls[1:])
+    for data, domain in ((human, 0), (robot, 2)):
+        face = common.toy_face(5, domain, data.size)
+        assert np.array_equal(data[5][0], np.asarray(face))
+    for name in ("dark hair", "background.light"):
+        assert f"{name}: locality, medians of 200 pairs" in said
+        assert Path("out", f"{name.replace(' ', '-')}.png").exists()
 
 
 def test_evaluate_without_downloads_says_what_is_left_out(trained, conditional):
@@ -953,6 +1029,15 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["project", *net, "--input", "no.png"], "no.png"),
         (["project", *net, "--input", "text.png"], "text.png"),
         (["project", *net, "--input", "d"], "--input d"),
+        (["edit", *net], "--direction"),
+        (
+            ["edit", *net, "--direction", "hair.light,beard"],
+            "no 'beard'; there are background.area",
+        ),
+        (["edit", *net, "--direction", "hair.light", "--data", "d"], "no folder images"),
+        (["edit", *net, "--direction", "hair.light", "--data", "nowhere"], "nowhere"),
+        (["edit", "--checkpoint", conditional, "--direction", "hair.light"], "pass --class"),
+        (["edit", *net, "--direction", "hair.light", "--alpha", "x"], "--alpha"),
         (["evaluate", *net, "--metrics", "nonsense"], "nonsense"),
         (["evaluate", *net, "--data", "nowhere"], "nowhere"),
         (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),
