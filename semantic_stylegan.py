@@ -278,25 +278,28 @@ class RenderLayer(nn.Module):
     noise: "random", "const" (the stored map), or a function of a shape that draws it
     """
 
-    def __init__(self, I, O, res, up=1):
+    def __init__(self, I, O, res, up=1, use_noise=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(O, I, 3, 3))
         self.modulation = nn.Parameter(torch.ones(I))
-        self.noise_strength = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(O))
-        self.register_buffer("noise_const", torch.randn(res, res))
+        if use_noise:
+            self.noise_strength = nn.Parameter(torch.zeros(()))
+            self.register_buffer("noise_const", torch.randn(res, res))
         self.register_buffer("fir", fir_filter(), persistent=False)
-        self.up = up
+        self.up, self.use_noise = up, use_noise
 
     def forward(self, x, noise="random"):
         w = self.weight * (self.modulation / math.sqrt(self.weight[0].numel()))[:, None, None]
         w = w * (w.square().sum([1, 2, 3], keepdim=True) + 1e-8).rsqrt()
         x = ops.conv2d_resample(x, w, self.fir, self.up, 1, 1, flip_weight=self.up == 1)
-        image = self.noise_const
-        if noise != "const":
-            shape = (len(x), 1, *x.shape[2:])
-            image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
-        return ops.fused_act(x, None, image, self.noise_strength, self.bias, "lrelu")
+        image, strength = None, None
+        if self.use_noise:
+            image, strength = self.noise_const, self.noise_strength
+            if noise != "const":
+                shape = (len(x), 1, *x.shape[2:])
+                image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
+        return ops.fused_act(x, None, image, strength, self.bias, "lrelu")
 
 
 class RenderNet(nn.Module):
@@ -308,7 +311,9 @@ class RenderNet(nn.Module):
     `residual_refine` what the renderer says of the regions is added to the masks.
     """
 
-    def __init__(self, K, I, size, coarse_size, min_size, channels, residual_refine):
+    def __init__(
+        self, K, I, size, coarse_size, min_size, channels, residual_refine, use_noise=True
+    ):
         super().__init__()
         self.coarse_size, self.min_size, self.residual_refine = (
             coarse_size,
@@ -319,7 +324,8 @@ class RenderNet(nn.Module):
         C, res = I, min_size
         while res < size:
             C, res, O = C + I * (res == coarse_size), res * 2, channels[res * 2]
-            self.layers.extend([RenderLayer(C, O, res, up=2), RenderLayer(O, O, res)])
+            self.layers.append(RenderLayer(C, O, res, 2, use_noise))
+            self.layers.append(RenderLayer(O, O, res, 1, use_noise))
             self.to_rgb.append(Head(1, O, 3))
             self.to_seg.append(Head(1, O, K))
             C = O
@@ -368,6 +374,7 @@ class Generator(nn.Module):
         self, size=256, classes=13, w_dim=512, map_layers=8, channels=None, coarse_size=64,
         min_size=16, layers=10, base_layers=2, depth_layers=6, local_channels=64,
         coarse_channels=512, residual_refine=True, detach_texture=False, see_through=(10, 12),
+        use_noise=True,
     ):  # fmt: skip
         if not (base_layers <= depth_layers <= layers):
             raise ValueError(f"{base_layers} base, {depth_layers} depth of {layers} layers")
@@ -388,7 +395,14 @@ class Generator(nn.Module):
             detach_texture,
         )  # fmt: skip
         self.render = RenderNet(
-            classes, coarse_channels, size, coarse_size, min_size, channels, residual_refine
+            classes,
+            coarse_channels,
+            size,
+            coarse_size,
+            min_size,
+            channels,
+            residual_refine,
+            use_noise,
         )
         # For each layer of each region, which of the ws it follows.
         rows = []
@@ -771,6 +785,7 @@ def new_networks(args, size, K, names):
         size, K, args.w_dim, args.map_layers, channels, args.coarse_size, args.min_size,
         args.layers, args.base_layers, args.depth_layers, args.local_channels,
         args.coarse_channels, args.residual_refine, args.detach_texture, see_through,
+        args.noise_inputs,
     )  # fmt: skip
     return {"G": G, "D": Discriminator(size, K, channels, args.mbstd_group)}
 
@@ -919,6 +934,7 @@ def main(argv=None):
     ).items():
         p.add("--" + name.replace("_", "-"), type=number, default=value)
     p.add("--residual-refine", action=argparse.BooleanOptionalAction, default=True)
+    p.add("--noise-inputs", action=argparse.BooleanOptionalAction, default=True)
     p.add("--detach-texture", action="store_true")
     p.add("--see-through", default=",".join(SEE_THROUGH))
     args = cli.parse(argv)
