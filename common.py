@@ -330,9 +330,9 @@ def add_generate_options(p, psi=1.0, cutoff=None):
     p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
 
 
-def add_edit_options(p):
-    """The options of `edit`, beside those of add_generator_options."""
-    p.add("--direction", required=True, metavar="ATTR[,ATTR]", help="NAME.area or NAME.light of a"
+def add_edit_options(p, required=True):
+    """The options of `edit`, beside those of add_generator_options; required: --direction."""
+    p.add("--direction", required=required, metavar="ATTR[,ATTR]", help="NAME.area or NAME.light of a"
           " region, or an attribute of toy faces, such as 'mouth open'")  # fmt: skip
     p.add("--alpha", type=finite, default=3, help="how far, in deviations of the latents along it")
     p.add("--seeds", type=seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
@@ -1798,6 +1798,11 @@ def squeezed(size, img):
     return img if img.size == (size, size) else img.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def stretched(size, img):
+    """Likewise by Lanczos, which is what SemanticStyleGAN's pictures are resized by."""
+    return img.resize((size, size), Image.Resampling.LANCZOS)
+
+
 def random_box(W, H, rng):
     """(left, top, right, bottom) of a random part of a W x H picture, 80 to 100% of its area and
     0.9 to 1.1 times as wide as high; where ten tries do not fit, the largest in the middle."""
@@ -2778,6 +2783,22 @@ def save_arrays(path, **arrays):
     """An .npz file."""
     with write_whole(path) as f:
         np.savez(f, **arrays)
+
+
+def closed_spline(points, n):
+    """n points (n, D) of a smooth closed curve through points (m, D), m >= 3: the cubic spline
+    whose first two derivatives go on where it closes, evenly timed."""
+    m = len(points)
+    p = points.double()
+    t = torch.arange(n, dtype=torch.float64) * m / n
+    i, u = t.long(), (t - t.floor())[:, None]
+    eye = torch.eye(m, dtype=torch.float64)
+    system = 4 * eye + eye.roll(1, 0) + eye.roll(-1, 0)
+    bend = torch.linalg.solve(system, 6 * (p.roll(-1, 0) - 2 * p + p.roll(1, 0)))  # p''
+    q, bent = p.roll(-1, 0), bend.roll(-1, 0)
+    v = 1 - u
+    curve = v * p[i] + u * q[i] + ((v**3 - v) * bend[i] + (u**3 - u) * bent[i]) / 6
+    return curve.to(points.dtype)
 
 
 def load_array(path, name, shape):

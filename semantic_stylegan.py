@@ -32,18 +32,22 @@ as large as divides them), --freeze-local really freezes where asked to.
 
 import argparse
 import copy
+import functools
 import math
 import re
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import common
 import ops_cuda as ops
+from common import UserError
 
 # =============================================================================
 # The paper's numbers
@@ -59,14 +63,18 @@ EMA_BETA = 0.5 ** (32 / 10_000)  # half-life of 312 steps, whatever the batch
 ITERS, BATCH = 200_000, 16
 ADAPT_ITERS = 2000  # adaptation to other pictures stops early, by eye
 
-FACE_CLASSES = (  # CelebAMask-HQ's 19 in 13 groups, official order
+FACES = (  # CelebAMask-HQ's 19 classes in 13 groups, official order
     "background", "face", "eye", "eyebrow", "mouth", "nose", "ear", "hair", "neck", "cloth",
     "glasses", "hat", "earring",
 )  # fmt: skip
-SEE_THROUGH = ("glasses", "earring")  # what lies behind them is drawn, too
+SEE_THROUGH = "glasses,earring"  # what lies behind them is drawn, too
 
 # What a plain `python semantic_stylegan.py` trains: small enough for two CPU cores and minutes.
-TOY = dict(size=32)
+TOY = dict(size=32, coarse_size=16, min_size=8, layers=6, base_layers=1, depth_layers=4)
+TOY |= dict(local_channels=16, coarse_channels=64, channel_base=1024, channel_max=64, w_dim=64)
+TOY |= dict(map_layers=2, noise_inputs=False)  # cartoons have no stochastic detail
+TOY |= dict(batch=8, iters=12_000, every=2000, r1_img=0.5, r1_seg=20.0)
+CELEBAMASK_HQ = dict(size=512, group="celebamask")  # the published model
 
 # =============================================================================
 # Networks
@@ -365,48 +373,41 @@ class Generator(nn.Module):
     Picture: img (N, 3, size, size), about [-1, 1], seg (N, K, size, size), whose largest number is
         the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], depth (likewise)
 
-    Defaults are the published model's, but for 256 pixels instead of 512. see_through: regions as
-    in fusion_weights; depth_layers: those that decide the shape, the first base_layers of them with
-    the codes that regions share. Raises ValueError for sizes that do not fit.
+    Defaults are the published model's, but for 256 pixels instead of 512. regions: their names;
+    depth_layers: those that decide the shape, the first base_layers of them with the codes that
+    regions share; see_through: as in fusion_weights. Raises ValueError for what does not fit.
     """
 
     def __init__(
-        self, size=256, classes=13, w_dim=512, map_layers=8, channels=None, coarse_size=64,
+        self, size=256, regions=FACES, w_dim=512, map_layers=8, channels=None, coarse_size=64,
         min_size=16, layers=10, base_layers=2, depth_layers=6, local_channels=64,
         coarse_channels=512, residual_refine=True, detach_texture=False, see_through=(10, 12),
         use_noise=True,
     ):  # fmt: skip
-        if not (base_layers <= depth_layers <= layers):
-            raise ValueError(f"{base_layers} base, {depth_layers} depth of {layers} layers")
-        if not (min_size < coarse_size < size and coarse_size % min_size == 0):
-            raise ValueError(f"sizes must grow: {min_size}, {coarse_size}, {size} pixels")
-        if any(k >= classes for k in see_through):
-            raise ValueError(f"see-through regions {see_through} of {classes}")
-        channels = channels or channel_table()
-        given = dict(locals())
+        K, channels = len(regions), channels or channel_table()
+        if not base_layers <= depth_layers <= layers:
+            raise ValueError(f"{base_layers} base and {depth_layers} depth layers of {layers}")
+        if not min_size < coarse_size < size or coarse_size % min_size:
+            raise ValueError(f"sides must grow by doubling: {min_size}, {coarse_size}, {size}")
+        if not all(0 < k < K for k in see_through):
+            raise ValueError(f"see-through regions {see_through}: they go from 1 to {K - 1}")
+        given = dict(locals()) | dict(regions=list(regions), see_through=list(see_through))
         super().__init__()
-        self.config = {"kind": "G"} | {k: given[k] for k in given if k not in ("self", "__class__")}
-        self.config |= {"see_through": list(see_through)}
-        self.num_ws = base_layers + 2 * classes
+        unsaved = ("self", "__class__", "K")
+        self.config = {"kind": "G"} | {k: v for k, v in given.items() if k not in unsaved}
+        self.num_ws = base_layers + 2 * K
         self.mapping = MappingNetwork(w_dim, self.num_ws, map_layers)
         self.position = FourierFeatures(local_channels, coarse_size, int(math.log2(size)))
         self.local = LocalGenerators(
-            classes, local_channels, local_channels, coarse_channels, w_dim, layers, depth_layers,
+            K, local_channels, local_channels, coarse_channels, w_dim, layers, depth_layers,
             detach_texture,
         )  # fmt: skip
         self.render = RenderNet(
-            classes,
-            coarse_channels,
-            size,
-            coarse_size,
-            min_size,
-            channels,
-            residual_refine,
-            use_noise,
+            K, coarse_channels, size, coarse_size, min_size, channels, residual_refine, use_noise
         )
         # For each layer of each region, which of the ws it follows.
         rows = []
-        for k in range(classes):
+        for k in range(K):
             structure, texture = base_layers + 2 * k, base_layers + 2 * k + 1
             base = list(range(base_layers)) if k else [structure] * base_layers
             rows += base + [structure] * (depth_layers - base_layers)
@@ -420,7 +421,7 @@ class Generator(nn.Module):
     def synthesis(self, ws, noise="random", shown=None):
         config = self.config
         codes = self.expand(ws) if ws.shape[1] == self.num_ws else ws
-        codes = codes.unflatten(1, (config["classes"], config["layers"]))
+        codes = codes.unflatten(1, (len(config["regions"]), config["layers"]))
         h, depth = self.local(self.position(), codes)
         m, a = fusion_weights(depth, shown, config["see_through"])
         side = (config["coarse_size"],) * 2
@@ -574,7 +575,8 @@ def official_G(shape, options):
     min_size = size >> len(stages)
     again = next(i for i in stages[1:] if I[i] != O[i - 1])  # where the features come in again
     return dict(
-        kind="G", size=size, classes=K, w_dim=w_dim,
+        kind="G", size=size, w_dim=w_dim,
+        regions=FACES if K == len(FACES) else [str(k) for k in range(K)],
         map_layers=sum(name.startswith("mapping.") for name in shape) // 2,
         channels={min_size << (i + 1): O[i] for i in stages},
         coarse_size=min_size << again, min_size=min_size,
@@ -690,7 +692,7 @@ def mix(G, n, args, run):
     each."""
     z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
     mixes = run.rand(1, shared=True) < args.mixing
-    r = (3 * run.rand(n, G.config["classes"])).floor()
+    r = (3 * run.rand(n, len(G.config["regions"]))).floor()
     ws = mixed_ws(G.mapping(z), G.mapping(z2), torch.where(mixes, r, 0))
     return G.expand(ws)
 
@@ -777,74 +779,216 @@ def lazy(lr, every):
     return lr * share, tuple(beta**share for beta in BETAS)
 
 
-def new_networks(args, size, K, names):
-    """{"G", "D"} with fresh weights."""
+def new_networks(args, size, regions):
+    """{"G", "D", "G_ema"} with fresh weights."""
     channels = channel_table(args.channel_base, args.channel_max, size)
-    see_through = [k for k, name in enumerate(names) if name in see_through_names(args)]
-    G = Generator(
-        size, K, args.w_dim, args.map_layers, channels, args.coarse_size, args.min_size,
-        args.layers, args.base_layers, args.depth_layers, args.local_channels,
-        args.coarse_channels, args.residual_refine, args.detach_texture, see_through,
-        args.noise_inputs,
-    )  # fmt: skip
-    return {"G": G, "D": Discriminator(size, K, channels, args.mbstd_group)}
-
-
-def see_through_names(args):
-    """--see-through as names of classes."""
-    return [name.strip() for name in args.see_through.split(",") if name.strip()]
+    clear = [name.strip() for name in args.see_through.split(",")]
+    try:
+        G = Generator(
+            size, regions, args.w_dim, args.map_layers, channels, args.coarse_size, args.min_size,
+            args.layers, args.base_layers, args.depth_layers, args.local_channels,
+            args.coarse_channels, args.residual_refine, args.detach_texture,
+            [k for k, name in enumerate(regions) if k and name in clear], args.noise_inputs,
+        )  # fmt: skip
+    except ValueError as e:
+        raise UserError(f"{e}: see --help for the options of these.") from None
+    D = Discriminator(size, len(regions), channels, args.mbstd_group)
+    return {"G": G, "D": D, "G_ema": average_of(G)}
 
 
 def train(args):
+    if args.precision in ("fp16", "bf16"):
+        raise UserError(f"--precision {args.precision}: these networks know fp32 and tf32 only.")
+    first = common.first_weights(args)
+    given = load_networks(args, first)[0] if first else {}
+    fill_options(args, given)
     run = common.Run("semantic_stylegan", args, __file__)
-    run.log_every = 100 * args.batch
-    source = common.open_data(args.data, size=args.size, toy=common.TOY_LABELLED)
-    data, size, names = common.labelled_pictures(args, source)
+    run.log_every = 50 * args.batch
+    toy = common.TOY_FACES if args.adapt else common.TOY_LABELLED
+    source = common.open_data(args.data, size=args.size, toy=toy)
 
-    # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
-    def pair(n):
+    # ---- data: picture n is a pure function of (seed, n) --------------------------------------
+    if args.adapt:  # pictures alone
+        (data, size), regions = common.square_pictures(args, source), args.regions.split(",")
+    else:
+        data, size, regions = common.labelled_pictures(args, source)
+        args.regions = ",".join(regions)
+
+    def item(n):
         epoch, i = divmod(n, len(data))
         k = common.shuffled(len(data), args.seed, epoch)[i]
         rng = common.item_rng(args.seed, epoch, i)
-        return common.augment_pair(*data[k], rng, flip=args.mirror or args.aug, affine=args.aug)
+        if args.adapt:
+            return (common.crop_and_flip(data[k], None, args.mirror, rng),)
+        return common.augment_pair(*data[k], rng, args.mirror or args.aug, args.aug)
 
     # ---- networks, their average, optimisers --------------------------------------------------
-    nets = new_networks(args, size, len(names), names)
-    nets["G_ema"] = average_of(nets["G"])
+    nets = new_networks(args, size, regions)
+    if given:
+        common.copy_matching(nets, given, run.say)
     G, D, G_ema = (net.to(run.device) for net in nets.values())
-    lr_G, lr_D = lazy(args.lr, args.pl_every), lazy(args.lr, args.r1_every)
-    opts = {
-        "mapping": run.adam([G.mapping], *lr_G),
-        "G": run.adam([G.position, G.local, G.render], *lr_G),
-        "D": run.adam([D], *lr_D),
-    }
+    learned, averaged = [G.position, G.local, G.render], [(G_ema, G)]
+    if args.freeze_local or args.freeze:
+        averaged = [(G_ema.mapping, G.mapping), (G_ema.render, G.render)]
+    if args.freeze:
+        learned = [G.render]
+        for net in (G.position, G.local):
+            net.requires_grad_(False)
+    of_G, of_D = lazy(args.lr, args.pl_every), lazy(args.lr, args.r1_every)
+    opts = {"mapping": run.adam([G.mapping], *of_G), "G": run.adam(learned, *of_G)}
+    opts |= {"D": run.adam([D], *of_D)}
     pl_mean = torch.zeros((), device=run.device)
-    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
-    run.say(f"{len(data)} pictures of {size}x{size} with {len(names)} classes: {', '.join(names)}")
 
-    for step, (real, labels) in run.batches(pair, start, args.iters):
-        seg = common.one_hot_seg(labels, len(names))
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
+    run.say(
+        f"{len(data)} pictures of {size}x{size}; regions: {', '.join(regions)}; G has {count(G):,}"
+        f" parameters, D {count(D):,}"
+    )
+    if len(data) < args.batch:
+        run.say(f"only {len(data)} pictures: a batch of {args.batch} holds each more than once")
+    if start == 0:
+        show_reals(run, data)
+        score(run, G_ema, data)
+
+    for step, (real, *labels) in run.batches(item, start, args.iters):
+        seg = common.one_hot_seg(labels[0], len(regions)) if labels else None
         losses = train_step(G, D, opts.values(), pl_mean, real, seg, step, args, run, run.randn)
-        update_ema(G_ema, G, args.ema_beta)
+
+        # ---- the average of G, of which samples and scores are made ---------------------------
+        for average, net in averaged:
+            update_ema(average, net, args.ema_beta)
+
         run.log(losses)
-        if run.due(args.every * args.batch) or run.steps_done == run.total:
+        keep = run.due(args.keep_every * args.batch) or run.steps_done == run.total
+        if keep or run.due(args.every * args.batch):
             update_w_avg(G_ema)
-            show(run, G_ema, args, data, names)
-            run.save()
+            show_samples(run, G_ema)
+            score(run, G_ema, data)
+            run.save(keep=keep)
     run.say(f"samples and checkpoint are in {run.folder}")
 
 
+def show_reals(run, data):
+    """A sheet of pictures and, if there are, their label maps."""
+    found = data.all(16)
+    images = found[0] if isinstance(found, tuple) else found
+    maps = [common.color_labels(found[1])] if isinstance(found, tuple) else []
+    run.save_picture(common.grid(torch.cat([images, *maps]), len(images)), "reals")
+
+
+def show_samples(run, G):
+    """A sheet of 16 faces, a column each: image, segmentation, masks, and the depth of every region
+    (each map from its least to its largest value)."""
+    if run.rank == 0:
+        z = common.latents(range(run.args.seed, run.args.seed + 16), G.config["w_dim"])
+        found = pictures(G, G.mapping(z.to(run.device)))
+        side = G.config["size"]
+        maps = [common.inferno(depth) for depth in found.depth[:, 1:].unbind(1)]
+        small = [common.color_labels(found.coarse), *maps]
+        rows = [found.img, common.color_labels(found.seg), *(F.interpolate(x, side) for x in small)]
+        run.save_picture(common.grid(torch.cat(rows), 16))
+
+
+def score(run, G, data, n=500):
+    """Prints and keeps fd8 of n samples against as many of the pictures."""
+    if run.rank == 0:
+        found = data.all(n)
+        real = found[0] if isinstance(found, tuple) else found
+        fake = pictures(G, ws_of(G, range(10_000, 10_000 + n))).img
+        row = {"n_real": len(real), "n_fake": n, "fd8": common.fd8(real, fake)}
+        run.save_scores(row)
+        run.say(common.describe_scores(row))
+
+
+SHAPES = dict(  # of networks, where neither options nor a --checkpoint say otherwise
+    w_dim=512, map_layers=8, coarse_size=64, min_size=16, layers=10, base_layers=2, depth_layers=6,
+    local_channels=64, coarse_channels=512, channel_base=32768, channel_max=512,
+    residual_refine=True, noise_inputs=True, see_through=SEE_THROUGH,
+)  # fmt: skip
+
+
+def fill_options(args, given):
+    """Options that were left out: those of the networks to start from, else of SHAPES; and what
+    adaptation needs."""
+    options, G = dict(SHAPES), given.get("G_ema")
+    if args.adapt and not args.resume and not {"G", "D", "G_ema"} <= given.keys():
+        raise UserError("--adapt goes on from a --checkpoint that holds G, D and G_ema.")
+    if not args.adapt and (args.freeze_local or args.freeze):
+        raise UserError("--freeze-local and --freeze are of --adapt.")
+    if G:
+        config, table = G.config, G.config["channels"]
+        options |= {k: v for k, v in config.items() if k in options}
+        options |= dict(channel_base=max(res * C for res, C in table.items()))
+        options |= dict(channel_max=max(table.values()), noise_inputs=config["use_noise"])
+        options["see_through"] = ",".join(config["regions"][k] for k in config["see_through"])
+    if G and args.adapt:
+        args.regions, options["size"] = ",".join(config["regions"]), config["size"]
+        if args.size not in (None, config["size"]):
+            raise UserError(
+                f"--adapt: the checkpoint makes {config['size']} pixels, not {args.size}."
+            )
+    options |= dict(lambda_mask=LAMBDA_MASK, iters=ADAPT_ITERS if args.adapt else ITERS)
+    options |= (
+        dict(every=100, keep_every=200) if args.adapt else dict(every=2000, keep_every=10_000)
+    )
+    for name, value in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
 # =============================================================================
-# Regions
+# Regions: compose, edit, invert
 # =============================================================================
+
+
+def load_networks(args, path):
+    """({"G", "D", "G_ema": network}, options of its training) of a checkpoint, a run, or an
+    official .pt file, of which the command line may say what its tensors do not."""
+    typed = {theirs: vars(args).get(ours) for theirs, ours in UNSEEN.items()}
+    if isinstance(typed["transparent_dims"], str):  # names
+        names = typed["transparent_dims"].split(",")
+        typed["transparent_dims"] = [FACES.index(name) for name in names if name in FACES]
+    typed = {k: v for k, v in typed.items() if v is not None}
+    build_official = lambda arrays, options: from_official(arrays, options | typed)  # noqa: E731
+    return common.load_gan(path, "semantic_stylegan", build, build_official)
+
+
+def load_generator(args):
+    """G_ema of --checkpoint in evaluation mode on the device, and the options of its training."""
+    nets, saved = load_networks(args, args.checkpoint)
+    G = nets.get("G_ema") or nets.get("G")
+    if G is None:
+        raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
+    return G.to(common.pick_device(args.device)).eval().requires_grad_(False), saved
+
+
+def region_named(G, name):
+    """Its number; UserError if there is none of that name."""
+    regions = G.config["regions"]
+    if name not in regions:
+        raise UserError(f"no region {name!r}; there are {', '.join(regions)}.")
+    return regions.index(name)
+
+
+@torch.no_grad()
+def ws_of(G, seeds, psi=1.0):
+    """ws (N, num_ws, w_dim) of seeds."""
+    z = common.latents(seeds, G.config["w_dim"])
+    return G.mapping(z.to(G.mapping.w_avg), psi)
 
 
 def rows_of(G, k, part="both"):
     """Which of the ws say what region k looks like: its structure, its texture, or both."""
     structure = G.config["base_layers"] + 2 * k
-    return {"structure": [structure], "texture": [structure + 1]}.get(
-        part, [structure, structure + 1]
-    )
+    return {
+        "structure": [structure],
+        "texture": [structure + 1],
+        "both": [structure, structure + 1],
+    }[part]
 
 
 def swapped(G, ws, other, k, part="both", alpha=1.0):
@@ -855,88 +999,397 @@ def swapped(G, ws, other, k, part="both", alpha=1.0):
 
 
 @torch.no_grad()
-def pictures(G, ws, batch=16, shown=None):
-    """A Picture of ws with constant noise: img uint8 (N, 3, size, size), seg the region of each
-    pixel, uint8 (N, size, size), coarse likewise of the masks, depth; all on the CPU."""
+def pictures(G, ws, shown=None, batch=16):
+    """A Picture of ws, with constant noise, on the CPU: img uint8 (N, 3, size, size), seg and
+    coarse the region of each pixel, uint8 (N, size, size) and of the masks, depth as it is.
+    shown: (K,) of 0 and 1, regions to draw, None for all."""
     device, parts = G.mapping.w_avg.device, []
     for w in ws.split(batch):
-        p = G.synthesis(w.to(device), "const", shown)
+        some = None if shown is None else shown.to(device).expand(len(w), -1)
+        p = G.synthesis(w.to(device), "const", some)
         labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
         parts.append([x.cpu() for x in (common.to_uint8(p.img), *labels, p.depth)])
     return Picture(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def locality_of_swap(G, ws, other, k, part="both"):
-    """common.locality of giving region k of `ws` the codes of `other`, each pair (N,)."""
+    """common.locality of giving region k of ws the codes of other, two tensors (N,)."""
     before, after = pictures(G, ws), pictures(G, swapped(G, ws, other, k, part))
     return common.locality(before.img, after.img, (before.seg == k) | (after.seg == k))
 
 
-@torch.no_grad()
-def show(run, G, args, data, names):
-    z = common.latents(range(20_000, 20_000 + 500), G.config["w_dim"]).to(run.device)
-    ws = G.mapping(z)
-    p, (real, labels) = pictures(G, ws), data.all(500)
-    row = dict(fd8=common.fd8(real, p.img))
-    for k, name in enumerate(names):
-        shares, outside = locality_of_swap(G, ws[:64], ws[64:128], k)
-        row[f"inside_{name}"] = shares.nanmedian().item()
-        row[f"area_{name}"] = (p.seg == k).double().mean().item() / (
-            labels == k
-        ).double().mean().item()
-    run.save_scores(row)
-    run.say(" ".join(f"{k} {v:.3f}" for k, v in row.items()))
-    show_samples(run, G, args)
+def mixed(args, G, ws):
+    """ws with the regions that --mix takes from other seeds: "hair=5,face.texture=7"."""
+    for entry in filter(None, args.mix.split(",")):
+        what, equals, seed = entry.partition("=")
+        name, _, part = what.strip().partition(".")
+        if not (equals and seed.strip().isdigit()) or part not in ("", "structure", "texture"):
+            raise UserError(f"--mix {entry}: REGION=SEED, REGION.structure=SEED or .texture=SEED.")
+        other = ws_of(G, [int(seed)], args.psi).expand_as(ws)
+        ws = swapped(G, ws, other, region_named(G, name), part or "both")
+    return ws
 
 
-@torch.no_grad()
-def show_samples(run, G, args):
-    z = common.latents(range(args.seed, args.seed + 8), G.config["w_dim"]).to(run.device)
-    p = G(z, noise="const")
-    rows = [common.to_uint8(p.img).cpu(), common.color_labels(p.seg.argmax(1)).cpu()]
-    coarse = common.color_labels(p.coarse.argmax(1)).cpu()
-    rows.append(F.interpolate(coarse, p.img.shape[2:]))
-    run.save_picture(common.grid(torch.cat(rows), 8))
+def generate(args):
+    """Pictures of seeds, with label maps; or films in which one code after the other varies."""
+    common.out_folder(args)
+    G, _ = load_generator(args)
+    out, ws = Path(args.out), mixed(args, G, ws_of(G, args.seeds, args.psi))
+    if args.film:
+        films(args, G, ws[:1])
+        return
+    found = pictures(G, ws)
+    colors = common.color_labels(found.seg)
+    for seed, image, labels, color in zip(args.seeds, found.img, found.seg, colors, strict=True):
+        common.save_png(out / f"seed{seed:04d}.png", common.to_picture(image))
+        common.save_png(out / f"seed{seed:04d}-seg.png", common.to_picture(color))
+        common.save_png(out / f"seed{seed:04d}-labels.png", Image.fromarray(labels.numpy()))
+    coarse = F.interpolate(common.color_labels(found.coarse), G.config["size"])
+    sheet = {"image": found.img, "segmentation": colors, "masks": coarse}
+    common.save_sheet(out / "grid.png", sheet, [f"seed {seed}" for seed in args.seeds])
+    common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(args.seeds))
+    print(
+        f"{len(ws)} pictures, their segmentations and labels, grid.png and latents.npz (w) are in"
+        f" {out}"
+    )
+
+
+def films(args, G, ws):
+    """A film for each code of --film: it goes through ten random ones, the rest stays."""
+    names = ["base"] * G.config["base_layers"]
+    names += [f"{r}-{part}" for r in G.config["regions"] for part in ("structure", "texture")]
+    wanted = set(names) if args.film == "all" else set(args.film.replace(".", "-").split(","))
+    if unknown := wanted - set(names):
+        raise UserError(f"--film: no {', '.join(unknown)}; all, or some of {', '.join(names)}.")
+    random = ws_of(G, range(args.seeds[-1] + 1, args.seeds[-1] + 11), args.psi)
+    for name in dict.fromkeys(names):
+        if name in wanted:
+            rows = [i for i, other in enumerate(names) if other == name]
+            path = common.closed_spline(random[:, 0].cpu(), args.frames).to(ws)
+            film = ws.repeat(args.frames, 1, 1)
+            film[:, rows] = path[:, None]
+            found = pictures(G, film)
+            frames = torch.cat([found.img, common.color_labels(found.seg)], 3)
+            file = Path(args.out, f"{rows[0]:02d}_{name}.webp")
+            common.save_film(file, map(common.to_picture, frames), fps=20)
+            print(file)
+
+
+def compose(args):
+    """Faces put together region by region, as in the paper's figure: image, pseudo-depth of the
+    region that comes in, segmentation."""
+    common.out_folder(args)
+    G, _ = load_generator(args)
+    regions = G.config["regions"]
+    order = args.regions.split(",") if args.regions else regions
+    if not args.regions and tuple(regions) == FACES:
+        order = FACES[:10]  # not glasses, hat and earring, which most faces do not have
+    order, shown = [region_named(G, name) for name in order], torch.zeros(len(regions))
+    ws, columns = ws_of(G, args.seeds, args.psi), {}
+    for i, k in enumerate(order):
+        shown[k] = 1
+        found = pictures(G, ws, shown)
+        depth = F.interpolate(common.inferno(found.depth[:, k]), G.config["size"])
+        coarse = F.interpolate(common.color_labels(found.coarse), G.config["size"])
+        columns[f"{'+ ' * (i > 0)}{regions[k]}"] = dict(
+            image=found.img, depth=depth, segmentation=common.color_labels(found.seg), masks=coarse
+        )
+    for n, seed in enumerate(args.seeds):
+        rows = ("image", "depth", "segmentation")
+        sheet = {
+            name: torch.stack([kinds[row][n] for row in rows]) for name, kinds in columns.items()
+        }
+        common.save_sheet(Path(args.out, f"seed{seed:04d}.png"), sheet, rows)
+        for i, (name, kinds) in enumerate(columns.items()):
+            stem = f"{i:02d}-{name.removeprefix('+ ')}"
+            for kind, images in kinds.items():
+                file = Path(args.out, f"seed{seed:04d}", f"{stem}-{kind}.png")
+                common.save_png(file, common.to_picture(images[n]))
+    print(
+        f"sheets of {len(args.seeds)} faces, and a folder of pictures for each, are in {args.out}"
+    )
+
+
+def edit(args):
+    """Gives faces a region of other faces, or moves them along the direction of an attribute, and
+    prints how much of the change lies inside the region."""
+    common.out_folder(args)
+    G, saved = load_generator(args)
+    if (args.region is None) == (args.direction is None):
+        raise UserError("what to edit? Either --region, or --direction.")
+    if args.direction:
+        edit_along(args, G, saved)
+        return
+    k, names = region_named(G, args.region), [f"seed {seed}" for seed in args.seeds]
+    ws = ws_of(G, args.seeds, args.psi)
+    if args.latents:
+        shape = (None, G.num_ws, G.config["w_dim"])
+        ws = common.load_array(args.latents, "w", shape).to(ws)
+        names = [f"latent {i}" for i in range(len(ws))]
+    seeds = args.others or [seed + 1 for seed in args.seeds]
+    others = ws_of(G, [seeds[i % len(seeds)] for i in range(len(ws))], args.psi)
+    before, donor = pictures(G, ws), pictures(G, others)
+    steps = {}
+    for i in range(1, args.steps + 1):
+        found = pictures(G, swapped(G, ws, others, k, args.part, i / args.steps))
+        steps[f"{i / args.steps:.0%}" if i < args.steps else "after"] = found.img
+    shares, outside = common.locality(before.img, found.img, (before.seg == k) | (found.seg == k))
+    path = Path(args.out, f"{args.region}-{args.part}.png")
+    sheet = {"before": before.img} | steps
+    sheet |= {"difference": common.difference(before.img, found.img), "other": donor.img}
+    sheet |= {"segmentation": common.color_labels(found.seg)}
+    common.save_sheet(path, sheet, names)
+    edited = swapped(G, ws, others, k, args.part)
+    common.save_arrays(path.with_suffix(".npz"), w=edited.cpu().numpy(), names=np.array(names))
+    print(f"{args.region}: {common.describe_locality(shares, outside)}")
+    print(f"{path}, and the latents in {path.with_suffix('.npz')}")
+
+
+def edit_along(args, G, saved):
+    """Directions of attributes, fitted in W; faces move along one in the codes of its regions."""
+    args.data, args.size = args.data or saved.get("data", ""), G.config["size"]
+    regions, device = G.config["regions"], G.mapping.w_avg.device
+    is_toy = args.data == "toy" and regions == list(common.TOY_REGIONS)
+    toy = dict(size=args.size, device=device, seed=args.seed, domain=0) if is_toy else None
+    attributes = common.attributes_of(args.direction, regions, toy)
+
+    def render(w, move, attribute):
+        ws = w[:, None].repeat(1, G.num_ws, 1)
+        if move is not None:
+            ws[:, [row for k in attribute.classes for row in rows_of(G, k)]] += move
+        found = pictures(G, ws)
+        return found.img, found.seg
+
+    rng = np.random.default_rng(args.seed)
+    z = torch.from_numpy(rng.standard_normal((args.samples, G.config["w_dim"])))
+    with torch.no_grad():
+        w = G.mapping(z.to(G.mapping.w_avg))[:, 0]
+    shown = ws_of(G, args.seeds, args.psi)[:, 0]
+    common.edit_directions(args, attributes, w, shown, render)
+
+
+def invert(args):
+    """Finds the codes of pictures: w+ by optimisation from the mean face, and, with --finetune, G
+    itself for the rest (pivotal tuning, Roich et al. 2021)."""
+    common.out_folder(args)
+    G, _ = load_generator(args)
+    device, size, out = G.mapping.w_avg.device, G.config["size"], Path(args.out)
+    prepare = functools.partial(common.stretched, size)
+    names, images = common.read_pictures(args.input, prepare, "RGB", "--input")
+    without = "LPIPS is replaced by a distance of pixels"
+    lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
+    start = G.mapping.w_avg[None] if args.space == "w" else G.mapping.w_avg.repeat(G.num_ws, 1)
+    found = []
+    for name, image in zip(names, images, strict=True):
+        real = common.to_float(image[None], device)
+        perceptual = common.distance_to(real, lpips)
+
+        def distance(x, real=real, perceptual=perceptual):
+            return perceptual(x) + 0.1 * (x - real).square().mean()
+
+        path, distances = common.project(
+            lambda ws: G.synthesis(ws, "const").img, distance, start, 0.0, G.num_ws,
+            steps=args.steps, lr=args.lr, w_weight=1.0,
+        )  # fmt: skip
+        ws = path[-1].expand(G.num_ws, -1)[None]
+        found.append(ws)
+        tuned = pivotal_tuning(args, G, ws, distance, out / f"{Path(name).stem}.pt")
+        mse = (pictures(tuned, ws).img[0] / 255 - image / 255).square().mean().item()
+        print(f"{name}: distance {distances[-1]:.4f}, PSNR {-10 * math.log10(mse):.2f} dB")
+        common.save_png(
+            out / f"{Path(name).stem}.png", common.to_picture(pictures(tuned, ws).img[0])
+        )
+    ws = torch.cat(found)
+    p = pictures(G, ws)
+    sheet = {"picture": images, "inversion": p.img, "segmentation": common.color_labels(p.seg)}
+    common.save_sheet(out / "inversions.png", sheet, names)
+    common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
+    print(f"latents.npz (w), for edit --latents, and inversions.png are in {out}")
+
+
+def pivotal_tuning(args, G, ws, distance, path):
+    """A copy of G whose weights fit the picture of ws, also saved, if that is asked for; else G."""
+    if not args.finetune:
+        return G
+    tuned = copy.deepcopy(G).requires_grad_(True)
+    adam = torch.optim.Adam(tuned.parameters(), lr=1e-4)
+    for _ in range(args.finetune):
+        loss = distance(tuned.synthesis(ws, "const").img)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    tuned.requires_grad_(False)
+    state = dict(model="semantic_stylegan", format=1, config={"G_ema": tuned.config}, args={})
+    with common.write_whole(path) as f:
+        torch.save(state | dict(nets={"G_ema": tuned.state_dict()}), f)
+    print(path)
+    return tuned
+
+
+def evaluate(args):
+    """fd8, FID and KID, precision and recall; whether the segmentation is that of the picture; and
+    how local swaps of each region are."""
+    G, saved = load_generator(args)
+    args.data, args.size = args.data or saved.get("data"), G.config["size"]
+    if args.data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    source = common.open_data(args.data, size=args.size, toy=common.TOY_LABELLED)
+    args.group = args.group or (None if args.classes else saved.get("group"))
+    data, _, regions = common.labelled_pictures(args, source)
+    if len(regions) != len(G.config["regions"]):
+        has = f"{len(regions)} classes, the checkpoint {len(G.config['regions'])} regions"
+        raise UserError(f"--data {args.data} has {has}.")
+    device, n = G.mapping.w_avg.device, args.samples or (4000 if source.is_toy else 50_000)
+    n_real = min(args.reals or n, len(data))
+
+    def reals():
+        for k in range(0, n_real, args.batch):
+            yield common.stack([data[i][0] for i in range(k, min(k + args.batch, n_real))])
+
+    @torch.no_grad()
+    def fakes():  # the same at every call
+        rng = np.random.default_rng(args.seed)
+        for k in range(0, n, args.batch):
+            torch.manual_seed(args.seed + k)  # of the noise maps
+            z = torch.from_numpy(rng.standard_normal((min(args.batch, n - k), G.config["w_dim"])))
+            yield common.to_uint8(G(z.to(G.mapping.w_avg)).img).cpu()
+
+    print(
+        f"protocol: {n} untruncated samples of random noise against {n_real} pictures of"
+        f" {args.data} at {args.size}x{args.size}"
+    )
+    reals, fakes = common.Again(reals), common.Again(fakes)
+    row = {"n_real": n_real, "n_fake": n}
+    row |= common.generator_scores(reals, fakes, None, n, args, device)
+    print(common.describe_scores(row))
+
+    net = common.load_segmenter(
+        data, len(regions), args.size, device, args.seed, common.cache_folder()
+    )
+    ws = ws_of(G, range(args.seed, args.seed + 1000))
+    found = pictures(G, ws, batch=args.batch)
+    iou, right = common.mean_iou(found.seg, common.segment(net, found.img), len(regions))
+    row |= {"segmentation_iou": iou, "segmentation_accuracy": right}
+    print(
+        f"segmentation against the segmenter's, 1000 samples: {right:.1%} equal, mean IoU {iou:.3f}"
+    )
+    pairs, row["locality"] = args.pairs, {}
+    for k, name in enumerate(G.config["regions"]):
+        shares, outside = locality_of_swap(G, ws[:pairs], ws[pairs : 2 * pairs], k)
+        area = (found.seg == k).double().mean().item()
+        print(f"{name}, {area:.1%} of the pixels: {common.describe_locality(shares, outside)}")
+        row["locality"][name] = {"inside": shares.nanmedian().item(), "area": area}
+        row["locality"][name]["outside"] = outside.nanmedian().item()
+    if args.out:
+        common.write_json(args.out, row)
+
+
+# =============================================================================
+# Command line
+# =============================================================================
+
+
+def add_model_options(p):
+    """What official files may lack."""
+    flag = argparse.BooleanOptionalAction
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
+    p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say")
+    p.add("--depth-layers", type=common.positive_int, help="likewise")
+    p.add("--residual-refine", action=flag, help="likewise")
+    p.add("--see-through", metavar="NAMES", help="likewise: glasses,earring")
+    common.add_device_option(p)
 
 
 def main(argv=None):
-    cli = common.CommandLine("semantic_stylegan.py", __doc__, {"toy": TOY})
+    presets = {"toy": TOY, "celebamask_hq": CELEBAMASK_HQ}
+    cli = common.CommandLine("semantic_stylegan.py", __doc__, presets, tuple(SHAPES))
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
+    flag = argparse.BooleanOptionalAction
+
     p = cli.command("train", train, "train on labelled pictures (default command)")
-    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=2000)
+    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=None)
     common.add_labelled_options(p)
+    p.add("--preset", choices=["celebamask_hq"], help="the options for such data; else by --data")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
-    p.add("--iters", type=number, default=ITERS)
-    p.add("--mirror", action="store_true")
-    p.add("--aug", action="store_true")
-    p.add("--lr", type=above_0, default=LR)
-    p.add("--r1-img", type=from_0, default=R1_IMG)
-    p.add("--r1-seg", type=from_0, default=R1_SEG)
-    p.add("--r1-every", type=number, default=R1_EVERY)
-    p.add("--lambda-mask", type=from_0, default=LAMBDA_MASK)
-    p.add("--pl-weight", type=from_0, default=PL_WEIGHT)
-    p.add("--pl-every", type=number, default=PL_EVERY)
-    p.add("--mixing", type=common.probability, default=MIXING)
-    p.add("--ema-beta", type=common.fraction, default=EMA_BETA)
-    p.add("--mbstd-group", type=number, default=4)
-    for name, value in dict(
-        coarse_size=64,
-        min_size=16,
-        layers=10,
-        base_layers=2,
-        depth_layers=6,
-        local_channels=64,
-        coarse_channels=512,
-        channel_base=32768,
-        channel_max=512,
-        w_dim=512,
-        map_layers=8,
-    ).items():
-        p.add("--" + name.replace("_", "-"), type=number, default=value)
-    p.add("--residual-refine", action=argparse.BooleanOptionalAction, default=True)
-    p.add("--noise-inputs", action=argparse.BooleanOptionalAction, default=True)
-    p.add("--detach-texture", action="store_true")
-    p.add("--see-through", default=",".join(SEE_THROUGH))
+    p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting {ADAPT_ITERS}")
+    p.add("--mirror", action="store_true", help="flip pictures at random")
+    p.add("--aug", action="store_true", help="flip, scale, turn and shift them at random")
+    p.add("--lr", type=above_0, default=LR, help="before the correction for lazy regularization")
+    p.add("--r1-img", type=from_0, default=R1_IMG, help="weight of R1 of images, halved")
+    p.add("--r1-seg", type=from_0, default=R1_SEG, help="of segmentations, likewise")
+    p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
+    p.add("--lambda-mask", type=from_0, help=f"that holds the segmentation: {LAMBDA_MASK:g}")
+    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="of path length; 0: off")
+    p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
+    p.add("--mixing", type=common.probability, default=MIXING, help="of codes of two latents")
+    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of G's average")
+    p.add("--mbstd-group", type=number, default=4, help="of minibatch standard deviation")
+    p.add("--adapt", action="store_true", help="a --checkpoint to pictures without labels")
+    p.add("--freeze-local", action="store_true", help="adapting: as officially, of the average")
+    p.add("--freeze", action="store_true", help="adapting: the local generators, really")
+    p.add("--w-dim", type=number, help="512; this and the rest: or as a --checkpoint has it")
+    p.add("--map-layers", type=number, help="depth of the mapping network: 8")
+    p.add("--coarse-size", type=number, help="side of the local generators' maps: 64")
+    p.add("--min-size", type=number, help="side that the renderer begins with: 16")
+    p.add("--layers", type=number, help="of a local generator: 10")
+    p.add("--base-layers", type=number, help="of these, with codes that regions share: 2")
+    p.add("--depth-layers", type=number, help="of these, before the depth: 6")
+    p.add("--local-channels", type=number, help="of a local generator: 64")
+    p.add("--coarse-channels", type=number, help="of the features that it makes: 512")
+    p.add("--channel-base", type=number, help="channels of R and D times side: 32768")
+    p.add("--channel-max", type=number, help="of these at most: 512")
+    p.add("--residual-refine", action=flag, help="masks go into the segmentation: yes")
+    p.add("--noise-inputs", action=flag, help="noise in the renderer: yes")
+    p.add("--detach-texture", action="store_true", help="texture does not teach structure")
+    p.add("--see-through", metavar="NAMES", help=f"regions: {SEE_THROUGH}")
+    p.add("--keep-every", type=number, help="iterations between kept checkpoints: 10000")
+
+    seeds = dict(type=common.seeds, default="0-7", help="as in 0-7,42")
+    psi = dict(type=common.finite, default=0.7, help="truncation: 1 is none, 0 the mean face")
+
+    p = cli.command("generate", generate, "pictures of seeds with their label maps, or films")
+    add_model_options(p)
+    p.add("--seeds", **seeds)
+    p.add("--psi", **psi)
+    p.add("--mix", default="", metavar="LIST", help="hair=5,face.texture=7: regions of other seeds")
+    p.add("--film", metavar="NAMES", help="all, base, or hair.texture,...: a film of each code")
+    p.add("--frames", type=number, default=160, help="of such a film")
+    p.add("--out", default="out", help="folder to write to")
+
+    p = cli.command("compose", compose, "faces put together region by region")
+    add_model_options(p)
+    p.add("--seeds", type=common.seeds, default="0-3", help="as in 0-7,42")
+    p.add("--psi", **psi)
+    p.add("--regions", metavar="NAMES", help="in which order; default: all, as they are numbered")
+    p.add("--out", default="out", help="folder to write to")
+
+    p = cli.command("edit", edit, "change one region, or an attribute")
+    add_model_options(p)
+    p.add("--region", help="that others give")
+    p.add("--part", choices=("both", "structure", "texture"), default="both", help="of it")
+    p.add("--latents", metavar="FILE", help="an .npz of invert or generate instead of --seeds")
+    p.add("--others", type=common.seeds, help="seeds that give it: the next ones")
+    p.add("--steps", type=number, default=1, help="pictures on the way")
+    p.add("--psi", **psi)
+    common.add_edit_options(p, required=False)
+    p.add("--out", default="out", help="folder to write to")
+
+    p = cli.command("invert", invert, "find the codes of pictures, for edit")
+    add_model_options(p)
+    p.add("--input", required=True, help="a picture or a folder, aligned as the training's")
+    p.add("--space", choices=("w", "w+"), default="w+", help="w+: every code its own w")
+    p.add("--steps", type=number, default=400)
+    p.add("--lr", type=above_0, default=0.1)
+    p.add("--finetune", type=common.not_negative_int, default=0, help="steps of G's weights: 200")
+    p.add("--out", default="out", help="folder to write to")
+    common.add_vgg_options(p)
+
+    p = cli.command("evaluate", evaluate, "FID, segmentation and locality")
+    common.add_evaluate_options(p)
+    common.add_sample_scores_options(p, "fd8,fid,pr")
+    common.add_labelled_options(p)
+    p.add("--pairs", type=number, default=64, help="of faces, for each region's locality")
+
     args = cli.parse(argv)
     args.function(args)
 

@@ -32,7 +32,7 @@ def official_network(spec):
     assert all(table[res] == C for res, C in config["channels"].items()), config["channels"]
     if spec["class"] == "SemanticGenerator":
         wanted = dict(
-            size=kwargs["size"], classes=kwargs["seg_dim"], w_dim=kwargs["style_dim"],
+            size=kwargs["size"], w_dim=kwargs["style_dim"],
             map_layers=kwargs["n_mlp"], coarse_size=kwargs["coarse_size"],
             min_size=kwargs["min_feat_size"], layers=kwargs["local_layers"],
             base_layers=kwargs["base_layers"], depth_layers=kwargs["depth_layers"],
@@ -45,6 +45,7 @@ def official_network(spec):
         assert kwargs["img_size"] == kwargs["seg_size"] and kwargs["img_dim"] == 3
         wanted = dict(size=kwargs["img_size"], classes=kwargs["seg_dim"])
     assert wanted.items() <= config.items(), (wanted, config)
+    assert len(config.get("regions", range(config.get("classes", 0)))) == kwargs["seg_dim"]
     net.names = {name: ours.our_name(name) for name in spec["param_names"]}
     assert {n for n, _ in net.names.values()} == {n for n, _ in net.named_parameters()}
     return golden.ready(net).train()
@@ -232,7 +233,7 @@ def check_generator(case):
 def record_acts(G, n):
     """{key: summary}, filled by the next call of G: of its mapping, position features, each
     region's features, layers of the renderer and its two read-outs of every stage."""
-    acts, K = {}, G.config["classes"]
+    acts, K = {}, len(G.config["regions"])
     summary = golden.stats
 
     def mapping(m, x, ws):
