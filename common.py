@@ -332,8 +332,8 @@ def add_generate_options(p, psi=1.0, cutoff=None):
 
 def add_edit_options(p, required=True):
     """The options of `edit`, beside those of add_generator_options; required: --direction."""
-    p.add("--direction", required=required, metavar="ATTR[,ATTR]", help="NAME.area or NAME.light of a"
-          " region, or an attribute of toy faces, such as 'mouth open'")  # fmt: skip
+    kinds = "NAME.area or NAME.light of a region, or an attribute of toy faces, as 'mouth open'"
+    p.add("--direction", required=required, metavar="ATTR[,ATTR]", help=kinds)
     p.add("--alpha", type=finite, default=3, help="how far, in deviations of the latents along it")
     p.add("--seeds", type=seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
     p.add("--data", help="with label maps; default: what the checkpoint was trained on")
