@@ -921,8 +921,9 @@ def fill_options(args, given):
         options |= dict(channel_base=max(res * C for res, C in table.items()))
         options |= dict(channel_max=max(table.values()), noise_inputs=config["use_noise"])
         options["see_through"] = ",".join(config["regions"][k] for k in config["see_through"])
+        options["size"] = config["size"]
     if G and args.adapt:
-        args.regions, options["size"] = ",".join(config["regions"]), config["size"]
+        args.regions = ",".join(config["regions"])
         if args.size not in (None, config["size"]):
             raise UserError(
                 f"--adapt: the checkpoint makes {config['size']} pixels, not {args.size}."
@@ -1302,7 +1303,7 @@ def add_model_options(p):
 
 def main(argv=None):
     presets = {"toy": TOY, "celebamask_hq": CELEBAMASK_HQ}
-    cli = common.CommandLine("semantic_stylegan.py", __doc__, presets, tuple(SHAPES))
+    cli = common.CommandLine("semantic_stylegan.py", __doc__, presets, (*SHAPES, "size"))
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
     flag = argparse.BooleanOptionalAction
 
@@ -1310,7 +1311,7 @@ def main(argv=None):
     common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=None)
     common.add_labelled_options(p)
     p.add("--preset", choices=["celebamask_hq"], help="the options for such data; else by --data")
-    p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
+    p.add("--size", type=number, help="pixels; default: those of the pictures or of --checkpoint")
     p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting {ADAPT_ITERS}")
     p.add("--mirror", action="store_true", help="flip pictures at random")
     p.add("--aug", action="store_true", help="flip, scale, turn and shift them at random")
