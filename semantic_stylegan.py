@@ -62,6 +62,7 @@ MIXING = 0.3  # of a batch: codes of two latents in one face
 EMA_BETA = 0.5 ** (32 / 10_000)  # half-life of 312 steps, whatever the batch
 ITERS, BATCH = 200_000, 16
 ADAPT_ITERS = 2000  # adaptation to other pictures stops early, by eye
+SCORED = 500  # pictures that a snapshot is scored against
 
 FACES = (  # CelebAMask-HQ's 19 classes in 13 groups, official order
     "background", "face", "eye", "eyebrow", "mouth", "nose", "ear", "hair", "neck", "cloth",
@@ -839,6 +840,8 @@ def train(args):
     opts |= {"D": run.adam([D], *of_D)}
     pl_mean = torch.zeros((), device=run.device)
 
+    if not args.resume:
+        data.all(SCORED)  # wrong pictures and maps, as far as these show them, leave no run folder
     start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
     run.say(
         f"{len(data)} pictures of {size}x{size}; regions: {', '.join(regions)}; G has {count(G):,}"
@@ -889,7 +892,7 @@ def show_samples(run, G):
         run.save_picture(common.grid(torch.cat(rows), 16))
 
 
-def score(run, G, data, n=500):
+def score(run, G, data, n=SCORED):
     """Prints and keeps fd8 of n samples against as many of the pictures."""
     if run.rank == 0:
         found = data.all(n)
