@@ -952,13 +952,26 @@ def count(net):
 def load_networks(args, path):
     """({"G", "D", "G_ema": network}, options of its training) of a checkpoint, a run, or an
     official .pt file, of which the command line may say what its tensors do not."""
-    typed = {theirs: vars(args).get(ours) for theirs, ours in UNSEEN.items()}
-    if isinstance(typed["transparent_dims"], str):  # names
-        names = typed["transparent_dims"].split(",")
-        typed["transparent_dims"] = [FACES.index(name) for name in names if name in FACES]
-    typed = {k: v for k, v in typed.items() if v is not None}
-    build_official = lambda arrays, options: from_official(arrays, options | typed)  # noqa: E731
+
+    def build_official(arrays, options):
+        typed = {theirs: vars(args).get(ours) for theirs, ours in UNSEEN.items()}
+        if isinstance(typed["transparent_dims"], str):
+            typed["transparent_dims"] = official_regions(typed["transparent_dims"])
+        return from_official(arrays, options | {k: v for k, v in typed.items() if v is not None})
+
     return common.load_gan(path, "semantic_stylegan", build, build_official)
+
+
+def official_regions(text):
+    """The numbers of regions in --see-through of an official file, which has no names: those of
+    FACES, or numbers."""
+    numbers = {name: k for k, name in enumerate(FACES)}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in numbers and not name.isdigit():
+            known = f"{', '.join(FACES)}, or give numbers"
+            raise UserError(f"--see-through: no region {name!r}; there are {known}.")
+    return [numbers[name] if name in numbers else int(name) for name in names]
 
 
 def load_generator(args):
