@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import cyclegan
+import semantic_stylegan
 import stargan_v2
 import stylegan
 import stylegan2
@@ -114,11 +115,12 @@ def bench_cyclegan(options, device):
 
 
 def options_of(paper, device, options, **preset):
-    """The options that a paper's train would get; False: --no-..."""
+    """The options that a paper's train would get; True: --NAME, False: --no-NAME."""
     preset |= dict(data="toy", device=device)
     preset |= {"precision": options.precision} if options.precision else {}
     named = {name.replace("_", "-"): value for name, value in preset.items()}
-    argv = [f"--no-{k}" if v is False else f"--{k}={v}" for k, v in named.items()]
+    flag = {True: "--{}", False: "--no-{}"}
+    argv = [flag[v].format(k) if isinstance(v, bool) else f"--{k}={v}" for k, v in named.items()]
     with mock.patch.object(paper, "train") as train:
         paper.main(argv)
     return train.call_args.args[0]
@@ -175,6 +177,43 @@ def bench_stargan_v2(options, device):
             t = seconds(lambda f=function, n=n: f(n), device, options.repeats)
             name = f"translate {size} px in the style of {way}, batch {n}"
             yield name, n / t, f"{1000 * t:.1f}", memory(device)
+
+
+def bench_semantic_stylegan(options, device):
+    """Rows: training, by phase, with both regularizers counted at their intervals; generation."""
+    full = options.full or device.type == "cuda"
+    for size, batch in [(256, 16), (512, 4)] if full else [(None, None)]:
+        preset = semantic_stylegan.SHAPES | dict(size=size, batch=batch)
+        preset = preset if full else semantic_stylegan.TOY
+        args = options_of(semantic_stylegan, device, options, **preset)
+        semantic_stylegan.fill_options(args, {})
+        run, size, batch = Phases(common.Run("bench", args, ""), device), args.size, args.batch
+        regions = semantic_stylegan.FACES if full else common.TOY_REGIONS
+        nets = semantic_stylegan.new_networks(args, size, regions).values()
+        G, D, G_ema = (net.to(device) for net in nets)
+        parts = ([G.mapping], [G.position, G.local, G.render], [D])
+        opts = [run.adam(part, args.lr, semantic_stylegan.BETAS) for part in parts]
+        real = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+        labels = torch.randint(len(regions), (batch, size, size), device=device)
+        seg = common.one_hot_seg(labels, len(regions))
+        pl_mean, phases = torch.zeros((), device=device), []
+
+        def step(nets=(G, D), rest=(opts, pl_mean, real, seg), args=args, run=run, phases=phases):
+            run.begin()
+            semantic_stylegan.train_step(*nets, *rest, 0, args, run, run.randn)
+            phases.append(run.spent)
+
+        seconds(step, device, options.repeats)
+        d, r1, g, pl = (statistics.median(p) for p in zip(*phases[1:], strict=True))
+        t = d + r1 / args.r1_every + g + pl / args.pl_every
+        ms = f"D {1000 * d:.1f}, R1 {1000 * r1:.1f}, G {1000 * g:.1f}, pl {1000 * pl:.1f}"
+        name = f"train {size} px, {len(regions)} regions, batch {batch}, {run.precision}"
+        yield name, batch / t, ms, memory(device)
+        ws = semantic_stylegan.ws_of(G_ema, range(batch))
+        t = seconds(
+            lambda G=G_ema, ws=ws: semantic_stylegan.pictures(G, ws), device, options.repeats
+        )
+        yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
 
 
 def bench_stylegan(options, device):
@@ -318,6 +357,7 @@ def memory(device):
 
 ROWS = {
     "cyclegan": bench_cyclegan,
+    "semantic_stylegan": bench_semantic_stylegan,
     "stargan_v2": bench_stargan_v2,
     "stylegan": bench_stylegan,
     "stylegan2": bench_stylegan2,
