@@ -14,6 +14,8 @@ In this file, in the order of the signal              paper
 
     python semantic_stylegan.py                       # toy faces and their regions, 2 CPU cores
     python semantic_stylegan.py --data FOLDER --size 256       # with images/ and labels/
+    python semantic_stylegan.py prepare --input CelebAMask-HQ  # the paper's data, then:
+    python semantic_stylegan.py --data celebamask_hq           # 512 pixels
     python semantic_stylegan.py compose --checkpoint RUN --seeds 0-3
     python semantic_stylegan.py edit --checkpoint RUN --region hair --seeds 0-7
     python semantic_stylegan.py invert --checkpoint RUN --input FACE.png
@@ -74,7 +76,6 @@ TOY = dict(size=32, coarse_size=16, min_size=8, layers=6, base_layers=1, depth_l
 TOY |= dict(local_channels=16, coarse_channels=64, channel_base=1024, channel_max=64, w_dim=64)
 TOY |= dict(map_layers=2, noise_inputs=False)  # cartoons have no stochastic detail
 TOY |= dict(batch=8, iters=12_000, every=2000, r1_img=0.5, r1_seg=20.0)
-CELEBAMASK_HQ = dict(size=512, group="celebamask")  # the published model
 
 # =============================================================================
 # Networks
@@ -1301,15 +1302,13 @@ def add_model_options(p):
 
 
 def main(argv=None):
-    presets = {"toy": TOY, "celebamask_hq": CELEBAMASK_HQ}
-    cli = common.CommandLine("semantic_stylegan.py", __doc__, presets, tuple(SHAPES))
+    cli = common.CommandLine("semantic_stylegan.py", __doc__, {"toy": TOY}, tuple(SHAPES))
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
     flag = argparse.BooleanOptionalAction
 
     p = cli.command("train", train, "train on labelled pictures (default command)")
     common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=None)
     common.add_labelled_options(p)
-    p.add("--preset", choices=["celebamask_hq"], help="the options for such data; else by --data")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting {ADAPT_ITERS}")
     p.add("--mirror", action="store_true", help="flip pictures at random")
@@ -1343,6 +1342,12 @@ def main(argv=None):
     p.add("--detach-texture", action="store_true", help="texture does not teach structure")
     p.add("--see-through", metavar="NAMES", help=f"regions: {SEE_THROUGH}")
     p.add("--keep-every", type=number, help="iterations between kept checkpoints: 10000")
+
+    p = cli.command("prepare", common.prepare_celebamask, "label maps of CelebAMask-HQ's masks")
+    p.add("--input", required=True, help="CelebAMask-HQ as it is published, a folder or a .zip")
+    p.add("--size", type=number, default=512, help="pixels")
+    p.add("--out", default="data/celebamask_hq", help="folder to write to; skips what it has")
+    p.add("--workers", type=common.not_negative_int, default=4, help="threads")
 
     seeds = dict(type=common.seeds, default="0-7", help="as in 0-7,42")
     psi = dict(type=common.finite, default=0.7, help="truncation: 1 is none, 0 the mean face")
