@@ -1291,14 +1291,18 @@ def evaluate(args):
 
 
 def add_model_options(p):
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
+    add_unseen_options(p)
+    common.add_device_option(p)
+
+
+def add_unseen_options(p):
     """What official files may lack."""
     flag = argparse.BooleanOptionalAction
-    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
     p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say")
     p.add("--depth-layers", type=common.positive_int, help="likewise")
     p.add("--residual-refine", action=flag, help="likewise")
     p.add("--see-through", metavar="NAMES", help="likewise: glasses,earring")
-    common.add_device_option(p)
 
 
 def main(argv=None):
@@ -1391,6 +1395,7 @@ def main(argv=None):
 
     p = cli.command("evaluate", evaluate, "FID, segmentation and locality")
     common.add_evaluate_options(p)
+    add_unseen_options(p)
     common.add_sample_scores_options(p, "fd8,fid,pr")
     common.add_labelled_options(p)
     p.add("--pairs", type=number, default=64, help="of faces, for each region's locality")
