@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose help shows defaults and whose errors are one line."""
 
     def add(self, *names, help="", **options):
-        if options.get("default") not in (None, False):
+        if options.get("default") not in (None, False, ""):
             help += " (default: %(default)s)"
         return self.add_argument(*names, help=help.strip(), **options)
 

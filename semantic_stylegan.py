@@ -29,7 +29,7 @@ Results: README. Differs from the paper, with the official code (seasonSH/Semant
 background has no depth and no base code; see-through regions are added on top of the others; the
 renderer has neither styles nor a loss on its own residual: masks are held near the average of the
 segmentation. Differs from both: batches of any size (groups of the minibatch standard deviation are
-as large as divides them), --freeze-local really freezes where asked to.
+as large as divides them), --freeze, which really holds the local generators (README: the rest).
 """
 
 import argparse
@@ -231,6 +231,8 @@ class LocalGenerators(nn.Module):
     forward(x, codes) -> h (N, K, C, P), the last hidden features, depth (N, K, P), 0 for region 0
         x: (I, P) or (N, K, I, P), see FourierFeatures; codes: (N, K, layers, w_dim)
     features(h, a) -> sum over k of a_k f_k (N, O, P), with f_k = to_feature_k(h_k); a: (N, K, P)
+    P: pixels; layers after the first depth_layers make the texture alone, and with detach_texture
+    send no gradients back to those.
     """
 
     def __init__(self, K, I, C, O, w_dim, layers=10, depth_layers=6, detach_texture=False):
@@ -264,8 +266,8 @@ def fusion_weights(depth, shown=None, see_through=()):
     """m (N, K, ...), each region's mask, and a, its weight among the features (sec. 3.2).
 
     depth: (N, K, ...), larger is nearer; shown: (N, K) of 0 and 1, regions to draw, None for all
-    see_through: regions that do not hide what is behind them: theirs come on top of the weights of
-    the others, which add up to 1 by themselves. The masks add up to 1 in any case.
+    see_through: numbers of regions that do not hide what is behind them: their weights come on top
+    of those of the others, which add up to 1 by themselves. The masks add up to 1 in any case.
     """
     m = depth.softmax(1)
     if shown is not None:
@@ -315,7 +317,8 @@ class RenderNet(nn.Module):
     """R (sec. 3.3, Fig. 3c): features of the fused regions to an image and its segmentation.
 
     forward(f, coarse, noise) -> img (N, 3, size, size), seg (N, K, size, size), neither limited to
-        [-1, 1]; f: (N, I, h, h); coarse: (N, K, h, h), the masks, in [-1, 1]
+        [-1, 1]; f: (N, I, h, h), h = coarse_size; coarse: (N, K, h, h), the masks, in [-1, 1];
+        noise: see RenderLayer. channels: {side: channels}
     f is averaged to min_size and comes in once more where the side is its own. With
     `residual_refine` what the renderer says of the regions is added to the masks.
     """
@@ -372,9 +375,12 @@ class Generator(nn.Module):
         ws: (N, num_ws, w_dim), or (N, K * layers, w_dim), the codes of `expand`
         noise: see RenderLayer; shown: (N, K), regions to draw, None for all
     Picture: img (N, 3, size, size), about [-1, 1], seg (N, K, size, size), whose largest number is
-        the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], depth (likewise)
+        the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], and depth, of
+        the same shape, larger is nearer, 0 for the background
 
     Defaults are the published model's, but for 256 pixels instead of 512. regions: their names;
+    channels: {side: channels} of the renderer, None for channel_table(); layers of each local
+    generator, local_channels wide, make coarse_channels features of coarse_size^2 pixels;
     depth_layers: those that decide the shape, the first base_layers of them with the codes that
     regions share; see_through: as in fusion_weights. Raises ValueError for what does not fit.
     """
@@ -564,7 +570,9 @@ def official_G(shape, options):
     """The config of a generator with tensors of these shapes."""
     missing = [theirs for theirs in UNSEEN if options.get(theirs) is None]
     if missing:
-        raise ValueError(f"its tensors do not tell {', '.join(missing)}, and it has no options")
+        typed = ", ".join(f"--{UNSEEN[theirs].replace('_', '-')}" for theirs in missing)
+        missing = ", ".join(missing)
+        raise ValueError(f"its tensors and options do not tell {missing}: pass {typed}")
     (K, _, local_channels, _), w_dim = (
         shape["local.layers.0.weight"][:4],
         shape["mapping.fc0.weight"][0],
@@ -667,7 +675,8 @@ def r1_penalties(logits, *reals):
 
 def mask_loss(seg, coarse):
     """How far the segmentation, averaged to the masks' side, is from the masks: mean square. The
-    paper's |delta m|^2 of the renderer's residual, to first order (sec. 3.3)."""
+    paper's |delta m|^2 of the renderer's residual, to first order (sec. 3.3). A scalar; seg: (N, K,
+    size, size), coarse: (N, K, h, h), both around [-1, 1]."""
     return (coarse - F.avg_pool2d(seg, seg.shape[2] // coarse.shape[2])).square().mean()
 
 
@@ -689,8 +698,8 @@ def path_lengths(img, codes, y):
 
 
 def mix(G, n, args, run):
-    """Codes of n latents, or with probability --mixing, one draw for the batch, of two latents in
-    each."""
+    """codes (n, K * layers, w_dim) of n latents, or with probability --mixing, one draw for the
+    batch, of two latents in each."""
     z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
     mixes = run.rand(1, shared=True) < args.mixing
     r = (3 * run.rand(n, len(G.config["regions"]))).floor()
@@ -764,12 +773,12 @@ def update_w_avg(G, n=10_000):
 
 @torch.no_grad()
 def update_ema(G_ema, G, beta):
-    """G_ema = lerp(G, G_ema, beta), parameters alone: each has noise maps of its own."""
+    """G_ema = lerp(G, G_ema, beta), parameters alone: noise maps stay as they are."""
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
 
 
 def average_of(G):
-    """A copy for the running average of G's weights, with noise maps of its own."""
+    """A copy for the running average of G's weights."""
     return copy.deepcopy(G).eval().requires_grad_(False)
 
 
@@ -1299,9 +1308,9 @@ def add_model_options(p):
 def add_unseen_options(p):
     """What official files may lack."""
     flag = argparse.BooleanOptionalAction
-    p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say")
-    p.add("--depth-layers", type=common.positive_int, help="likewise")
-    p.add("--residual-refine", action=flag, help="likewise")
+    p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say: 2")
+    p.add("--depth-layers", type=common.positive_int, help="likewise: 6")
+    p.add("--residual-refine", action=flag, help="likewise: yes")
     p.add("--see-through", metavar="NAMES", help="likewise: glasses,earring")
 
 
@@ -1311,26 +1320,27 @@ def main(argv=None):
     flag = argparse.BooleanOptionalAction
 
     p = cli.command("train", train, "train on labelled pictures (default command)")
-    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=None)
+    every = "iterations (2000; adapting: 100)"
+    common.add_train_options(p, data="toy", batch=BATCH, every=every, default_every=None)
     common.add_labelled_options(p)
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
-    p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting {ADAPT_ITERS}")
+    p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting: {ADAPT_ITERS}")
     p.add("--mirror", action="store_true", help="flip pictures at random")
     p.add("--aug", action="store_true", help="flip, scale, turn and shift them at random")
     p.add("--lr", type=above_0, default=LR, help="before the correction for lazy regularization")
     p.add("--r1-img", type=from_0, default=R1_IMG, help="weight of R1 of images, halved")
     p.add("--r1-seg", type=from_0, default=R1_SEG, help="of segmentations, likewise")
     p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
-    p.add("--lambda-mask", type=from_0, help=f"that holds the segmentation: {LAMBDA_MASK:g}")
-    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="of path length; 0: off")
+    p.add("--lambda-mask", type=from_0, help=f"weight of the mask loss: {LAMBDA_MASK:g}")
+    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="weight of path length; 0: off")
     p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
-    p.add("--mixing", type=common.probability, default=MIXING, help="of codes of two latents")
-    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of G's average")
-    p.add("--mbstd-group", type=number, default=4, help="of minibatch standard deviation")
-    p.add("--adapt", action="store_true", help="a --checkpoint to pictures without labels")
-    p.add("--freeze-local", action="store_true", help="adapting: as officially, of the average")
-    p.add("--freeze", action="store_true", help="adapting: the local generators, really")
-    p.add("--w-dim", type=number, help="512; this and the rest: or as a --checkpoint has it")
+    p.add("--mixing", type=common.probability, default=MIXING, help="share of two-latent batches")
+    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of the average of G")
+    p.add("--mbstd-group", type=number, default=4, help="minibatch std: images in one, at most")
+    p.add("--adapt", action="store_true", help="go on from --checkpoint without labels")
+    p.add("--freeze", action="store_true", help="adapting: hold the local generators")
+    p.add("--freeze-local", action="store_true", help="so in the average alone, as officially")
+    p.add("--w-dim", type=number, help="of z and w: 512; this and the rest: or as in --checkpoint")
     p.add("--map-layers", type=number, help="depth of the mapping network: 8")
     p.add("--coarse-size", type=number, help="side of the local generators' maps: 64")
     p.add("--min-size", type=number, help="side that the renderer begins with: 16")
@@ -1341,11 +1351,11 @@ def main(argv=None):
     p.add("--coarse-channels", type=number, help="of the features that it makes: 512")
     p.add("--channel-base", type=number, help="channels of R and D times side: 32768")
     p.add("--channel-max", type=number, help="of these at most: 512")
-    p.add("--residual-refine", action=flag, help="masks go into the segmentation: yes")
+    p.add("--residual-refine", action=flag, help="R refines the masks: yes")
     p.add("--noise-inputs", action=flag, help="noise in the renderer: yes")
     p.add("--detach-texture", action="store_true", help="texture does not teach structure")
-    p.add("--see-through", metavar="NAMES", help=f"regions: {SEE_THROUGH}")
-    p.add("--keep-every", type=number, help="iterations between kept checkpoints: 10000")
+    p.add("--see-through", metavar="NAMES", help=f"regions that hide nothing: {SEE_THROUGH}")
+    p.add("--keep-every", type=number, help="between kept checkpoints: 10000; adapting: 200")
 
     p = cli.command("prepare", common.prepare_celebamask, "label maps of CelebAMask-HQ's masks")
     p.add("--input", required=True, help="CelebAMask-HQ as it is published, a folder or a .zip")
@@ -1369,16 +1379,16 @@ def main(argv=None):
     add_model_options(p)
     p.add("--seeds", type=common.seeds, default="0-3", help="as in 0-7,42")
     p.add("--psi", **psi)
-    p.add("--regions", metavar="NAMES", help="in which order; default: all, as they are numbered")
+    p.add("--regions", metavar="NAMES", help="in this order; default: all, of faces the first ten")
     p.add("--out", default="out", help="folder to write to")
 
     p = cli.command("edit", edit, "change one region, or an attribute")
     add_model_options(p)
-    p.add("--region", help="that others give")
+    p.add("--region", metavar="NAME", help="that faces get from others")
     p.add("--part", choices=("both", "structure", "texture"), default="both", help="of it")
     p.add("--latents", metavar="FILE", help="an .npz of invert or generate instead of --seeds")
-    p.add("--others", type=common.seeds, help="seeds that give it: the next ones")
-    p.add("--steps", type=number, default=1, help="pictures on the way")
+    p.add("--others", type=common.seeds, help="seeds of those; default: each of --seeds plus 1")
+    p.add("--steps", type=number, default=1, help="pictures on the way, the last included")
     p.add("--psi", **psi)
     common.add_edit_options(p, required=False)
     p.add("--out", default="out", help="folder to write to")
@@ -1387,9 +1397,9 @@ def main(argv=None):
     add_model_options(p)
     p.add("--input", required=True, help="a picture or a folder, aligned as the training's")
     p.add("--space", choices=("w", "w+"), default="w+", help="w+: every code its own w")
-    p.add("--steps", type=number, default=400)
-    p.add("--lr", type=above_0, default=0.1)
-    p.add("--finetune", type=common.not_negative_int, default=0, help="steps of G's weights: 200")
+    p.add("--steps", type=number, default=400, help="of the optimisation")
+    p.add("--lr", type=above_0, default=0.1, help="Adam's rate at its highest")
+    p.add("--finetune", type=common.not_negative_int, default=0, help="then steps of G: 200, say")
     p.add("--out", default="out", help="folder to write to")
     common.add_vgg_options(p)
 
