@@ -1752,7 +1752,7 @@ def prepare_celebamask(args):
     --out/{train,val}/{images,labels} of --size pixels and classes.txt, the names of 13 classes.
 
     Pictures are resized by Lanczos and saved as JPEG, since that is what they were, of quality 95
-    with colours of full resolution: a quarter of the bytes of PNG. Maps are resized to the nearest
+    with colours of full resolution: a third of the bytes of PNG. Maps are resized to the nearest
     and saved as PNG. What is there already is not made again. Raises UserError for what is missing,
     damaged or of another shape.
     """
