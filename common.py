@@ -4859,8 +4859,9 @@ def edit_directions(args, attributes, w, shown, render, names=None):
     """The command `edit`: fits a direction to each attribute and moves latents along it.
 
     w: latents (N, D) that the directions are fitted to; shown: others, for a sheet of before, after
-    and difference in args.out, with these names, or those of args.seeds; render(w, move, attribute) -> images, labels,
-    uint8 (n, 3, H, W) and (n, H, W) on the CPU: of latents, to which the model adds `move` (D,),
+    and difference in args.out, with these names, or those of args.seeds; render(w, move, attribute)
+    -> images, labels, uint8 (n, 3, H, W) and (n, H, W) on the CPU: of w or shown, to which the
+    model adds `move` (D,),
     if it is not None, where it can so that this attribute changes. args.alpha counts deviations of
     w along the direction. Prints how often the attribute is there before and after and the
     locality of the change, both of PAIRS of w.
