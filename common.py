@@ -332,8 +332,8 @@ def add_generate_options(p, psi=1.0, cutoff=None):
 
 def add_edit_options(p, required=True):
     """The options of `edit`, beside those of add_generator_options; required: --direction."""
-    p.add("--direction", required=required, metavar="ATTR[,ATTR]", help="NAME.area or NAME.light of"
-          " a region, or an attribute of toy faces, such as 'mouth open'")  # fmt: skip
+    kinds = "NAME.area or NAME.light of a region, or an attribute of toy faces, as 'mouth open'"
+    p.add("--direction", required=required, metavar="ATTR[,ATTR]", help=kinds)
     p.add("--alpha", type=finite, default=3, help="how far, in deviations of the latents along it")
     p.add("--seeds", type=seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
     p.add("--data", help="with label maps; default: what the checkpoint was trained on")
@@ -1643,6 +1643,12 @@ def indices_below(K, source, name):
         hint = " Of a mask of two classes, save them as 0 and 1." if value == 255 else ""
         raise UserError(f"{source.path}: {name} holds label {value}; they go to {K - 1}.{hint}")
     return label
+
+
+def has_labels(source):
+    """Whether labelled_pictures may find label maps in a source."""
+    part = subset(source, "train") if has_subset(source, "train") else source
+    return has_subset(part, "labels")
 
 
 def labelled_pictures(args, source, part="train"):
@@ -4849,12 +4855,13 @@ def attributes_of(text, classes, toy=None):
     return [known[name] for name in names]
 
 
-def edit_directions(args, attributes, w, shown, render):
+def edit_directions(args, attributes, w, shown, render, names=None):
     """The command `edit`: fits a direction to each attribute and moves latents along it.
 
-    w: latents (N, D) that the directions are fitted to; shown: those of args.seeds (n, D), for a
-    sheet of before, after and difference in args.out; render(w, move, attribute) -> images, labels,
-    uint8 (n, 3, H, W) and (n, H, W) on the CPU: of latents, to which the model adds `move` (D,),
+    w: latents (N, D) that the directions are fitted to; shown: others, for a sheet of before, after
+    and difference in args.out, with these names, or those of args.seeds; render(w, move, attribute)
+    -> images, labels, uint8 (n, 3, H, W) and (n, H, W) on the CPU: of w or shown, to which the
+    model adds `move` (D,),
     if it is not None, where it can so that this attribute changes. args.alpha counts deviations of
     w along the direction. Prints how often the attribute is there before and after and the
     locality of the change, both of PAIRS of w.
@@ -4896,7 +4903,7 @@ def edit_directions(args, attributes, w, shown, render):
         path = Path(args.out, f"{re.sub('[^A-Za-z0-9_.-]+', '-', a.name)}.png")
         before, after = render(shown, None, a)[0], render(shown, move, a)[0]
         sheet = {"before": before, "after": after, "difference": difference(before, after)}
-        save_sheet(path, sheet, [f"seed {seed}" for seed in args.seeds])
+        save_sheet(path, sheet, names or [f"seed {seed}" for seed in args.seeds])
         print(f"{a.name}: {path}")
     return found
 
