@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose help shows defaults and whose errors are one line."""
 
     def add(self, *names, help="", **options):
-        if options.get("default") not in (None, False):
+        if options.get("default") not in (None, False, ""):
             help += " (default: %(default)s)"
         return self.add_argument(*names, help=help.strip(), **options)
 
@@ -422,10 +422,13 @@ PUBLIC = {  # name: (addresses, bytes, sha256)
 for _name, _key in (("celeba_hq", "f7pvjij2xlpff59"), ("afhq", "t9l9o3vsx2jai3z")):
     PUBLIC[_name] = ([f"https://www.dropbox.com/s/{_key}/{_name}.zip?dl=1"], None, None)
 PUBLIC["afhq_v2"] = (["https://www.dropbox.com/s/vkzjokiwof5h8w6/afhq_v2.zip?dl=1"], None, None)
-WITHDRAWN = {  # name: how to build it
+BY_HAND = {  # name: how to get what nobody may fetch unasked
     "cityscapes": "cityscapes was withdrawn by its publishers (licence). Build it: get leftImg8bit "
     "and gtFine from cityscapes-dataset.com, resize photos (A) and *_gtFine_color label maps (B) "
-    "to 256x256, and save them as {folder}/trainA, trainB (from train), testA, testB (from val)."
+    "to 256x256, and save them as {folder}/trainA, trainB (from train), testA, testB (from val).",
+    "celebamask_hq": "celebamask_hq is downloaded by hand, for non-commercial research "
+    "(its terms). Get it from github.com/switchablenorms/CelebAMask-HQ, then: python "
+    "semantic_stylegan.py prepare --input CelebAMask-HQ.zip --out {folder}",
 }
 
 
@@ -890,10 +893,15 @@ def top_folders(source):
     return sorted({name.split("/")[0] for name in source.names if "/" in name})
 
 
-def _place(source, folder):
-    """Where source holds pictures of folder: there, or in TOP/folder if TOP is its only folder."""
+def _places(source, name):
+    """Where source may hold a name: there, or as TOP/name if TOP is its only folder."""
     tops = top_folders(source)
-    for place in [folder] + [f"{top}/{folder}" for top in tops if len(tops) == 1]:
+    return [name] + [f"{top}/{name}" for top in tops if len(tops) == 1]
+
+
+def _place(source, folder):
+    """Which of these holds pictures."""
+    for place in _places(source, folder):
         if any(name.startswith(f"{place}/") for name in source.names):
             return place
 
@@ -1338,10 +1346,10 @@ def open_data(data, root="data", size=None, toy=TOY_PARTS):
         domain = TOY_DOMAINS.index(data[4:])
         return Toy(size, {part: (domain, first, n) for part, (_, first, n) in toy.items()})
     path = Path(data).expanduser()
-    if data in PUBLIC or data in WITHDRAWN:
+    if data in PUBLIC or data in BY_HAND:
         folder, archive = Path(root, data), Path(root, f"{data}.zip")
-        if not folder.is_dir() and data in WITHDRAWN:
-            raise UserError(WITHDRAWN[data].format(folder=folder))
+        if not folder.is_dir() and data in BY_HAND:
+            raise UserError(BY_HAND[data].format(folder=folder))
         if not folder.is_dir():
             with locked(folder):
                 if not folder.is_dir():  # unless another process was first
@@ -1354,7 +1362,7 @@ def open_data(data, root="data", size=None, toy=TOY_PARTS):
         return Folder(path)
     if path.is_file() and path.suffix.lower() == ".zip":
         return Zip(path)
-    names = sorted([*PUBLIC, *WITHDRAWN])
+    names = sorted([*PUBLIC, *BY_HAND])
     if data.startswith("toy/") and one_domain:
         raise UserError(f"--data {data}: there are {', '.join(f'toy/{d}' for d in TOY_DOMAINS)}.")
     close = difflib.get_close_matches(str(data).lower(), [*names, "toy"], 1)
@@ -1586,7 +1594,8 @@ GROUPS = {"celebamask": CELEBAMASK}  # of --group: (names, the class of each ind
 def add_labelled_options(p):
     """The options of labelled_pictures, beside --data, --size and --cache."""
     classes = p.add_mutually_exclusive_group()
-    classes.add_argument("--classes", metavar="FILE", help="names, a line each; default: numbers")
+    names = "names, a line each; default: classes.txt of the data, or numbers"
+    classes.add_argument("--classes", metavar="FILE", help=names)
     joined = "join the 19 classes of CelebAMask-HQ's files to the paper's 13"
     classes.add_argument("--group", choices=list(GROUPS), help=joined)
 
@@ -1636,14 +1645,22 @@ def indices_below(K, source, name):
     return label
 
 
+def has_labels(source):
+    """Whether labelled_pictures may find label maps in a source."""
+    part = subset(source, "train") if has_subset(source, "train") else source
+    return has_subset(part, "labels")
+
+
 def labelled_pictures(args, source, part="train"):
     """A LabelledSet of size x size pictures, the size, and the names of the classes.
 
     source: the folders images and labels (toy: TOY_LABELLED), or those in the folder `part` if it
-    has one. A picture and its map have one path, but for the suffix. Without --classes and --group
-    there are as many classes as the maps hold, called 0, 1, ...; all maps are read for that.
+    has one. A picture and its map have one path, but for the suffix. The names of the classes are
+    those of --classes or --group, else of a file classes.txt in the source; without any there are
+    as many classes as the maps hold, called 0, 1, ...; all maps are read for that.
     --size as in square_pictures. Raises UserError for what does not go together.
     """
+    named = named_classes(args, source) or (source.is_toy and list(TOY_REGIONS))
     source = subset(source, part) if has_subset(source, part) else source
     images = maps = source
     if not source.is_toy:
@@ -1652,9 +1669,13 @@ def labelled_pictures(args, source, part="train"):
     pairs = paired(args, images, maps)
     if args.group:
         names, table = GROUPS[args.group]
+        if named and len(named) != len(table):
+            has = f"{len(named)} in {args.data} have names already"
+            raise UserError(
+                f"--group {args.group} joins {len(table)} classes, but {has}: leave it out."
+            )
     else:
-        names = named_classes(args) or (source.is_toy and list(TOY_REGIONS))
-        names = names or numbered_classes(args, maps)
+        names = named or numbered_classes(args, maps)
         table = range(len(names))
     if len(names) > 16:
         warning = "each costs memory and time, and the paper has 13; join some if you can"
@@ -1684,19 +1705,25 @@ def paired(args, images, maps):
     return {name: found[1][stem] for stem, name in found[0].items()}
 
 
-def named_classes(args):
-    """The names in the file --classes, or None."""
-    if args.classes is None:
-        return None
+def named_classes(args, source):
+    """The names in the file --classes, else in classes.txt of the source, or None."""
+    where = f"--classes {args.classes}"
     try:
-        names = Path(args.classes).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or "not a text file"
-        raise UserError(f"--classes {args.classes}: {reason}.") from None
+        if args.classes is not None:
+            text = Path(args.classes).read_bytes()
+        elif found := next(filter(source.has, _places(source, "classes.txt")), None):
+            where, text = f"{source.path}: {found}", source.read(found)
+        else:
+            return None
+        names = text.decode().split("\n")
+    except (OSError, UnicodeDecodeError, BadImage) as e:
+        reason = getattr(e, "strerror", None) or getattr(e, "reason", None)
+        reason = "not a text file" if isinstance(e, UnicodeDecodeError) else reason
+        raise UserError(f"{where}: {reason}.") from None
     names = [name.strip() for name in names if name.strip()]
     if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
         needed = f"2 to {NO_CLASS} different names are needed, a line each"
-        raise UserError(f"--classes {args.classes}: {len(names)} lines; {needed}.")
+        raise UserError(f"{where}: {len(names)} lines; {needed}.")
     return names
 
 
@@ -1713,6 +1740,103 @@ def numbered_classes(args, maps):
     if last == 0:
         raise UserError(f"--data {args.data}: all labels are 0: there is one class only.")
     return [str(k) for k in range(last + 1)]
+
+
+# CelebAMask-HQ has a mask for each part of a face. Of parts that overlap the later one wins: eyes
+# and brows show through glasses, of which the frame and the rest of the lenses stay.
+CELEBAMASK_PARTS = {
+    "skin": "face", "eye_g": "glasses", "l_eye": "eye", "r_eye": "eye", "l_brow": "eyebrow",
+    "r_brow": "eyebrow", "mouth": "mouth", "l_lip": "mouth", "u_lip": "mouth", "nose": "nose",
+    "hair": "hair", "l_ear": "ear", "r_ear": "ear", "neck": "neck", "neck_l": "neck",
+    "cloth": "cloth", "hat": "hat", "ear_r": "earring",
+}  # fmt: skip
+CELEBAMASK_TRAIN = 28_000  # of its 30,000 pictures, by number; the others are for validation
+
+
+def prepare_celebamask(args):
+    """CelebAMask-HQ as it is published, --input (a folder or a .zip), as a set with label maps:
+    --out/{train,val}/{images,labels} of --size pixels and classes.txt, the names of 13 classes.
+
+    Pictures are resized by Lanczos and saved as JPEG, since that is what they were, of quality 95
+    with colours of full resolution: a third of the bytes of PNG. Maps are resized to the nearest
+    and saved as PNG. What is there already is not made again. Raises UserError for what is missing,
+    damaged or of another shape.
+    """
+    size, out, path = args.size, Path(args.out), Path(args.input)
+    if size < 8 or size & (size - 1):
+        raise UserError(f"--size {size}: a power of two from 8 on is needed.")
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
+        raise UserError(f"--input {path}: name the folder or the .zip of CelebAMask-HQ.")
+    source = Folder(path) if path.is_dir() else Zip(path)
+    folders = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
+    photos, masks = (subset(source, folder, " and ".join(folders)) for folder in folders)
+    parts = celebamask_parts(photos, masks)
+    numbers = sorted(parts)
+
+    def make(k):
+        number = numbers[k]
+        part = out / ("train" if number < CELEBAMASK_TRAIN else "val")
+        files = part / "images" / f"{number}.jpg", part / "labels" / f"{number}.png"
+        if all(file.exists() for file in files):
+            side = decode_labels(files[1], files[1]).shape[0]
+            if side != size:
+                raise UserError(f"--out {out} has pictures of {side}x{side}; go elsewhere.")
+            return False
+        image, label = photos.image(f"{number}.jpg"), merged_parts(masks, parts[number])
+        (W, H), (w, h) = image.size, label.size
+        if W * h != w * H:
+            raise UserError(f"{masks.path}: parts of {number} are {w}x{h}, the picture {W}x{H}.")
+        with write_whole(files[0]) as f:
+            square(size, False, image).save(f, "JPEG", quality=95, subsampling=0)
+        save_png(files[1], square(size, False, label, Image.Resampling.NEAREST))
+        return True
+
+    made = 0
+    try:
+        for k, new in enumerate(prefetch(make, 0, len(numbers), args.workers), 1):
+            made += new
+            if k % 1000 == 0:
+                print(f"{k}/{len(numbers)}", flush=True)
+    except BadImage as e:
+        raise UserError(f"{e}. Get that file anew and go on: what is done stays.") from None
+    with write_whole(out / "classes.txt") as f:
+        f.write("".join(f"{name}\n" for name in CELEBAMASK[0]).encode())
+    train = sum(number < CELEBAMASK_TRAIN for number in numbers)
+    print(f"{train} pairs to train with and {len(numbers) - train} others are in {out}, {made} new")
+
+
+def celebamask_parts(photos, masks):
+    """{number of a picture: {part: name of its mask}} of two sources; UserError if they differ."""
+    parts = {}
+    for name in masks.names:
+        found = re.fullmatch(r"\d+/(\d{5,9})_(\w+)\.png", name)
+        number, part = (int(found[1]), found[2]) if found else (0, None)
+        if part not in CELEBAMASK_PARTS or name != f"{number // 2000}/{number:05}_{part}.png":
+            known = ", ".join(CELEBAMASK_PARTS)
+            raise UserError(f"{masks.path}: {name} is not as 0/00012_skin.png. Parts: {known}.")
+        parts.setdefault(f"{number}.jpg", {})[part] = name
+    for (names, what), others in (
+        ((photos.names, "pictures without masks"), parts),
+        ((parts, "pictures of masks are missing"), set(photos.names)),
+    ):
+        if alone := [name for name in names if name not in others]:
+            listed = ", ".join(alone[:5]) + ", ..." * (len(alone) > 5)
+            raise UserError(f"{photos.path}: {len(alone)} {what}: {listed}. Unpack all of the set.")
+    return {int(name.removesuffix(".jpg")): found for name, found in parts.items()}
+
+
+def merged_parts(masks, names):
+    """A label map, PIL picture of mode L, of masks {part: name}, white where the part is."""
+    label = None
+    for part, title in CELEBAMASK_PARTS.items():
+        if part in names:
+            mask = np.asarray(masks.image(names[part], "L"))
+            if label is None:
+                label, first = np.zeros_like(mask), names[part]
+            if mask.shape != label.shape:
+                raise UserError(f"{masks.path}: {names[part]} and {first} differ in size.")
+            label[mask > 127] = CELEBAMASK[0].index(title)
+    return Image.fromarray(label)
 
 
 def augment_pair(image, label, rng, flip=True, affine=True):
@@ -4731,12 +4855,13 @@ def attributes_of(text, classes, toy=None):
     return [known[name] for name in names]
 
 
-def edit_directions(args, attributes, w, shown, render):
+def edit_directions(args, attributes, w, shown, render, names=None):
     """The command `edit`: fits a direction to each attribute and moves latents along it.
 
-    w: latents (N, D) that the directions are fitted to; shown: those of args.seeds (n, D), for a
-    sheet of before, after and difference in args.out; render(w, move, attribute) -> images, labels,
-    uint8 (n, 3, H, W) and (n, H, W) on the CPU: of latents, to which the model adds `move` (D,),
+    w: latents (N, D) that the directions are fitted to; shown: others, for a sheet of before, after
+    and difference in args.out, with these names, or those of args.seeds; render(w, move, attribute)
+    -> images, labels, uint8 (n, 3, H, W) and (n, H, W) on the CPU: of w or shown, to which the
+    model adds `move` (D,),
     if it is not None, where it can so that this attribute changes. args.alpha counts deviations of
     w along the direction. Prints how often the attribute is there before and after and the
     locality of the change, both of PAIRS of w.
@@ -4778,7 +4903,7 @@ def edit_directions(args, attributes, w, shown, render):
         path = Path(args.out, f"{re.sub('[^A-Za-z0-9_.-]+', '-', a.name)}.png")
         before, after = render(shown, None, a)[0], render(shown, move, a)[0]
         sheet = {"before": before, "after": after, "difference": difference(before, after)}
-        save_sheet(path, sheet, [f"seed {seed}" for seed in args.seeds])
+        save_sheet(path, sheet, names or [f"seed {seed}" for seed in args.seeds])
         print(f"{a.name}: {path}")
     return found
 

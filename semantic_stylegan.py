@@ -14,6 +14,8 @@ In this file, in the order of the signal              paper
 
     python semantic_stylegan.py                       # toy faces and their regions, 2 CPU cores
     python semantic_stylegan.py --data FOLDER --size 256       # with images/ and labels/
+    python semantic_stylegan.py prepare --input CelebAMask-HQ  # the paper's data, then:
+    python semantic_stylegan.py --data celebamask_hq           # 512 pixels
     python semantic_stylegan.py compose --checkpoint RUN --seeds 0-3
     python semantic_stylegan.py edit --checkpoint RUN --region hair --seeds 0-7
     python semantic_stylegan.py invert --checkpoint RUN --input FACE.png
@@ -26,8 +28,9 @@ codes, which all regions but the background share, then structure and texture of
 Results: README. Differs from the paper, with the official code (seasonSH/SemanticStyleGAN): the
 background has no depth and no base code; see-through regions are added on top of the others; the
 renderer has neither styles nor a loss on its own residual: masks are held near the average of the
-segmentation. Differs from both: batches of any size (groups of the minibatch standard deviation are
-as large as divides them), --freeze-local really freezes where asked to.
+segmentation. Differs from both: D takes batches of any size (groups of the minibatch standard
+deviation are as large as divides them); adaptation can really --freeze the local generators, which
+the official --freeze-local does for the average alone.
 """
 
 import argparse
@@ -68,14 +71,14 @@ FACES = (  # CelebAMask-HQ's 19 classes in 13 groups, official order
     "background", "face", "eye", "eyebrow", "mouth", "nose", "ear", "hair", "neck", "cloth",
     "glasses", "hat", "earring",
 )  # fmt: skip
-SEE_THROUGH = "glasses,earring"  # what lies behind them is drawn, too
+SEE_THROUGH = ("glasses", "earring")  # what lies behind them is drawn, too
 
 # What a plain `python semantic_stylegan.py` trains: small enough for two CPU cores and minutes.
 TOY = dict(size=32, coarse_size=16, min_size=8, layers=6, base_layers=1, depth_layers=4)
 TOY |= dict(local_channels=16, coarse_channels=64, channel_base=1024, channel_max=64, w_dim=64)
 TOY |= dict(map_layers=2, noise_inputs=False)  # cartoons have no stochastic detail
-TOY |= dict(batch=8, iters=12_000, every=2000, r1_img=0.5, r1_seg=20.0)
-CELEBAMASK_HQ = dict(size=512, group="celebamask")  # the published model
+TOY |= dict(batch=8, r1_img=0.5, r1_seg=20.0)
+TOY_ITERS, TOY_EVERY = 9000, 1500
 
 # =============================================================================
 # Networks
@@ -147,7 +150,8 @@ class MappingNetwork(nn.Module):
     """Z -> W, an MLP (StyleGAN, Fig. 1b), one w for all codes.
 
     forward(z, psi=1) -> ws (N, num_ws, w_dim); z: (N, w_dim), any scale, normalised inside;
-    psi: 1 = no truncation, 0 = the mean face, towards w_avg, the mean of w (see update_w_avg).
+    psi: 1 = no truncation, 0 = the mean face, towards w_avg, the mean of w, which is not saved:
+    update_w_avg sets it.
     """
 
     def __init__(self, w_dim, num_ws, num_layers=8, lr_mul=0.01):
@@ -155,7 +159,7 @@ class MappingNetwork(nn.Module):
         self.num_ws, self.num_layers = num_ws, num_layers
         for i in range(num_layers):
             self.add_module(f"fc{i}", Linear(w_dim, w_dim, "lrelu", lr_mul))
-        self.register_buffer("w_avg", torch.zeros(w_dim))
+        self.register_buffer("w_avg", torch.zeros(w_dim), persistent=False)
 
     def forward(self, z, psi=1.0):
         w = normalize(z)
@@ -231,6 +235,8 @@ class LocalGenerators(nn.Module):
     forward(x, codes) -> h (N, K, C, P), the last hidden features, depth (N, K, P), 0 for region 0
         x: (I, P) or (N, K, I, P), see FourierFeatures; codes: (N, K, layers, w_dim)
     features(h, a) -> sum over k of a_k f_k (N, O, P), with f_k = to_feature_k(h_k); a: (N, K, P)
+    P: pixels; layers after the first depth_layers make the texture alone, and with detach_texture
+    send no gradients back to those.
     """
 
     def __init__(self, K, I, C, O, w_dim, layers=10, depth_layers=6, detach_texture=False):
@@ -264,8 +270,8 @@ def fusion_weights(depth, shown=None, see_through=()):
     """m (N, K, ...), each region's mask, and a, its weight among the features (sec. 3.2).
 
     depth: (N, K, ...), larger is nearer; shown: (N, K) of 0 and 1, regions to draw, None for all
-    see_through: regions that do not hide what is behind them: theirs come on top of the weights of
-    the others, which add up to 1 by themselves. The masks add up to 1 in any case.
+    see_through: numbers of regions that do not hide what is behind them: their weights come on top
+    of those of the others, which add up to 1 by themselves. The masks add up to 1 in any case.
     """
     m = depth.softmax(1)
     if shown is not None:
@@ -315,7 +321,8 @@ class RenderNet(nn.Module):
     """R (sec. 3.3, Fig. 3c): features of the fused regions to an image and its segmentation.
 
     forward(f, coarse, noise) -> img (N, 3, size, size), seg (N, K, size, size), neither limited to
-        [-1, 1]; f: (N, I, h, h); coarse: (N, K, h, h), the masks, in [-1, 1]
+        [-1, 1]; f: (N, I, h, h), h = coarse_size; coarse: (N, K, h, h), the masks, in [-1, 1];
+        noise: see RenderLayer. channels: {side: channels}
     f is averaged to min_size and comes in once more where the side is its own. With
     `residual_refine` what the renderer says of the regions is added to the masks.
     """
@@ -372,9 +379,12 @@ class Generator(nn.Module):
         ws: (N, num_ws, w_dim), or (N, K * layers, w_dim), the codes of `expand`
         noise: see RenderLayer; shown: (N, K), regions to draw, None for all
     Picture: img (N, 3, size, size), about [-1, 1], seg (N, K, size, size), whose largest number is
-        the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], depth (likewise)
+        the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], and depth, of
+        the same shape, larger is nearer, 0 for the background
 
     Defaults are the published model's, but for 256 pixels instead of 512. regions: their names;
+    channels: {side: channels} of the renderer, None for channel_table(); layers of each local
+    generator, local_channels wide, make coarse_channels features of coarse_size^2 pixels;
     depth_layers: those that decide the shape, the first base_layers of them with the codes that
     regions share; see_through: as in fusion_weights. Raises ValueError for what does not fit.
     """
@@ -560,11 +570,17 @@ def our_name(name):
     raise ValueError(f"not a tensor of SemanticStyleGAN: {name!r}")
 
 
+def region_names(K):
+    """Of an official file, which has none."""
+    return list(FACES) if K == len(FACES) else [str(k) for k in range(K)]
+
+
 def official_G(shape, options):
     """The config of a generator with tensors of these shapes."""
     missing = [theirs for theirs in UNSEEN if options.get(theirs) is None]
     if missing:
-        raise ValueError(f"its tensors do not tell {', '.join(missing)}, and it has no options")
+        options = ", ".join(f"--{UNSEEN[theirs].replace('_', '-')}" for theirs in missing)
+        raise ValueError(f"neither its tensors nor saved options say them: pass {options}")
     (K, _, local_channels, _), w_dim = (
         shape["local.layers.0.weight"][:4],
         shape["mapping.fc0.weight"][0],
@@ -577,7 +593,7 @@ def official_G(shape, options):
     again = next(i for i in stages[1:] if I[i] != O[i - 1])  # where the features come in again
     return dict(
         kind="G", size=size, w_dim=w_dim,
-        regions=FACES if K == len(FACES) else [str(k) for k in range(K)],
+        regions=region_names(K),
         map_layers=sum(name.startswith("mapping.") for name in shape) // 2,
         channels={min_size << (i + 1): O[i] for i in stages},
         coarse_size=min_size << again, min_size=min_size,
@@ -603,8 +619,8 @@ def from_official(arrays, options):
 
     Sizes are read off the shapes. Four things leave no trace there, and a G with the wrong ones
     makes wrong pictures without an error: options, the saved official arguments, must hold
-    base_layers, depth_layers, residual_refine and transparent_dims. The file has no mean w: that of
-    10,000 is taken. Raises ValueError for what is missing and for anything else.
+    base_layers, depth_layers, residual_refine and transparent_dims. The mean w is not in the file:
+    see update_w_avg. Raises ValueError for what is missing and for anything else.
     """
     found, regions = {}, {}
     for name, a in arrays.items():
@@ -621,9 +637,7 @@ def from_official(arrays, options):
     except KeyError as e:
         raise ValueError(f"no tensor {e.args[0]!r}") from None
     net = build(config)
-    common.fill(net, found, optional=("noise_const", "w_avg"))
-    if config["kind"] == "G":
-        update_w_avg(net)
+    common.fill(net, found, optional=("noise_const",))
     return net
 
 
@@ -667,7 +681,8 @@ def r1_penalties(logits, *reals):
 
 def mask_loss(seg, coarse):
     """How far the segmentation, averaged to the masks' side, is from the masks: mean square. The
-    paper's |delta m|^2 of the renderer's residual, to first order (sec. 3.3)."""
+    paper's |delta m|^2 of the renderer's residual, to first order (sec. 3.3). A scalar; seg: (N, K,
+    size, size), coarse: (N, K, h, h), both around [-1, 1]."""
     return (coarse - F.avg_pool2d(seg, seg.shape[2] // coarse.shape[2])).square().mean()
 
 
@@ -689,8 +704,8 @@ def path_lengths(img, codes, y):
 
 
 def mix(G, n, args, run):
-    """Codes of n latents, or with probability --mixing, one draw for the batch, of two latents in
-    each."""
+    """codes (n, K * layers, w_dim) of n latents, or with probability --mixing, one draw for the
+    batch, of two latents in each."""
     z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
     mixes = run.rand(1, shared=True) < args.mixing
     r = (3 * run.rand(n, len(G.config["regions"]))).floor()
@@ -704,8 +719,7 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
 
     opts: of G's mapping network, of the rest of G, and of D; pl_mean: (), moved in place; real:
     (N, 3, size, size) in [-1, 1]; seg: (N, K, size, size), 1 where the region is, else -1, or None:
-    D sees images alone, and nothing holds the segmentation (adaptation, sec. 4.4). `run` gives
-    rand, randn, mean, backward and step.
+    D sees images alone (adaptation, sec. 4.4). `run` gives rand, randn, mean, backward and step.
     """
     losses, n, (opt_mapping, opt_G, opt_D) = {}, len(real), opts
 
@@ -736,8 +750,7 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
     fake = G.synthesis(mix(G, n, args, run), noise)
     losses["G"] = logistic_loss(D(*seen(fake.img, fake.seg)), real=True).mean()
     losses["mask"] = mask_loss(fake.seg, fake.coarse)
-    held = 0.0 if seg is None else args.lambda_mask
-    run.backward(losses["G"] + held * losses["mask"])
+    run.backward(losses["G"] + args.lambda_mask * losses["mask"])
     run.step(opt_mapping, opt_G)
     if step % args.pl_every == 0 and args.pl_weight:
         with torch.no_grad():
@@ -764,13 +777,17 @@ def update_w_avg(G, n=10_000):
 
 @torch.no_grad()
 def update_ema(G_ema, G, beta):
-    """G_ema = lerp(G, G_ema, beta), parameters alone: each has noise maps of its own."""
+    """G_ema = lerp(G, G_ema, beta), parameters alone: noise maps stay as they are."""
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
 
 
 def average_of(G):
     """A copy for the running average of G's weights, with noise maps of its own."""
-    return copy.deepcopy(G).eval().requires_grad_(False)
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    for name, noise in G_ema.named_buffers():
+        if name.endswith("noise_const"):
+            noise.normal_()
+    return G_ema
 
 
 def lazy(lr, every):
@@ -783,13 +800,12 @@ def lazy(lr, every):
 def new_networks(args, size, regions):
     """{"G", "D", "G_ema"} with fresh weights."""
     channels = channel_table(args.channel_base, args.channel_max, size)
-    clear = [name.strip() for name in args.see_through.split(",")]
     try:
         G = Generator(
             size, regions, args.w_dim, args.map_layers, channels, args.coarse_size, args.min_size,
             args.layers, args.base_layers, args.depth_layers, args.local_channels,
             args.coarse_channels, args.residual_refine, args.detach_texture,
-            [k for k, name in enumerate(regions) if k and name in clear], args.noise_inputs,
+            see_through_of(args, regions), args.noise_inputs,
         )  # fmt: skip
     except ValueError as e:
         raise UserError(f"{e}: see --help for the options of these.") from None
@@ -810,6 +826,8 @@ def train(args):
 
     # ---- data: picture n is a pure function of (seed, n) --------------------------------------
     if args.adapt:  # pictures alone
+        if common.has_subset(source, "images"):
+            source = common.subset(source, "images")
         (data, size), regions = common.square_pictures(args, source), args.regions.split(",")
     else:
         data, size, regions = common.labelled_pictures(args, source)
@@ -864,7 +882,6 @@ def train(args):
         run.log(losses)
         keep = run.due(args.keep_every * args.batch) or run.steps_done == run.total
         if keep or run.due(args.every * args.batch):
-            update_w_avg(G_ema)
             show_samples(run, G_ema)
             score(run, G_ema, data)
             run.save(keep=keep)
@@ -906,14 +923,14 @@ def score(run, G, data, n=SCORED):
 SHAPES = dict(  # of networks, where neither options nor a --checkpoint say otherwise
     w_dim=512, map_layers=8, coarse_size=64, min_size=16, layers=10, base_layers=2, depth_layers=6,
     local_channels=64, coarse_channels=512, channel_base=32768, channel_max=512,
-    residual_refine=True, noise_inputs=True, see_through=SEE_THROUGH,
+    residual_refine=True, detach_texture=False, noise_inputs=True,
 )  # fmt: skip
 
 
 def fill_options(args, given):
     """Options that were left out: those of the networks to start from, else of SHAPES; and what
-    adaptation needs."""
-    options, G = dict(SHAPES), given.get("G_ema")
+    adaptation and toy data have of their own."""
+    options, G, size = dict(SHAPES), given.get("G_ema"), args.size
     if args.adapt and not args.resume and not {"G", "D", "G_ema"} <= given.keys():
         raise UserError("--adapt goes on from a --checkpoint that holds G, D and G_ema.")
     if not args.adapt and (args.freeze_local or args.freeze):
@@ -923,21 +940,37 @@ def fill_options(args, given):
         options |= {k: v for k, v in config.items() if k in options}
         options |= dict(channel_base=max(res * C for res, C in table.items()))
         options |= dict(channel_max=max(table.values()), noise_inputs=config["use_noise"])
+        options |= dict(size=config["size"])
         options["see_through"] = ",".join(config["regions"][k] for k in config["see_through"])
-        options["size"] = config["size"]
     if G and args.adapt:
         args.regions = ",".join(config["regions"])
-        if args.size not in (None, config["size"]):
-            raise UserError(
-                f"--adapt: the checkpoint makes {config['size']} pixels, not {args.size}."
-            )
-    options |= dict(lambda_mask=LAMBDA_MASK, iters=ADAPT_ITERS if args.adapt else ITERS)
-    options |= (
-        dict(every=100, keep_every=200) if args.adapt else dict(every=2000, keep_every=10_000)
-    )
+        if size not in (None, config["size"]):
+            raise UserError(f"--adapt: the checkpoint makes {config['size']} pixels, not {size}.")
+    options |= dict(mirror=False, lambda_mask=LAMBDA_MASK)
+    options |= dict(iters=ITERS, every=2000, keep_every=10_000)
+    if args.data.split("/")[0] == "toy":
+        options |= dict(iters=TOY_ITERS, every=TOY_EVERY)
+    if args.adapt:
+        options |= dict(mirror=True, lambda_mask=0.0)
+        options |= dict(iters=ADAPT_ITERS, every=100, keep_every=200)
     for name, value in options.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def see_through_of(args, regions):
+    """The numbers of the regions in --see-through, names or numbers; without it those of faces, of
+    the names that there are."""
+    if args.see_through is None:
+        return [k for k, name in enumerate(regions) if name in SEE_THROUGH]
+    found = []
+    for name in filter(None, (name.strip() for name in args.see_through.split(","))):
+        k = regions.index(name) if name in regions else int(name) if name.isdigit() else -1
+        if not 0 < k < len(regions):
+            some = f"names of {', '.join(regions[1:])}, or numbers from 1 to {len(regions) - 1}"
+            raise UserError(f"--see-through {name}: {some}.")
+        found.append(k)
+    return found
 
 
 def count(net):
@@ -953,25 +986,14 @@ def load_networks(args, path):
     """({"G", "D", "G_ema": network}, options of its training) of a checkpoint, a run, or an
     official .pt file, of which the command line may say what its tensors do not."""
 
-    def build_official(arrays, options):
+    def official(arrays, options):
         typed = {theirs: vars(args).get(ours) for theirs, ours in UNSEEN.items()}
-        if isinstance(typed["transparent_dims"], str):
-            typed["transparent_dims"] = official_regions(typed["transparent_dims"])
+        if typed["transparent_dims"] is not None and "pos_embed.weights" in arrays:
+            K = 1 + max(int(k.split(".")[1]) for k in arrays if k.startswith("local_nets."))
+            typed["transparent_dims"] = see_through_of(args, region_names(K))
         return from_official(arrays, options | {k: v for k, v in typed.items() if v is not None})
 
-    return common.load_gan(path, "semantic_stylegan", build, build_official)
-
-
-def official_regions(text):
-    """The numbers of regions in --see-through of an official file, which has no names: those of
-    FACES, or numbers."""
-    numbers = {name: k for k, name in enumerate(FACES)}
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in numbers and not name.isdigit():
-            known = f"{', '.join(FACES)}, or give numbers"
-            raise UserError(f"--see-through: no region {name!r}; there are {known}.")
-    return [numbers[name] if name in numbers else int(name) for name in names]
+    return common.load_gan(path, "semantic_stylegan", build, official)
 
 
 def load_generator(args):
@@ -980,7 +1002,9 @@ def load_generator(args):
     G = nets.get("G_ema") or nets.get("G")
     if G is None:
         raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
-    return G.to(common.pick_device(args.device)).eval().requires_grad_(False), saved
+    G = G.to(common.pick_device(args.device)).eval().requires_grad_(False)
+    update_w_avg(G)
+    return G, saved
 
 
 def region_named(G, name):
@@ -1035,40 +1059,57 @@ def locality_of_swap(G, ws, other, k, part="both"):
     return common.locality(before.img, after.img, (before.seg == k) | (after.seg == k))
 
 
+def faces_of(args, G):
+    """ws (N, num_ws, w_dim) and names of the faces of --latents, or of --seeds."""
+    if args.latents:
+        ws = common.load_array(args.latents, "w", (None, G.num_ws, G.config["w_dim"]))
+        stem = Path(args.latents).stem
+        return ws.to(G.mapping.w_avg), [f"{stem}{i:04d}" for i in range(len(ws))]
+    return ws_of(G, args.seeds, args.psi), [f"seed{seed:04d}" for seed in args.seeds]
+
+
 def mixed(args, G, ws):
-    """ws with the regions that --mix takes from other seeds: "hair=5,face.texture=7"."""
+    """ws with the regions that --mix takes from other seeds: "hair=5,face.texture=7,base=2"."""
     for entry in filter(None, args.mix.split(",")):
         what, equals, seed = entry.partition("=")
         name, _, part = what.strip().partition(".")
         if not (equals and seed.strip().isdigit()) or part not in ("", "structure", "texture"):
             raise UserError(f"--mix {entry}: REGION=SEED, REGION.structure=SEED or .texture=SEED.")
         other = ws_of(G, [int(seed)], args.psi).expand_as(ws)
-        ws = swapped(G, ws, other, region_named(G, name), part or "both")
+        if name == "base":
+            n = G.config["base_layers"]
+            ws = torch.cat([other[:, :n], ws[:, n:]], 1)
+        else:
+            ws = swapped(G, ws, other, region_named(G, name), part or "both")
     return ws
+
+
+def save_faces(out, ws, names, found):
+    """images/, labels/ and seg/ with a picture of each, which `train --data` reads, grid.png of
+    the first 64, and latents.npz."""
+    colors = common.color_labels(found.seg)
+    for name, image, labels, color in zip(names, found.img, found.seg, colors, strict=True):
+        common.save_png(out / "images" / f"{name}.png", common.to_picture(image))
+        common.save_png(out / "labels" / f"{name}.png", Image.fromarray(labels.numpy()))
+        common.save_png(out / "seg" / f"{name}.png", common.to_picture(color))
+    coarse = F.interpolate(common.color_labels(found.coarse[:64]), found.img.shape[2])
+    sheet = {"image": found.img[:64], "segmentation": colors[:64], "masks": coarse}
+    common.save_sheet(out / "grid.png", sheet, names[:64])
+    common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
 
 
 def generate(args):
     """Pictures of seeds, with label maps; or films in which one code after the other varies."""
     common.out_folder(args)
     G, _ = load_generator(args)
-    out, ws = Path(args.out), mixed(args, G, ws_of(G, args.seeds, args.psi))
+    ws, names = faces_of(args, G)
+    ws, shown = mixed(args, G, ws), torch.ones(len(G.config["regions"]))
+    shown[[region_named(G, name) for name in filter(None, args.without.split(","))]] = 0
     if args.film:
         films(args, G, ws[:1])
         return
-    found = pictures(G, ws)
-    colors = common.color_labels(found.seg)
-    for seed, image, labels, color in zip(args.seeds, found.img, found.seg, colors, strict=True):
-        common.save_png(out / f"seed{seed:04d}.png", common.to_picture(image))
-        common.save_png(out / f"seed{seed:04d}-seg.png", common.to_picture(color))
-        common.save_png(out / f"seed{seed:04d}-labels.png", Image.fromarray(labels.numpy()))
-    coarse = F.interpolate(common.color_labels(found.coarse), G.config["size"])
-    sheet = {"image": found.img, "segmentation": colors, "masks": coarse}
-    common.save_sheet(out / "grid.png", sheet, [f"seed {seed}" for seed in args.seeds])
-    common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(args.seeds))
-    print(
-        f"{len(ws)} pictures, their segmentations and labels, grid.png and latents.npz (w) are in"
-        f" {out}"
-    )
+    save_faces(Path(args.out), ws, names, pictures(G, ws, shown))
+    print(f"{len(ws)} faces: images, labels, seg, grid.png and latents.npz (w) are in {args.out}")
 
 
 def films(args, G, ws):
@@ -1102,29 +1143,29 @@ def compose(args):
     if not args.regions and tuple(regions) == FACES:
         order = FACES[:10]  # not glasses, hat and earring, which most faces do not have
     order, shown = [region_named(G, name) for name in order], torch.zeros(len(regions))
-    ws, columns = ws_of(G, args.seeds, args.psi), {}
+    (ws, names), columns = faces_of(args, G), {}
     for i, k in enumerate(order):
         shown[k] = 1
         found = pictures(G, ws, shown)
-        depth = F.interpolate(common.inferno(found.depth[:, k]), G.config["size"])
-        coarse = F.interpolate(common.color_labels(found.coarse), G.config["size"])
-        columns[f"{'+ ' * (i > 0)}{regions[k]}"] = dict(
-            image=found.img, depth=depth, segmentation=common.color_labels(found.seg), masks=coarse
-        )
-    for n, seed in enumerate(args.seeds):
-        rows = ("image", "depth", "segmentation")
-        sheet = {
-            name: torch.stack([kinds[row][n] for row in rows]) for name, kinds in columns.items()
+        depth, coarse = common.inferno(found.depth[:, k]), common.color_labels(found.coarse)
+        columns[f"{'+ ' * (i > 0)}{regions[k]}"] = {
+            "image": found.img,
+            "depth": F.interpolate(depth, G.config["size"]),
+            "segmentation": common.color_labels(found.seg),
+            "masks": F.interpolate(coarse, G.config["size"]),
         }
-        common.save_sheet(Path(args.out, f"seed{seed:04d}.png"), sheet, rows)
-        for i, (name, kinds) in enumerate(columns.items()):
-            stem = f"{i:02d}-{name.removeprefix('+ ')}"
+    rows = ("image", "depth", "segmentation")
+    for n, face in enumerate(names):
+        sheet = {
+            column: torch.stack([kinds[row][n] for row in rows])
+            for column, kinds in columns.items()
+        }
+        common.save_sheet(Path(args.out, f"{face}.png"), sheet, rows)
+        for i, (column, kinds) in enumerate(columns.items()):
             for kind, images in kinds.items():
-                file = Path(args.out, f"seed{seed:04d}", f"{stem}-{kind}.png")
-                common.save_png(file, common.to_picture(images[n]))
-    print(
-        f"sheets of {len(args.seeds)} faces, and a folder of pictures for each, are in {args.out}"
-    )
+                file = f"{i:02d}-{column.removeprefix('+ ')}-{kind}.png"
+                common.save_png(Path(args.out, face, file), common.to_picture(images[n]))
+    print(f"sheets of {len(names)} faces, and a folder of pictures for each, are in {args.out}")
 
 
 def edit(args):
@@ -1134,32 +1175,52 @@ def edit(args):
     G, saved = load_generator(args)
     if (args.region is None) == (args.direction is None):
         raise UserError("what to edit? Either --region, or --direction.")
-    if args.direction:
+    from_file = (args.direction or "").endswith(".npz")
+    if args.direction and not from_file:
         edit_along(args, G, saved)
         return
-    k, names = region_named(G, args.region), [f"seed {seed}" for seed in args.seeds]
-    ws = ws_of(G, args.seeds, args.psi)
-    if args.latents:
-        shape = (None, G.num_ws, G.config["w_dim"])
-        ws = common.load_array(args.latents, "w", shape).to(ws)
-        names = [f"latent {i}" for i in range(len(ws))]
-    seeds = args.others or [seed + 1 for seed in args.seeds]
-    others = ws_of(G, [seeds[i % len(seeds)] for i in range(len(ws))], args.psi)
-    before, donor = pictures(G, ws), pictures(G, others)
-    steps = {}
+    ws, names = faces_of(args, G)
+    if from_file:
+        changed, numbers, what = along_file(args, G, ws)
+        others = ws
+    else:
+        k, what = region_named(G, args.region), f"{args.region}-{args.part}"
+        seeds, numbers = args.others or [seed + 1 for seed in args.seeds], [k]
+        others = ws_of(G, [seeds[i % len(seeds)] for i in range(len(ws))], args.psi)
+        changed = functools.partial(swapped, G, ws, others, k, args.part)
+    before, donor, steps = pictures(G, ws), pictures(G, others), {}
     for i in range(1, args.steps + 1):
-        found = pictures(G, swapped(G, ws, others, k, args.part, i / args.steps))
+        edited = changed(i / args.steps)
+        found = pictures(G, edited)
         steps[f"{i / args.steps:.0%}" if i < args.steps else "after"] = found.img
-    shares, outside = common.locality(before.img, found.img, (before.seg == k) | (found.seg == k))
-    path = Path(args.out, f"{args.region}-{args.part}.png")
+    region = sum((before.seg == k) | (found.seg == k) for k in numbers) > 0
+    shares, outside = common.locality(before.img, found.img, region)
+    out = Path(args.out)
+    save_faces(out, edited, names, found)
     sheet = {"before": before.img} | steps
-    sheet |= {"difference": common.difference(before.img, found.img), "other": donor.img}
+    sheet |= {"difference": common.difference(before.img, found.img)}
+    sheet |= {} if from_file else {"other": donor.img}
     sheet |= {"segmentation": common.color_labels(found.seg)}
-    common.save_sheet(path, sheet, names)
-    edited = swapped(G, ws, others, k, args.part)
-    common.save_arrays(path.with_suffix(".npz"), w=edited.cpu().numpy(), names=np.array(names))
-    print(f"{args.region}: {common.describe_locality(shares, outside)}")
-    print(f"{path}, and the latents in {path.with_suffix('.npz')}")
+    common.save_sheet(out / f"{what}.png", sheet, names)
+    print(f"{what}: {common.describe_locality(shares, outside)}")
+    print(f"{out / f'{what}.png'}; the edited faces and their latents.npz are in {out}")
+
+
+def along_file(args, G, ws):
+    """How to move ws along the direction in an .npz of edit_along, the regions of its codes, and a
+    name."""
+    step = common.load_array(args.direction, "direction", (G.config["w_dim"],)).to(ws)
+    rows = common.load_array(args.direction, "rows", (None,)).long()
+    if not len(rows) or rows.min() < 0 or rows.max() >= G.num_ws:
+        raise UserError(f"{args.direction}: rows of w that this model has not.")
+
+    def changed(share):
+        moved = ws.clone()
+        moved[:, rows] += share * args.alpha * step
+        return moved
+
+    base = G.config["base_layers"]
+    return changed, sorted({(row - base) // 2 for row in rows.tolist()}), Path(args.direction).stem
 
 
 def edit_along(args, G, saved):
@@ -1171,8 +1232,9 @@ def edit_along(args, G, saved):
     attributes = common.attributes_of(args.direction, regions, toy)
 
     def render(w, move, attribute):
-        ws = w[:, None].repeat(1, G.num_ws, 1)
+        ws = w if w.ndim == 3 else w[:, None].repeat(1, G.num_ws, 1)
         if move is not None:
+            ws = ws.clone()
             ws[:, [row for k in attribute.classes for row in rows_of(G, k)]] += move
         found = pictures(G, ws)
         return found.img, found.seg
@@ -1181,22 +1243,29 @@ def edit_along(args, G, saved):
     z = torch.from_numpy(rng.standard_normal((args.samples, G.config["w_dim"])))
     with torch.no_grad():
         w = G.mapping(z.to(G.mapping.w_avg))[:, 0]
-    shown = ws_of(G, args.seeds, args.psi)[:, 0]
-    common.edit_directions(args, attributes, w, shown, render)
+    shown, names = faces_of(args, G)
+    found = common.edit_directions(args, attributes, w, shown, render, names)
+    for a in attributes:
+        path = Path(args.out, f"{a.name.replace(' ', '-')}.npz")
+        of_a = found[a.name]
+        rows = [row for k in a.classes for row in rows_of(G, k)]
+        step = of_a["deviation"] * of_a["direction"]
+        common.save_arrays(path, direction=step.numpy(), rows=np.array(rows))
+        print(f"{a.name}: one deviation (w_dim,) and the rows of w it is added to are in {path}")
 
 
 def invert(args):
     """Finds the codes of pictures: w+ by optimisation from the mean face, and, with --finetune, G
     itself for the rest (pivotal tuning, Roich et al. 2021)."""
     common.out_folder(args)
-    G, _ = load_generator(args)
+    G, saved = load_generator(args)
     device, size, out = G.mapping.w_avg.device, G.config["size"], Path(args.out)
     prepare = functools.partial(common.stretched, size)
     names, images = common.read_pictures(args.input, prepare, "RGB", "--input")
     without = "LPIPS is replaced by a distance of pixels"
     lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
     start = G.mapping.w_avg[None] if args.space == "w" else G.mapping.w_avg.repeat(G.num_ws, 1)
-    found = []
+    found, tuned_images, scores = [], [], []
     for name, image in zip(names, images, strict=True):
         real = common.to_float(image[None], device)
         perceptual = common.distance_to(real, lpips)
@@ -1204,30 +1273,49 @@ def invert(args):
         def distance(x, real=real, perceptual=perceptual):
             return perceptual(x) + 0.1 * (x - real).square().mean()
 
-        path, distances = common.project(
+        path, _ = common.project(
             lambda ws: G.synthesis(ws, "const").img, distance, start, 0.0, G.num_ws,
             steps=args.steps, lr=args.lr, w_weight=1.0,
         )  # fmt: skip
-        ws = path[-1].expand(G.num_ws, -1)[None]
+        ws, stem = path[-1].expand(G.num_ws, -1)[None], Path(name).with_suffix("")
+        common.save_arrays(out / f"{stem}.npz", w=ws.cpu().numpy(), names=np.array([name]))
+        tuned = pivotal_tuning(args, G, ws, distance, out / f"{stem}.pt", saved)
+        for kind, net in (
+            {"inverted": G, "tuned": tuned}.items() if tuned else {"inverted": G}.items()
+        ):
+            img = pictures(net, ws).img
+            common.save_png(out / f"{stem}-{kind}.png", common.to_picture(img[0]))
+            x = common.to_float(img, device)
+            row = {"mse": (x - real).square().mean().item()}
+            row["psnr"] = 10 * math.log10(4 / row["mse"])
+            row |= {"lpips": perceptual(x).item()} if lpips else {}
+            scores.append((kind, row))
+            print(f"{name}, {kind}: {describe(row)}", flush=True)
         found.append(ws)
-        tuned = pivotal_tuning(args, G, ws, distance, out / f"{Path(name).stem}.pt")
-        mse = (pictures(tuned, ws).img[0] / 255 - image / 255).square().mean().item()
-        print(f"{name}: distance {distances[-1]:.4f}, PSNR {-10 * math.log10(mse):.2f} dB")
-        common.save_png(
-            out / f"{Path(name).stem}.png", common.to_picture(pictures(tuned, ws).img[0])
-        )
+        tuned_images.append(img)
     ws = torch.cat(found)
     p = pictures(G, ws)
-    sheet = {"picture": images, "inversion": p.img, "segmentation": common.color_labels(p.seg)}
-    common.save_sheet(out / "inversions.png", sheet, names)
+    sheet = {"picture": images, "inverted": p.img}
+    sheet |= {"tuned": torch.cat(tuned_images)} if args.finetune else {}
+    common.save_sheet(out / "inversions.png", sheet | {"seg": common.color_labels(p.seg)}, names)
     common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
-    print(f"latents.npz (w), for edit --latents, and inversions.png are in {out}")
+    for kind in dict(scores):
+        rows = [row for k, row in scores if k == kind]
+        mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        print(f"mean of {len(rows)}, {kind}: {describe(mean)}")
+    print(f"latents.npz (w) and one file for each, for edit --latents, are in {out}")
 
 
-def pivotal_tuning(args, G, ws, distance, path):
-    """A copy of G whose weights fit the picture of ws, also saved, if that is asked for; else G."""
+def describe(row):
+    """Scores of an inversion; MSE is of values in [-1, 1]."""
+    return ", ".join(f"{name.upper()} {value:.4f}" for name, value in row.items())
+
+
+def pivotal_tuning(args, G, ws, distance, path, saved):
+    """A copy of G whose weights fit the picture of ws, saved as a checkpoint of its own; None
+    without --finetune."""
     if not args.finetune:
-        return G
+        return None
     tuned = copy.deepcopy(G).requires_grad_(True)
     adam = torch.optim.Adam(tuned.parameters(), lr=1e-4)
     for _ in range(args.finetune):
@@ -1236,10 +1324,9 @@ def pivotal_tuning(args, G, ws, distance, path):
         loss.backward()
         adam.step()
     tuned.requires_grad_(False)
-    state = dict(model="semantic_stylegan", format=1, config={"G_ema": tuned.config}, args={})
+    state = dict(model="semantic_stylegan", format=1, config={"G_ema": tuned.config}, args=saved)
     with common.write_whole(path) as f:
         torch.save(state | dict(nets={"G_ema": tuned.state_dict()}), f)
-    print(path)
     return tuned
 
 
@@ -1251,17 +1338,22 @@ def evaluate(args):
     if args.data is None:
         raise UserError("--data is missing: an official file does not say what it was trained on.")
     source = common.open_data(args.data, size=args.size, toy=common.TOY_LABELLED)
-    args.group = args.group or (None if args.classes else saved.get("group"))
-    data, _, regions = common.labelled_pictures(args, source)
-    if len(regions) != len(G.config["regions"]):
-        has = f"{len(regions)} classes, the checkpoint {len(G.config['regions'])} regions"
-        raise UserError(f"--data {args.data} has {has}.")
+    regions, labelled = G.config["regions"], source.is_toy or common.has_labels(source)
+    if labelled:
+        args.group = args.group or (None if args.classes else saved.get("group"))
+        data, _, classes = common.labelled_pictures(args, source)
+        if len(classes) != len(regions):
+            has = f"{len(classes)} classes, the checkpoint {len(regions)} regions"
+            raise UserError(f"--data {args.data} has {has}.")
+    else:
+        data, _ = common.square_pictures(args, source)
     device, n = G.mapping.w_avg.device, args.samples or (4000 if source.is_toy else 50_000)
     n_real = min(args.reals or n, len(data))
 
     def reals():
         for k in range(0, n_real, args.batch):
-            yield common.stack([data[i][0] for i in range(k, min(k + args.batch, n_real))])
+            some = (data[i] for i in range(k, min(k + args.batch, n_real)))
+            yield common.stack([x[0] if labelled else x for x in some])
 
     @torch.no_grad()
     def fakes():  # the same at every call
@@ -1280,19 +1372,20 @@ def evaluate(args):
     row |= common.generator_scores(reals, fakes, None, n, args, device)
     print(common.describe_scores(row))
 
-    net = common.load_segmenter(
-        data, len(regions), args.size, device, args.seed, common.cache_folder()
-    )
-    ws = ws_of(G, range(args.seed, args.seed + 1000))
+    ws = ws_of(G, range(args.seed, args.seed + max(1000, 2 * args.pairs)))
     found = pictures(G, ws, batch=args.batch)
-    iou, right = common.mean_iou(found.seg, common.segment(net, found.img), len(regions))
-    row |= {"segmentation_iou": iou, "segmentation_accuracy": right}
-    print(
-        f"segmentation against the segmenter's, 1000 samples: {right:.1%} equal, mean IoU {iou:.3f}"
-    )
-    pairs, row["locality"] = args.pairs, {}
-    for k, name in enumerate(G.config["regions"]):
-        shares, outside = locality_of_swap(G, ws[:pairs], ws[pairs : 2 * pairs], k)
+    if labelled:
+        folder, K = common.cache_folder(), len(regions)
+        net = common.load_segmenter(data, K, args.size, device, args.seed, folder)
+        iou, right = common.mean_iou(found.seg, common.segment(net, found.img), K)
+        row |= {"segmentation_iou": iou, "segmentation_accuracy": right}
+        print(
+            f"segmentation against the segmenter's, {len(ws)} samples: {right:.1%} of the pixels"
+            f" are equal, mean IoU {iou:.3f}"
+        )
+    n, row["locality"] = args.pairs, {}
+    for k, name in enumerate(regions):
+        shares, outside = locality_of_swap(G, ws[:n], ws[n : 2 * n], k)
         area = (found.seg == k).double().mean().item()
         print(f"{name}, {area:.1%} of the pixels: {common.describe_locality(shares, outside)}")
         row["locality"][name] = {"inside": shares.nanmedian().item(), "area": area}
@@ -1308,43 +1401,51 @@ def evaluate(args):
 
 def add_model_options(p):
     """What official files may lack."""
-    flag = argparse.BooleanOptionalAction
-    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
-    p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say")
-    p.add("--depth-layers", type=common.positive_int, help="likewise")
-    p.add("--residual-refine", action=flag, help="likewise")
+    p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say: 2")
+    p.add("--depth-layers", type=common.positive_int, help="likewise: 6")
+    p.add("--residual-refine", action=argparse.BooleanOptionalAction, help="likewise: yes")
     p.add("--see-through", metavar="NAMES", help="likewise: glasses,earring")
+
+
+def add_face_options(p, seeds="0-7"):
+    """The options of commands that make faces."""
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
+    p.add("--latents", metavar="FILE", help="an .npz of invert, generate or edit, not --seeds")
+    p.add("--psi", type=common.finite, default=0.7, help="truncation: 1 is none, 0 the mean face")
+    p.add("--out", default="out", help="folder to write to")
+    if seeds:
+        p.add("--seeds", type=common.seeds, default=seeds, help="as in 0-7,42")
     common.add_device_option(p)
+    add_model_options(p)
 
 
 def main(argv=None):
-    presets = {"toy": TOY, "celebamask_hq": CELEBAMASK_HQ}
-    cli = common.CommandLine("semantic_stylegan.py", __doc__, presets, (*SHAPES, "size"))
+    cli = common.CommandLine("semantic_stylegan.py", __doc__, {"toy": TOY}, (*SHAPES, "size"))
     number, above_0, from_0 = common.positive_int, common.positive, common.not_negative
     flag = argparse.BooleanOptionalAction
 
     p = cli.command("train", train, "train on labelled pictures (default command)")
-    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=None)
+    every = "iterations (2000; adapting: 100)"
+    common.add_train_options(p, data="toy", batch=BATCH, every=every, default_every=None)
     common.add_labelled_options(p)
-    p.add("--preset", choices=["celebamask_hq"], help="the options for such data; else by --data")
     p.add("--size", type=number, help="pixels; default: those of the pictures or of --checkpoint")
-    p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting {ADAPT_ITERS}")
-    p.add("--mirror", action="store_true", help="flip pictures at random")
+    p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting: {ADAPT_ITERS}")
+    p.add("--mirror", action=flag, help="flip pictures at random: no; adapting, yes")
     p.add("--aug", action="store_true", help="flip, scale, turn and shift them at random")
     p.add("--lr", type=above_0, default=LR, help="before the correction for lazy regularization")
     p.add("--r1-img", type=from_0, default=R1_IMG, help="weight of R1 of images, halved")
     p.add("--r1-seg", type=from_0, default=R1_SEG, help="of segmentations, likewise")
     p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
-    p.add("--lambda-mask", type=from_0, help=f"that holds the segmentation: {LAMBDA_MASK:g}")
-    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="of path length; 0: off")
+    p.add("--lambda-mask", type=from_0, help=f"of the mask loss: {LAMBDA_MASK:g}; adapting: 0")
+    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="weight of path length; 0: off")
     p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
-    p.add("--mixing", type=common.probability, default=MIXING, help="of codes of two latents")
-    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of G's average")
-    p.add("--mbstd-group", type=number, default=4, help="of minibatch standard deviation")
-    p.add("--adapt", action="store_true", help="a --checkpoint to pictures without labels")
-    p.add("--freeze-local", action="store_true", help="adapting: as officially, of the average")
-    p.add("--freeze", action="store_true", help="adapting: the local generators, really")
-    p.add("--w-dim", type=number, help="512; this and the rest: or as a --checkpoint has it")
+    p.add("--mixing", type=common.probability, default=MIXING, help="share of two-latent batches")
+    p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of the average of G")
+    p.add("--mbstd-group", type=number, default=4, help="minibatch std: images in one, at most")
+    p.add("--adapt", action="store_true", help="go on from --checkpoint without labels")
+    p.add("--freeze", action="store_true", help="adapting: hold the local generators")
+    p.add("--freeze-local", action="store_true", help="so in the average alone, as officially")
+    p.add("--w-dim", type=number, help="of z and w: 512; this and the rest: or as in --checkpoint")
     p.add("--map-layers", type=number, help="depth of the mapping network: 8")
     p.add("--coarse-size", type=number, help="side of the local generators' maps: 64")
     p.add("--min-size", type=number, help="side that the renderer begins with: 16")
@@ -1355,57 +1456,55 @@ def main(argv=None):
     p.add("--coarse-channels", type=number, help="of the features that it makes: 512")
     p.add("--channel-base", type=number, help="channels of R and D times side: 32768")
     p.add("--channel-max", type=number, help="of these at most: 512")
-    p.add("--residual-refine", action=flag, help="masks go into the segmentation: yes")
+    p.add("--residual-refine", action=flag, help="R refines the masks: yes")
     p.add("--noise-inputs", action=flag, help="noise in the renderer: yes")
-    p.add("--detach-texture", action="store_true", help="texture does not teach structure")
-    p.add("--see-through", metavar="NAMES", help=f"regions: {SEE_THROUGH}")
-    p.add("--keep-every", type=number, help="iterations between kept checkpoints: 10000")
+    p.add("--detach-texture", action=flag, help="texture does not teach structure: no")
+    p.add("--see-through", metavar="NAMES", help=f"that hide nothing: {','.join(SEE_THROUGH)}")
+    p.add("--keep-every", type=number, help="between kept checkpoints: 10000; adapting: 200")
 
-    seeds = dict(type=common.seeds, default="0-7", help="as in 0-7,42")
-    psi = dict(type=common.finite, default=0.7, help="truncation: 1 is none, 0 the mean face")
+    p = cli.command("prepare", common.prepare_celebamask, "label maps of CelebAMask-HQ's masks")
+    p.add("--input", required=True, help="CelebAMask-HQ as it is published, a folder or a .zip")
+    p.add("--size", type=number, default=512, help="pixels")
+    p.add("--out", default="data/celebamask_hq", help="folder to write to; skips what it has")
+    p.add("--workers", type=common.not_negative_int, default=4, help="threads")
 
-    p = cli.command("generate", generate, "pictures of seeds with their label maps, or films")
-    add_model_options(p)
-    p.add("--seeds", **seeds)
-    p.add("--psi", **psi)
-    p.add("--mix", default="", metavar="LIST", help="hair=5,face.texture=7: regions of other seeds")
-    p.add("--film", metavar="NAMES", help="all, base, or hair.texture,...: a film of each code")
+    p = cli.command("generate", generate, "faces of seeds with their label maps, or films")
+    add_face_options(p)
+    p.add("--mix", default="", metavar="LIST", help="hair=5,face.texture=7,base=2: of other seeds")
+    p.add("--without", default="", metavar="NAMES", help="regions to leave out: hat,earring")
+    p.add("--film", metavar="NAMES", help="all, base, hair.texture, ...: of the first face")
     p.add("--frames", type=number, default=160, help="of such a film")
-    p.add("--out", default="out", help="folder to write to")
 
     p = cli.command("compose", compose, "faces put together region by region")
-    add_model_options(p)
-    p.add("--seeds", type=common.seeds, default="0-3", help="as in 0-7,42")
-    p.add("--psi", **psi)
-    p.add("--regions", metavar="NAMES", help="in which order; default: all, as they are numbered")
-    p.add("--out", default="out", help="folder to write to")
+    add_face_options(p, seeds="0-3")
+    p.add("--regions", metavar="NAMES", help="in this order; default: all, of faces the first ten")
 
     p = cli.command("edit", edit, "change one region, or an attribute")
-    add_model_options(p)
-    p.add("--region", help="that others give")
+    add_face_options(p, seeds=None)
+    p.add("--region", metavar="NAME", help="that faces get from others")
     p.add("--part", choices=("both", "structure", "texture"), default="both", help="of it")
-    p.add("--latents", metavar="FILE", help="an .npz of invert or generate instead of --seeds")
-    p.add("--others", type=common.seeds, help="seeds that give it: the next ones")
-    p.add("--steps", type=number, default=1, help="pictures on the way")
-    p.add("--psi", **psi)
+    p.add("--others", type=common.seeds, help="seeds of those; default: each of --seeds plus 1")
+    p.add("--steps", type=number, default=1, help="pictures on the way, the last included")
     common.add_edit_options(p, required=False)
-    p.add("--out", default="out", help="folder to write to")
 
     p = cli.command("invert", invert, "find the codes of pictures, for edit")
-    add_model_options(p)
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
     p.add("--input", required=True, help="a picture or a folder, aligned as the training's")
     p.add("--space", choices=("w", "w+"), default="w+", help="w+: every code its own w")
-    p.add("--steps", type=number, default=400)
-    p.add("--lr", type=above_0, default=0.1)
-    p.add("--finetune", type=common.not_negative_int, default=0, help="steps of G's weights: 200")
+    p.add("--steps", type=number, default=400, help="of the optimisation")
+    p.add("--lr", type=above_0, default=0.1, help="Adam's rate at its highest")
+    p.add("--finetune", type=common.not_negative_int, default=0, help="then steps of G: 200, say")
     p.add("--out", default="out", help="folder to write to")
     common.add_vgg_options(p)
+    common.add_device_option(p)
+    add_model_options(p)
 
     p = cli.command("evaluate", evaluate, "FID, segmentation and locality")
     common.add_evaluate_options(p)
     common.add_sample_scores_options(p, "fd8,fid,pr")
     common.add_labelled_options(p)
     p.add("--pairs", type=number, default=64, help="of faces, for each region's locality")
+    add_model_options(p)
 
     args = cli.parse(argv)
     args.function(args)

@@ -133,12 +133,8 @@ def bench_stargan_v2(options, device):
     preset = stargan_v2.SIZES | dict(preset="afhq", batch=8) if full else stargan_v2.TOY
     args = options_of(stargan_v2, device, options, **preset)
     stargan_v2.fill_options(args, {})
-    run, size, batch, domains = (
-        Phases(common.Run("bench", args, ""), device),
-        args.size,
-        args.batch,
-        3,
-    )
+    run = Phases(common.Run("bench", args, ""), device)
+    size, batch, domains = args.size, args.batch, 3
     nets = {k: net.to(device) for k, net in stargan_v2.new_networks(args, domains).items()}
     trained, ema = list(nets.values()), [stargan_v2.average_of(nets[name]) for name in "GFE"]
     rates = (args.lr, args.lr_f, args.lr, args.lr)
@@ -146,7 +142,8 @@ def bench_stargan_v2(options, device):
         run.adam([net], lr, stargan_v2.BETAS, weight_decay=stargan_v2.WEIGHT_DECAY)
         for net, lr in zip(trained, rates, strict=True)
     ]
-    pictures = torch.rand(3, batch, args.channels, size, size, device=device) * 2 - 1
+    pictures = torch.rand(3, batch, size, size, args.channels, device=device) * 2 - 1
+    pictures = pictures.permute(0, 1, 4, 2, 3)  # channels last, as the loader's
     y, y_ref = torch.randint(domains, (2, batch), device=device)
     phases = []
 

@@ -1,6 +1,7 @@
 """Pictures with label maps, and what is measured on regions."""
 
 import argparse
+import shutil
 import zipfile
 
 import numpy as np
@@ -154,6 +155,28 @@ def test_names_of_classes_come_from_a_file_and_may_be_more_than_are_seen(pairs, 
     (tmp_path / "names.txt").write_text("sky\n a b \r\n\nc\nd\ne\nf\ng\nnever seen\n\n")
     _, _, classes = load(options(pairs, classes=str(tmp_path / "names.txt")))
     assert classes == ["sky", "a b", "c", "d", "e", "f", "g", "never seen"]
+
+
+def test_names_of_classes_may_come_with_the_data_and_others_be_given(pairs, tmp_path):
+    (pairs / "classes.txt").write_text("a\nb\nc\nd\ne\nf\ng\nh\n")
+    assert load(options(pairs))[2] == list("abcdefgh")
+    (tmp_path / "names.txt").write_text("1\n2\n3\n4\n5\n6\n7\n")
+    assert load(options(pairs, classes=tmp_path / "names.txt"))[2] == list("1234567")
+    (pairs / "images").rename(pairs / "train-images")
+    for part in ("train", "test"):
+        shutil.copytree(pairs / "train-images", pairs / part / "images")
+        shutil.copytree(pairs / "labels", pairs / part / "labels")
+    shutil.rmtree(pairs / "train-images"), shutil.rmtree(pairs / "labels")
+    assert load(options(pairs), "test")[2] == list("abcdefgh")
+    for top in ("", "set/"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+            for path in pairs.rglob("*.*"):
+                z.write(path, f"{top}{path.relative_to(pairs)}")
+        assert load(options(tmp_path / "a.zip"))[2] == list("abcdefgh")
+    (pairs / "classes.txt").write_text("a\nb\n")
+    assert "a.png holds label 6; they go to 1" in refused(options(pairs))
+    (pairs / "classes.txt").write_text("a\n")
+    assert "classes.txt: 1 lines; 2 to 255 different names" in refused(options(pairs))
 
 
 def test_the_19_classes_of_celebamask_are_joined_when_asked_and_not_otherwise(tmp_path, capsys):

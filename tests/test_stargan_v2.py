@@ -26,7 +26,7 @@ WIDTHS = (
     "--size 32 --channel-base 128 --channel-max 8 --hidden-dim 8 --z-dim 4 --style-dim 4"
 ).split()
 TINY = [*WIDTHS, *"--batch 2 --iters 6 --every 3 --workers 1".split()]
-script, _, main, fails = commands.of(stargan_v2)
+script, run, main, fails = commands.of(stargan_v2)
 
 
 def domains(root, n=6, size=40, parts=("train", "test"), names=common.TOY_DOMAINS[:2]):
