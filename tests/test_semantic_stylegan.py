@@ -453,7 +453,8 @@ def whole(tmp_path_factory):
     """The run that nothing interrupts, its data, and its options."""
     folder = tmp_path_factory.mktemp("whole")
     options = [*TINY, "--iters", 60, "--every", 15, "--keep-every", 30, "--aug"]
-    options = ["--data", labelled_faces(folder / "d", 12), *options]
+    data = labelled_faces(folder / "d", 12)
+    options = ["--data", data, "--classes", data / "names.txt", *options]
     main(*options, "--workers", 1, "--out", folder)
     return options, folder / "semantic_stylegan-d-000"
 
@@ -495,7 +496,8 @@ sys.exit(common.exit_status(semantic_stylegan.main))
 def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
     Path("double.py").write_text(IN_DOUBLE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    options = ["--data", labelled_faces("d", 8), *TINY, "--mbstd-group", 1, "--mixing", 1]
+    options = ["--data", labelled_faces("d", 8), "--classes", "d/names.txt", *TINY]
+    options += ["--mbstd-group", 1, "--mixing", 1]
     options += ["--pl-every", 2, "--r1-every", 2, "--device", "cpu"]
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     for name, launcher in (("one", []), ("two", two)):
