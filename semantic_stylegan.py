@@ -1287,7 +1287,7 @@ def invert(args):
             common.save_png(out / f"{stem}-{kind}.png", common.to_picture(img[0]))
             x = common.to_float(img, device)
             row = {"mse": (x - real).square().mean().item()}
-            row["psnr"] = 10 * math.log10(4 / row["mse"])
+            row["psnr"] = 10 * math.log10(4 / max(row["mse"], 1e-10))
             row |= {"lpips": perceptual(x).item()} if lpips else {}
             scores.append((kind, row))
             print(f"{name}, {kind}: {describe(row)}", flush=True)
