@@ -640,6 +640,7 @@ def train(args):
     first = common.first_weights(args)
     given = load_networks(first)[0] if first else {}
     fill_options(args, given)
+    args.ds_iters = args.ds_iters or args.iters  # stays when a finished run is lengthened
     run = common.Run("stargan_v2", args, script=__file__)
     source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
 
@@ -686,7 +687,7 @@ def train(args):
 
     for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
         y, y_ref = ys.unbind(1)
-        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters or args.iters)
+        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters)
         batch = (real, ref, ref2, y, y_ref)
         losses = train_step(trained, ema, opts.values(), batch, lambda_ds, args, run, masks_of)
         run.log(losses, lambda_ds=round(lambda_ds, 4))
@@ -1145,7 +1146,7 @@ def main(argv=None):
     p.add("--lr-f", type=above_0, default=LR_F, help="that of the mapping network F")
     p.add("--lambda-sty", type=from_0, default=LAMBDA_STY, help="weight of style reconstruction")
     p.add("--lambda-ds", type=from_0, default=2.0, help="of diversity, at first; faces: 1")
-    p.add("--ds-iters", type=count, help="until that weight is 0: as --iters")
+    p.add("--ds-iters", type=count, help="until that weight is 0: as --iters at first")
     p.add("--lambda-cyc", type=from_0, default=LAMBDA_CYC, help="weight of cycle consistency")
     p.add("--r1-gamma", type=from_0, default=R1_GAMMA, help="weight of R1, halved")
     p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of the weights' averages")

@@ -308,6 +308,14 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
     assert jsonl(whole / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
 
 
+def test_a_finished_run_that_is_lengthened_stays_without_the_weight_of_diversity():
+    options = ["--data", domains("d", 2), *TINY, "--batch", 50, "--iters", 2, "--every", 4]
+    main(*options, "--out", "r")
+    main("--resume", "r/stargan_v2-d-000", "--iters", 4)
+    weights = [row["lambda_ds"] for row in jsonl(Path("r/stargan_v2-d-000/log.jsonl"))]
+    assert weights == [1.0, 0.0]  # of steps 1 and 3; at --ds-iters 4 the last were 0.5
+
+
 IN_DOUBLE = """import sys, torch, common, stargan_v2
 torch.set_default_dtype(torch.float64)
 to_float, latents = common.to_float, common.latents
