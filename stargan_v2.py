@@ -896,7 +896,8 @@ def chosen_styles(args, nets, names, prepare, mode):
         return [(y, dict(zip(captions, s, strict=True)), None)]
     folders = {name: Path(args.ref, name) for name in names if Path(args.ref, name).is_dir()}
     if args.domain is not None:
-        folders = {names[number_of(args.domain, names)]: args.ref}
+        name = names[number_of(args.domain, names)]
+        folders = {name: folders.get(name, args.ref)}
     if not folders:
         raise UserError(
             f"--ref {args.ref}: of which domain is it? Pass --domain, one of {', '.join(names)}."
@@ -1167,7 +1168,7 @@ def main(argv=None):
     p = cli.command("translate", translate, "pictures in the style of a reference or a latent")
     p.add("--checkpoint", required=True, help="ours, a run folder, or an official .ckpt")
     p.add("--input", required=True, help="a picture or a folder")
-    p.add("--ref", help="a picture or a folder, of --domain or with a folder for each domain")
+    p.add("--ref", help="a picture, a folder of --domain, or one with a folder per domain")
     p.add("--domain", help="to translate to: a name or a number")
     p.add("--seeds", type=common.seeds, help="styles of latents, as in 0-7,42")
     p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")

@@ -536,6 +536,13 @@ def test_grids_show_sources_and_references(trained):
     assert Image.open("latent.png").size == (5 * cell + 4, 6 * cell + 18)
 
 
+def test_of_a_folder_with_a_folder_per_domain_those_of_the_chosen_domain_are_references(trained):
+    data = trained.parent / "d/test"
+    translate(trained, "--domain", "goblin", "--ref", data, "--grid", "a.png")
+    translate(trained, "--domain", "goblin", "--ref", data / "goblin", "--grid", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
 def test_psi_0_gives_every_latent_the_same_style_and_psi_1_leaves_it(trained):
     F, z = stargan_v2.load_networks(trained)[0]["F_ema"], torch.randn(3, 4)
     mean, half, whole = (stargan_v2.styles_of_latents(F, z, 1, psi) for psi in (0.0, 0.5, 1.0))
