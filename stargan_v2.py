@@ -850,6 +850,9 @@ def networks_of(args):
             raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
         nets[name] = net.to(device).eval().requires_grad_(False)
     has_masks, names = nets["G"].config["w_hpf"] > 0, domain_names(nets, saved)
+    if "domains" not in saved and vars(args).get("ref") and Path(args.ref).is_dir():
+        folders = common.top_folders(common.Folder(args.ref))
+        names = folders if len(folders) == len(names) else names
     if has_masks or vars(args).get("align"):
         nets["FAN"] = (found.get("FAN") or common.load_fan(args.fan)).to(device)
     return nets, nets["FAN"].masks if has_masks else no_masks, names, saved
@@ -871,9 +874,14 @@ def film_alphas():
 
 
 def domain_names(nets, saved):
-    """The domains of a checkpoint; of official files, which do not say, the numbers."""
-    count = next(net.config["domains"] for net in nets.values() if "domains" in net.config)
-    return saved["domains"].split(",") if saved.get("domains") else [str(k) for k in range(count)]
+    """The domains of a checkpoint. Official files do not say: those of the two published ones, as
+    one knows them by their sizes, else the numbers."""
+    if saved.get("domains"):
+        return saved["domains"].split(",")
+    count, G = nets["F"].config["domains"], nets["G"].config
+    published = {(2, True): ["female", "male"], (3, False): ["cat", "dog", "wild"]}
+    numbers = [str(k) for k in range(count)]
+    return published.get((count, G["w_hpf"] > 0), numbers) if G["size"] == 256 else numbers
 
 
 def number_of(domain, names):

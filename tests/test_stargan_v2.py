@@ -41,7 +41,7 @@ def domains(root, n=6, size=40, parts=("train", "test"), names=common.TOY_DOMAIN
 
 
 def tiny_networks(size=32, w_hpf=0.0, domains=2):
-    options = dict(size=size, w_hpf=w_hpf, channels=3, channel_base=128, channel_max=8)
+    options = dict(size=size, w_hpf=w_hpf, channels=3, channel_base=max(128, size), channel_max=8)
     options |= dict(z_dim=4, style_dim=4, hidden_dim=8)
     return stargan_v2.new_networks(types.SimpleNamespace(**options), domains)
 
@@ -540,6 +540,29 @@ def test_of_a_folder_with_a_folder_per_domain_those_of_the_chosen_domain_are_ref
     data = trained.parent / "d/test"
     translate(trained, "--domain", "goblin", "--ref", data, "--grid", "a.png")
     translate(trained, "--domain", "goblin", "--ref", data / "goblin", "--grid", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_folder_per_domain_names_the_domains_of_an_official_file(trained, capsys):
+    official_file("ema.ckpt", {k: v for k, v in tiny_networks().items() if k != "D"})
+    options = ["translate", "--checkpoint", "ema.ckpt", "--input", trained.parent / "d/test/human"]
+    domains("refs", 1)
+    main(*options, "--ref", "refs/test", "--domain", "human", "--out", "a")
+    main(*options, "--ref", "refs/test/human", "--domain", 1, "--out", "b")
+    assert Path("a/3.png").read_bytes() == Path("b/3.png").read_bytes()
+    assert "has 0, 1" in fails(capsys, *options, "--ref", "refs/test/human", "--domain", "human")
+
+
+def test_domains_of_the_two_published_files_have_their_names(trained):
+    afhq, celeba_hq = (tiny_networks(256, float(n == 2), n) for n in (3, 2))
+    assert stargan_v2.domain_names(celeba_hq, {}) == ["female", "male"]
+    for other in (tiny_networks(256, 0.0, 2), tiny_networks(128, 1.0, 2)):
+        assert stargan_v2.domain_names(other, {}) == ["0", "1"]
+    official_file("afhq.ckpt", {k: v for k, v in afhq.items() if k != "D"})
+    picture = trained.parent / "d/test/human/0.jpg"
+    for out, domain in (("a.png", "dog"), ("b.png", 1)):
+        main("translate", "--checkpoint", "afhq.ckpt", "--input", picture, "--domain", domain,
+             "--seeds", 0, "--out", out)  # fmt: skip
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
