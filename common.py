@@ -208,9 +208,10 @@ class Parser(argparse.ArgumentParser):
 class CommandLine:
     """`FILE.py [COMMAND] [options]`; with no command it is `train`.
 
-    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, or
-    with --preset where a script has that, but for `sizes`, options that a --checkpoint decides. On
-    --resume the options of that run are the defaults. What the user types always wins.
+    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, also
+    where that is a copy of the set, as DISK/NAME or NAME.zip, or with --preset where a script has
+    that, but for `sizes`, options that a --checkpoint decides. On --resume the options of that run
+    are the defaults. What the user types always wins.
     """
 
     def __init__(self, prog, doc, presets, sizes=()):
@@ -222,10 +223,12 @@ class CommandLine:
         parser = self.commands.add_parser(name, help=help, description=help)
         parser.set_defaults(function=function)
         if name == "train":
+            lines = []
             for data, preset in self.presets.items():
                 named = ((k.replace("_", "-"), v) for k, v in preset.items())
                 options = (f"--no-{k}" if v is False else f"--{k} {v}" for k, v in named)
-                parser.epilog = f"The defaults of --data {data}, otherwise: {' '.join(options)}"
+                lines.append(f"The defaults of --data {data}, otherwise: {' '.join(options)}.")
+            parser.epilog = " ".join(lines)
         return parser
 
     def parse(self, argv=None):
@@ -240,7 +243,11 @@ class CommandLine:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
             name = vars(args).get("preset") or args.data
-            defaults = self.presets.get("toy" if name.startswith("toy/") else name, {})
+            if name.startswith("toy/"):
+                name = "toy"
+            elif Path(name).stem != "toy":  # no folder holds the built-in faces
+                name = Path(name).stem
+            defaults = self.presets.get(name, {})
             if args.checkpoint:
                 defaults = {k: v for k, v in defaults.items() if k not in self.sizes}
             if args.resume:

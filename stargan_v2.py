@@ -683,6 +683,8 @@ def train(args):
     scored = any(common.has_subset(source, part) for part in TEST_PARTS)
     start = run.restore(nets, opts, {})
     counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
+    if args.w_hpf > 0:
+        run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")
     run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
 
     for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
@@ -1149,7 +1151,8 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
     common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
-    p.add("--preset", choices=list(PRESETS), help="the options for such data; else by --data")
+    presets = "options for such data; else by --data's name; anime: best in greyscale, --channels 1"
+    p.add("--preset", choices=list(PRESETS), help=presets)
     p.add("--iters", type=count, default=ITERS, help="length of the training")
     p.add("--lr", type=above_0, default=LR, help="Adam's learning rate, of G, D and E")
     p.add("--lr-f", type=above_0, default=LR_F, help="that of the mapping network F")

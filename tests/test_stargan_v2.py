@@ -363,10 +363,12 @@ def test_presets_set_the_papers_options_and_what_is_typed_wins(monkeypatch):
     found = []
     monkeypatch.setattr(stargan_v2, "train", found.append)
     for options in ("celeba_hq", "afhq", "x --preset celeba_hq", "x --preset anime",
-                    "celeba_hq --lambda-ds 3", "x"):  # fmt: skip
+                    "celeba_hq --lambda-ds 3", "x", "/disk/celeba_hq", "celeba_hq.zip", "/disk/toy",
+                    "/disk/celeba_hq --preset afhq"):  # fmt: skip
         stargan_v2.main(["--data", *options.split()])
     assert [(a.w_hpf, a.lambda_ds) for a in found] == [
-        (1.0, 1.0), (None, 2.0), (1.0, 1.0), (None, 2.0), (1.0, 3.0), (None, 2.0),
+        (1.0, 1.0), (None, 2.0), (1.0, 1.0), (None, 2.0), (1.0, 3.0), (None, 2.0), (1.0, 1.0),
+        (1.0, 1.0), (None, 2.0), (None, 2.0),
     ]  # fmt: skip
     assert [(a.batch, a.iters, a.lr, a.lr_f) for a in found[:1]] == [(8, 100_000, 1e-4, 1e-6)]
 
@@ -406,7 +408,7 @@ def wing(tmp_path_factory):
     return path
 
 
-def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeypatch):
+def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeypatch, capsys):
     def masks(fan, x):  # the network itself takes seconds a step; vectors check its masks
         bright = x.mean(1, keepdim=True) / 2 + 0.5
         return [bright, bright * fan.l0.weight[0, 0].sigmoid()]
@@ -414,6 +416,7 @@ def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeyp
     monkeypatch.setattr(common.FAN, "masks", masks)
     data, options = domains("d", 2), [*TINY, "--size", 64, "--w-hpf", 1, "--iters", 1]
     main("--data", data, *options, "--fan", wing, "--out", "r")
+    assert "masks of face landmarks are on" in capsys.readouterr().out
     folder = Path("r/stargan_v2-d-000")
     main("--resume", folder, "--iters", 2)  # the checkpoint has the landmark network
     fan = common.load_fan(wing)
