@@ -2047,11 +2047,12 @@ class Run:
             except OSError:  # a file system without hard links
                 shutil.copy(path, kept)
 
-    def save_picture(self, picture, name=None):
-        """samples/<step>.png, or <name>.png: a PIL picture, or a sheet of {caption: images}."""
+    def save_picture(self, picture, name=None, rows=()):
+        """samples/<step>.png, or <name>.png: a PIL picture, or a sheet of {caption: images} and
+        captions of rows."""
         path = self.folder and self.folder / "samples" / f"{name or f'{self.steps_done:07d}'}.png"
         if self.rank == 0 and isinstance(picture, dict):
-            save_sheet(path, picture)
+            save_sheet(path, picture, rows)
         elif self.rank == 0:
             save_png(path, picture)
 

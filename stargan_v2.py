@@ -697,8 +697,9 @@ def train(args):
         keep = last or run.due(args.keep_every * args.batch)
         if keep or run.due(args.every * args.batch):
             if run.rank == 0:
-                for name, sheet in sample_sheets(ema, examples, list(domains), masks_of).items():
-                    run.save_picture(sheet, f"{run.steps_done:07d}-{name}")
+                sheets = sample_sheets(ema, examples, list(domains), masks_of)
+                for name, (columns, rows) in sheets.items():
+                    run.save_picture(columns, f"{run.steps_done:07d}-{name}", rows)
             if scored and run.rank == 0:
                 row = scores(ema, shown, source.is_toy, masks_of)
                 run.save_scores(row)
@@ -773,34 +774,46 @@ def styles_of_latents(F, z, y, psi=1.0):
 
 
 def table(G, sources, styles, firsts, masks_of):
-    """{caption: images} of a sheet: the sources, then a column for each of {caption: style}, under
+    """(columns, captions of rows) of a sheet laid out as Fig. 4: the first row has the sources,
+    {caption: image}, each other one their translations in one of {caption: style}, to the right of
     what the style is of: firsts, a list of images, or None."""
-    masks = masks_for(sources, masks_of, device_of(G))
-    columns = {caption: translated(G, sources, s[None], masks) for caption, s in styles.items()}
+    x = torch.stack(list(sources.values()))
+    masks = masks_for(x, masks_of, device_of(G))
+    rows = [x] + [translated(G, x, s[None], masks) for s in styles.values()]
+    columns = dict(zip(sources, torch.stack(rows, 1), strict=True))
     if firsts is not None:
-        columns = {
-            caption: torch.cat([image[None], column])
-            for image, (caption, column) in zip(firsts, columns.items(), strict=True)
-        }
-        sources = torch.cat([torch.full_like(sources[:1], 255), sources])
-    return {"source": sources} | columns
+        columns = {"": torch.stack([torch.full_like(x[0], 255), *firsts])} | columns
+    return columns, ["source", *styles]
+
+
+def there_and_back(G, E, x, refs, y, y_ref, masks_of):
+    """(fakes, reconstructions) of images x of domain y, in the styles of refs of domain y_ref."""
+    masks = masks_for(x, masks_of, device_of(G))
+    fake = translated(G, x, styles_of_references(E, refs, y_ref), masks)
+    masks = masks_for(fake, masks_of, device_of(G))
+    return fake, translated(G, fake, styles_of_references(E, x, y), masks)
 
 
 def sample_sheets(ema, examples, domains, masks_of):
-    """{"latent", "reference": {caption: images}}: every example in styles of three latents of each
-    domain, and in the styles of the examples; examples: uint8 images of each domain."""
+    """{name: (columns, captions of rows)} of sheets of the examples, uint8 images of each domain:
+    "latent", in styles of three latents of each domain; "reference", in the styles of each other;
+    "cycle", to the next domain and back."""
     G, F, E = ema
     z = common.latents(range(3), F.config["z_dim"])
-    latents, references = {}, {}
+    latents, references, sources, cycles = {}, {}, {}, {}
     for y, name in enumerate(domains):
-        for k, s in enumerate(styles_of_latents(F, z, y)):
-            latents[f"{name} {k}"] = s
-        for k, s in enumerate(styles_of_references(E, examples[y], y)):
-            references[f"{name} {k}"] = s
-    sources = torch.cat(examples)
+        latents |= {f"{name} {k}": s for k, s in enumerate(styles_of_latents(F, z, y))}
+        styles = styles_of_references(E, examples[y], y)
+        references |= {f"{name} {k}": s for k, s in enumerate(styles)}
+        sources |= {f"{name} {k}": x for k, x in enumerate(examples[y])}
+        y_ref, n = (y + 1) % len(domains), len(examples[y])
+        refs = examples[y_ref][torch.arange(n) % len(examples[y_ref])]
+        four = (examples[y], refs, *there_and_back(G, E, examples[y], refs, y, y_ref, masks_of))
+        cycles |= {f"{name} {k}": column for k, column in enumerate(torch.stack(four, 1))}
     return {
         "latent": table(G, sources, latents, None, masks_of),
-        "reference": table(G, sources, references, list(sources), masks_of),
+        "reference": table(G, sources, references, list(sources.values()), masks_of),
+        "cycle": (cycles, ["source", "reference", "fake", "reconstruction"]),
     }
 
 
@@ -817,9 +830,7 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         x = real[a]
         refs = real[b][torch.arange(len(x)) % len(real[b])]
         masks = masks_for(x, masks_of, device_of(G))
-        fake = translated(G, x, styles_of_references(E, refs, b), masks)
-        back = masks_for(fake, masks_of, device_of(G))
-        rec = translated(G, fake, styles_of_references(E, x, a), back)
+        fake, rec = there_and_back(G, E, x, refs, a, b, masks_of)
         pair = dict(real=x, fake=fake, target=real[b], rec=rec)
         styles = styles_of_latents(F, z, b)
         many = [translated(G, x[:diverse], s[None], masks) for s in styles]
@@ -940,6 +951,13 @@ def film(G, sources, groups, masks_of):
                 yield common.grid(torch.cat(rows), len(rows[0]))
 
 
+def first_ones(pictures, what):
+    """As many as a row or column of a grid shows."""
+    if len(pictures) > MOST:
+        print(f"the first {MOST} of {len(pictures)} {what}")
+    return pictures[:MOST]
+
+
 def translate(args):
     """Pictures in the style of a reference or latent; a grid of all with all; or a film."""
     if (args.ref is None) == (args.seeds is None):
@@ -952,13 +970,13 @@ def translate(args):
     groups = chosen_styles(args, nets, names, prepare, mode)
 
     if args.grid or args.film:
-        _, sources = common.read_pictures(args.input, prepare, mode, "--input")
-        sources = sources[:MOST]
+        files, sources = common.read_pictures(args.input, prepare, mode, "--input")
+        sources = first_ones(sources, "pictures of --input")
     if args.grid:
-        styles = {k: s for _, styles, _ in groups for k, s in styles.items()}
+        styles = first_ones([item for _, styles, _ in groups for item in styles.items()], "styles")
         firsts = None if args.ref is None else [x for _, _, images in groups for x in images][:MOST]
-        styles = dict(list(styles.items())[:MOST])
-        common.save_sheet(args.grid, table(G, sources, styles, firsts, masks_of))
+        sources = dict(zip(files, sources, strict=False))
+        common.save_sheet(args.grid, *table(G, sources, dict(styles), firsts, masks_of))
         print(args.grid)
     elif args.film:
         if all(len(styles) < 2 for _, styles, _ in groups):
@@ -1184,7 +1202,7 @@ def main(argv=None):
     p.add("--seeds", type=common.seeds, help="styles of latents, as in 0-7,42")
     p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
     p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
-    p.add("--grid", metavar="FILE", help=".png: every picture in every style instead")
+    p.add("--grid", metavar="FILE", help=".png: pictures in columns, styles in rows, all with all")
     p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
     p.add("--align", action="store_true", help=to_align)
     add_landmark_options(p)

@@ -276,7 +276,8 @@ def test_train_leaves_a_run_folder(trained):
     assert {"args.json", "stargan_v2.py", "log.jsonl", "metrics.jsonl", "samples"} <= names
     assert {"checkpoint.pt", "checkpoint-0000006.pt"} <= names
     sheets = sorted(p.name for p in (trained / "samples").iterdir())
-    assert sheets == [f"000000{k}-{name}.png" for k in (3, 6) for name in ("latent", "reference")]
+    names = ("cycle", "latent", "reference")
+    assert sheets == [f"000000{k}-{name}.png" for k in (3, 6) for name in names]
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
     assert state["model"] == "stargan_v2" and state["args"]["domains"] == "goblin,human"
     assert list(state["nets"]) == ["G", "F", "E", "D", "G_ema", "F_ema", "E_ema"]
@@ -530,13 +531,58 @@ def test_a_folder_goes_to_a_domain_in_the_style_of_a_latent_or_of_a_reference(tr
     assert {Image.open(p).size for p in Path("c").iterdir()} == {(32, 32)}
 
 
-def test_grids_show_sources_and_references(trained):
+def cells(path, columns, rows):
+    """{(column, row): picture} of a sheet of 32 px pictures, enlarged to 128; captions are left."""
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    sheet = sheet[18:, sheet.shape[1] - 132 * columns :][2::4, 2::4].copy()
+    assert sheet.shape == (33 * rows, 33 * columns, 3)
+    return {
+        (x, y): sheet[33 * y :, 33 * x :][:32, :32] for x in range(columns) for y in range(rows)
+    }
+
+
+def test_in_grids_the_first_row_has_the_sources_and_the_first_column_the_references(trained):
     data = trained.parent / "d/test"
+    humans, goblins = (
+        [np.asarray(Image.open(data / name / f"{i}.jpg").resize((32, 32), 2)) for i in range(6)]
+        for name in ("human", "goblin")
+    )
     translate(trained, "--ref", data, "--grid", "reference.png")
-    cell = 128 + 4  # a row of references above 6 sources; 12 references beside the sources
-    assert Image.open("reference.png").size == (13 * cell + 4, 7 * cell + 18)
+    found = cells("reference.png", 1 + 6, 1 + 12)
+    for i in range(6):
+        assert np.array_equal(found[1 + i, 0], humans[i])
+        assert np.array_equal(found[0, 1 + i], goblins[i])
+        assert np.array_equal(found[0, 7 + i], humans[i])
+    translate(trained, "--domain", "goblin", "--ref", data / "goblin/3.jpg", "--out", "a")
+    assert np.array_equal(found[3, 4], np.asarray(Image.open("a/2.png")))  # source 2, reference 3
     translate(trained, "--domain", "goblin", "--seeds", "0-3", "--psi", 0.7, "--grid", "latent.png")
-    assert Image.open("latent.png").size == (5 * cell + 4, 6 * cell + 18)
+    found = cells("latent.png", 6, 1 + 4)
+    translate(trained, "--domain", "goblin", "--seeds", 3, "--psi", 0.7, "--out", "b")
+    assert np.array_equal(found[2, 0], humans[2])
+    assert np.array_equal(found[2, 4], np.asarray(Image.open("b/2.png")))
+
+
+def test_a_grid_says_that_it_leaves_pictures_out(trained, capsys):
+    translate(trained, "--domain", "goblin", "--seeds", "0-32", "--grid", "a.png")
+    assert "the first 32 of 33 styles" in capsys.readouterr().out
+    cells("a.png", 6, 1 + 32)
+
+
+def test_the_sheet_of_cycles_shows_source_reference_fake_and_reconstruction():
+    nets = tiny_networks()
+    examples = torch.randint(256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    ema = [nets[name] for name in "GFE"]
+    sheets = stargan_v2.sample_sheets(ema, list(examples), ["a", "b"], stargan_v2.no_masks)
+    columns, rows = sheets["cycle"]
+    assert rows == ["source", "reference", "fake", "reconstruction"]
+    assert list(columns) == ["a 0", "a 1", "b 0", "b 1"]
+    source, ref, fake, reconstruction = columns["b 1"]
+    assert torch.equal(source, examples[1, 1]) and torch.equal(ref, examples[0, 1])
+    s = stargan_v2.styles_of_references(nets["E"], source[None], 1)
+    again = stargan_v2.translated(nets["G"], fake[None], s)[0].int()
+    assert (again - reconstruction).abs().max() <= 1
+    s = stargan_v2.styles_of_references(nets["E"], ref[None], 0)
+    assert (stargan_v2.translated(nets["G"], source[None], s)[0].int() - fake).abs().max() <= 1
 
 
 def test_of_a_folder_with_a_folder_per_domain_those_of_the_chosen_domain_are_references(trained):
