@@ -2458,6 +2458,22 @@ FILMS = {  # suffix: Pillow's format and its options
 }
 
 
+def check_film(path, size, count):
+    """UserError if save_film could not hold `count` frames of size (W, H), or a file one."""
+    W, H = size
+    if Path(path).suffix.lower() == ".webp" and max(size) > 16_383:
+        raise UserError(
+            f"{path}: frames of {W}x{H}, WebP holds at most 16,383 pixels a side; give fewer"
+            " pictures, or name a .png."
+        )
+    needed, free = 8 * W * H * count, available_memory()  # Pillow takes 4 a pixel, its encoders too
+    if needed > free:
+        raise UserError(
+            f"{path}: {count} frames of {W}x{H} need {needed / GB:.1f} GB of memory,"
+            f" {free / GB:.1f} are free; give fewer pictures or styles."
+        )
+
+
 def save_film(path, frames, fps=25):
     """An endless film of PIL pictures of one size, as WebP, GIF or animated PNG by the suffix.
 

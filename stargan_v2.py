@@ -933,8 +933,9 @@ def chosen_styles(args, nets, names, prepare, mode):
 
 
 def film(G, sources, groups, masks_of):
-    """Yields the frames, PIL pictures, of a film through the styles of each group: the sources over
-    their translations, and to the left, of references, how one gives way to the next."""
+    """Yields the frames, PIL pictures, of a film through the styles of each group, two or more in
+    one at least: the sources over their translations, and to the left, of references, how one gives
+    way to the next. The last frame rests."""
     size, masks = sources.shape[2], masks_for(sources, masks_of, device_of(G))
     for _, styles, images in groups:
         styles = list(styles.values())
@@ -948,7 +949,9 @@ def film(G, sources, groups, masks_of):
                     strip = torch.cat([images[k], images[k + 1]], 1)[None, :, y : y + size]
                     rows = [torch.cat([torch.full_like(strip, 255), sources])]
                     rows += [torch.cat([strip, fakes])]
-                yield common.grid(torch.cat(rows), len(rows[0]))
+                frame = common.grid(torch.cat(rows), len(rows[0]))
+                yield frame
+    yield from [frame] * 10  # before it begins again
 
 
 def first_ones(pictures, what):
@@ -964,6 +967,8 @@ def translate(args):
         raise UserError("name the style: either --ref, or --seeds with --domain.")
     if args.ref is None and args.domain is None:
         raise UserError("--seeds needs --domain, the one to translate to.")
+    if args.ref is not None and args.psi != 1:
+        raise UserError("--psi truncates styles of latents: it goes with --seeds, not with --ref.")
     nets, masks_of, names, saved = networks_of(args)
     G, prepare = nets["G"], preparation(args, nets)
     mode = "L" if G.config["img_channels"] == 1 else "RGB"
@@ -979,8 +984,12 @@ def translate(args):
         common.save_sheet(args.grid, *table(G, sources, dict(styles), firsts, masks_of))
         print(args.grid)
     elif args.film:
-        if all(len(styles) < 2 for _, styles, _ in groups):
+        steps = sum(len(styles) - 1 for _, styles, _ in groups)
+        if steps == 0:
             raise UserError("--film goes from one style to another: give two of one domain.")
+        columns = len(sources) + (args.ref is not None)
+        size = common.grid(sources[:1], 1).width  # of a picture in it
+        common.check_film(args.film, (columns * size, 2 * size), steps * len(film_alphas()))
         common.save_film(args.film, film(G, sources, groups, masks_of), fps=15)
         print(args.film)
     else:
@@ -1201,9 +1210,13 @@ def main(argv=None):
     p.add("--domain", help="to translate to: a name or a number")
     p.add("--seeds", type=common.seeds, help="styles of latents, as in 0-7,42")
     p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
-    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
-    p.add("--grid", metavar="FILE", help=".png: pictures in columns, styles in rows, all with all")
-    p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
+    to = p.add_mutually_exclusive_group()
+    out = "folder to write PNG files to, or one .png file (default: %(default)s)"
+    to.add_argument("--out", default="out", help=out)
+    grid = ".png: pictures in columns, styles in rows, all with all"
+    to.add_argument("--grid", metavar="FILE", help=grid)
+    film = ".webp, .gif or .png: from style to style"
+    to.add_argument("--film", metavar="FILE", help=film)
     p.add("--align", action="store_true", help=to_align)
     add_landmark_options(p)
     common.add_device_option(p)

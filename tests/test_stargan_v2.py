@@ -632,10 +632,21 @@ def test_a_film_has_31_steps_from_each_style_to_the_next(trained):
     styles = {str(k): torch.randn(4) for k in range(3)}
     refs = torch.stack([torch.full((3, 32, 32), k * 100).byte() for k in range(3)])
     frames = list(stargan_v2.film(G, sources, [(0, styles, refs)], stargan_v2.no_masks))
-    assert len(frames) == 62 and frames[0].size == (9 * 32, 6 * 32)  # enlarged three times
-    assert [frames[k].getpixel((3, 150))[0] for k in (0, 30, 61)] == [0, 100, 200]
+    assert len(frames) == 62 + 10 and frames[0].size == (9 * 32, 6 * 32)  # enlarged three times
+    assert [frames[k].getpixel((3, 150))[0] for k in (0, 30, 61, 71)] == [0, 100, 200, 200]
     translate(trained, "--domain", 1, "--seeds", "0-1", "--film", "film.webp")
     assert Image.open("film.webp").n_frames > 15
+
+
+def test_a_film_that_is_too_large_is_refused_before_a_frame_is_made(trained, capsys, monkeypatch):
+    monkeypatch.setattr(stargan_v2, "film", None)
+    here = ["translate", "--checkpoint", trained, "--input", trained.parent / "d/test/human"]
+    here += ["--domain", 1, "--seeds", "0-2", "--film"]
+    monkeypatch.setattr(common, "available_memory", lambda: 8 * 6 * 2 * 96**2 * 62 - 1)
+    assert "62 frames of 576x192 need 0.1 GB of memory" in fails(capsys, *here, "a.webp")
+    monkeypatch.setattr(common, "grid", lambda images, columns: Image.new("L", (2731, 1)))
+    assert "frames of 16386x5462, WebP holds" in fails(capsys, *here, "a.webp")
+    assert "GB of memory" in fails(capsys, *here, "a.png") and not list(Path().glob("a.*"))
 
 
 # ---- mistakes ----
@@ -671,6 +682,10 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         ([*here, "--seeds", "0-3", "--domain", 0], "pass --grid or --film"),
         ([*here, "--seeds", 0, "--domain", 0, "--film", "a.webp"], "give two"),
         ([*here, "--seeds", "0-1", "--domain", 0, "--film", "a.mp4"], ".webp"),
+        ([*here, "--seeds", 0, "--domain", 0, "--film", "a.gif", "--grid", "a.png"], "--grid"),
+        ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--grid", "a.png"], "--out"),
+        ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--film", "a.gif"], "--out"),
+        ([*here, "--ref", picture, "--domain", 0, "--psi", 0.5], "--psi"),
         ([*here, "--ref", picture], "of which domain"),
         ([*here, "--ref", "nowhere", "--domain", 0], "--ref nowhere"),
         (["translate", "--checkpoint", "no.pt", *here[3:], "--seeds", 0, "--domain", 0], "no.pt"),
