@@ -1834,9 +1834,10 @@ class Run:
         self.scaler.scale(loss).backward()
 
     def step(self, *optimizers):
-        """One step of each with the gradients, which are then gone. A parameter without one has
-        gradient 0: its moments move with those of the others."""
+        """One step of each with the gradients, which are then gone. A parameter that requires one
+        but has none has gradient 0: its moments move with those of the others."""
         params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+        params = [p for p in params if p.requires_grad]
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in params]

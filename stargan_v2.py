@@ -158,7 +158,7 @@ class AdainResBlock(nn.Module):
 
     forward(x, s): (N, I, H, W), (N, style_dim) -> (N, O, H, W), twice both sides if `up`
     With high-pass skips (w_hpf > 0) there is no shortcut: what of the source's detail is kept is
-    theirs to say. The official networks hold its weights even so.
+    theirs to say. The official networks hold its weights even so: they stay as they began.
     """
 
     def __init__(self, I, O, style_dim, w_hpf, up=False):
@@ -167,6 +167,7 @@ class AdainResBlock(nn.Module):
         self.conv2 = Conv2d(O, O, 3, 1)
         self.norm1, self.norm2 = AdaIN(style_dim, I), AdaIN(style_dim, O)
         self.conv1x1 = nn.Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
+        self.conv1x1.requires_grad_(w_hpf == 0)
         self.w_hpf, self.up = w_hpf, up
 
     def forward(self, x, s):

@@ -420,6 +420,12 @@ def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeyp
     assert "masks of face landmarks are on" in capsys.readouterr().out
     folder = Path("r/stargan_v2-d-000")
     main("--resume", folder, "--iters", 2)  # the checkpoint has the landmark network
+    nets = stargan_v2.load_networks(folder)[0]  # weights of shortcuts, unused, do not decay
+    pairs = zip(nets["G"].named_parameters(), nets["G_ema"].parameters(), strict=True)
+    still = {name for (name, p), q in pairs if torch.equal(p, q)}
+    assert {name for name in still if "decode" in name} == {
+        f"decode.{k}.conv1x1.weight" for k in (3, 4)
+    }
     fan = common.load_fan(wing)
     for name, t in stargan_v2.load_networks(folder)[0]["FAN"].state_dict().items():
         assert torch.equal(t, fan.state_dict()[name])
