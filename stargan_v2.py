@@ -872,13 +872,16 @@ def networks_of(args):
     return nets, nets["FAN"].masks if has_masks else no_masks, names, saved
 
 
-def preparation(args, nets):
-    """PIL picture -> the square PIL picture that the networks take."""
+def preparations(args, nets):
+    """PIL picture -> the square PIL picture that the networks take: for sources, for references.
+    Without masks domains need not have faces: --align is of sources then."""
     size = nets["E"].config["size"]
+    squeezed = functools.partial(common.squeezed, size)
     if not args.align:
-        return functools.partial(common.squeezed, size)
+        return squeezed, squeezed
     mean = common.load_mean_landmarks(args.landmarks)
-    return functools.partial(common.aligned, nets["FAN"], mean, size)
+    aligned = functools.partial(common.aligned, nets["FAN"], mean, size)
+    return aligned, aligned if nets["G"].config["w_hpf"] > 0 else squeezed
 
 
 def film_alphas():
@@ -971,9 +974,9 @@ def translate(args):
     if args.ref is not None and args.psi != 1:
         raise UserError("--psi truncates styles of latents: it goes with --seeds, not with --ref.")
     nets, masks_of, names, saved = networks_of(args)
-    G, prepare = nets["G"], preparation(args, nets)
+    G, (prepare, prepare_ref) = nets["G"], preparations(args, nets)
     mode = "L" if G.config["img_channels"] == 1 else "RGB"
-    groups = chosen_styles(args, nets, names, prepare, mode)
+    groups = chosen_styles(args, nets, names, prepare_ref, mode)
 
     if args.grid or args.film:
         files, sources = common.read_pictures(args.input, prepare, mode, "--input")
@@ -1017,12 +1020,13 @@ def align(args):
 
 def app(args):
     """A web page on which visitors have their pictures translated, in the style of a latent or of a
-    picture of the domain that they choose."""
+    picture of the domain that they choose. Truncation, --psi, and --align are the server's."""
     nets, masks_of, names, saved = networks_of(args)
     G, F, E = (nets[name] for name in "GFE")
-    prepare, mode = preparation(args, nets), "L" if G.config["img_channels"] == 1 else "RGB"
+    prepare, prepare_ref = preparations(args, nets)
+    mode = "L" if G.config["img_channels"] == 1 else "RGB"
 
-    def prepared(img):
+    def prepared(img, prepare):
         return common.stack([common.pixels(prepare(img.convert(mode)))])
 
     def function(img, domain, seed, reference):
@@ -1030,8 +1034,8 @@ def app(args):
             z = common.latents([seed], F.config["z_dim"])
             s = styles_of_latents(F, z, domain, args.psi)
         else:
-            s = styles_of_references(E, prepared(reference), domain)
-        image = prepared(img)
+            s = styles_of_references(E, prepared(reference, prepare_ref), domain)
+        image = prepared(img, prepare)
         masks = masks_for(image, masks_of, device_of(G))
         return common.to_picture(translated(G, image, s, masks)[0])
 
@@ -1175,7 +1179,7 @@ def add_landmark_options(p):
 def main(argv=None):
     cli = common.CommandLine("stargan_v2.py", __doc__, {"toy": TOY} | PRESETS, tuple(SIZES))
     count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
-    to_align = "turn, scale and move all faces, as the command align does"
+    to_align = "turn, scale and move sources as the command align does; with masks references, too"
 
     p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
     common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
