@@ -3516,13 +3516,14 @@ def real_statistics(images, net, mode="tf1", folder=None):
 
 def fid_kid(real, fake, net, mode="tf1", folder=None):
     """FID and KID x 1000 of images (see uint8_batches) with counts, resize rule and network.
+    real may also be what real_statistics says of them, with this network and mode.
 
     Only the real images' statistics are cached. FID shrinks as n grows: compare scores of
     equal n_real and n_fake only. Moves no random state of torch, even where `fake` is a
     generator that samples as it goes.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        a = real_statistics(real, net, mode, folder)
+        a = real if isinstance(real, dict) else real_statistics(real, net, mode, folder)
         b = feature_statistics(inception_features(fake, net, mode))
     if max(a["n"], b["n"]) <= 2048:  # rank-deficient: the features give more digits, sooner
         fid = frechet_distance_of_features(a["features"], b["features"])
@@ -3539,6 +3540,15 @@ def fid_kid(real, fake, net, mode="tf1", folder=None):
 def mean_abs(a, b):
     """Mean absolute difference of uint8 images, on the scale on which they range over [-1, 1]."""
     return (a.double() - b.double()).abs().mean().item() / 127.5
+
+
+def mean_abs_of_pairs(images):
+    """The mean of mean_abs over all pairs of n uint8 images (n, ...), none of which is formed: the
+    k-th smallest of n values is above k others and below n - 1 - k."""
+    n = len(images)
+    weights = torch.arange(1 - n, n, 2, device=images.device).float()
+    sums = torch.tensordot(weights, images.sort(0).values.float(), 1)  # of small whole numbers
+    return sums.double().mean().item() / (n * (n - 1) / 2) / 127.5
 
 
 def translation_scores(real, fake, target, rec=None, true=None):

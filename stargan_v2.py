@@ -30,7 +30,6 @@ anew each time; lambda_ds follows from the step, so that a run resumes as if not
 import argparse
 import copy
 import functools
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -835,8 +834,7 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         pair = dict(real=x, fake=fake, target=real[b], rec=rec)
         styles = styles_of_latents(F, z, b)
         many = [translated(G, x[:diverse], s[None], masks) for s in styles]
-        pairs = [(i, j) for i in range(len(z)) for j in range(i)]  # 45
-        diversity += [common.mean_abs(many[i], many[j]) for i, j in pairs]
+        diversity.append(common.mean_abs_of_pairs(torch.stack(many)))
         if is_toy:
             images, name = list(tests.values())[a], list(tests)[b]
             pair["true"] = images.counterparts(name, images.mode, n)
@@ -1076,8 +1074,7 @@ def translated_often(G, sources, styles, masks_of, lpips, batch=32):
         masks = masks_for(x, masks_of, device)
         ten = [translated(G, x, s_k, masks) for s_k in s.unbind(1)]
         fakes.append(torch.stack(ten, 1).flatten(0, 1))
-        pairs = [common.mean_abs(one, other) for one, other in itertools.combinations(ten, 2)]
-        rows.append({"diversity": np.mean(pairs)})
+        rows.append({"diversity": common.mean_abs_of_pairs(torch.stack(ten).to(device))})
         if lpips:
             with common.exact_float32(device):
                 features = [lpips.features(common.to_float(fake, device)) for fake in ten]
@@ -1136,6 +1133,8 @@ def evaluate(args):
         # Training sets can be too large to be held: fd8 needs 8x8 pixels, FID passes over all.
         reals = common.Again(train[target].batches)
         small = torch.cat([common.averaged(x) for x in reals])
+        if inception:
+            statistics = common.real_statistics(reals, inception, args.fid_resize)
         for name in (name for name in train if name != target):
             x = pictures[name]
             if source.is_toy:
@@ -1147,7 +1146,7 @@ def evaluate(args):
                 fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
                 row |= common.translation_scores(x, fakes, small)
                 if inception and "fd8" in row:
-                    row |= common.fid_kid(reals, fakes, inception, args.fid_resize)
+                    row |= common.fid_kid(statistics, fakes, inception, args.fid_resize)
                 if source.is_toy:
                     row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
                     row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
