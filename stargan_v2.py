@@ -399,8 +399,10 @@ def from_official(arrays):
             base = config.get("channel_base", base)
     except KeyError as e:
         raise ValueError(f"not a StarGAN v2 network: no {e.args[0]!r}") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise ValueError(f"its {net} does not fit: shapes or names of another network") from None
     except RuntimeError as e:
-        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[1].strip()}") from None
+        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[:2][-1].strip()}") from None
     return nets
 
 
@@ -625,6 +627,10 @@ def open_domains(args, source, parts, prepare):
         raise UserError(
             f"--data {args.data}: {len(names)} domains in {source.path}. Give each of at least two"
             " a folder of pictures, as in train/cat and train/dog."
+        )
+    if odd := [name for name in names if "," in name]:  # checkpoints list them with commas
+        raise UserError(
+            f"--data {args.data}: rename the folder {odd[0]!r}, a comma cannot be in it."
         )
     mode = "L" if args.channels == 1 else "RGB"
     data = {

@@ -508,6 +508,8 @@ def test_an_official_generator_alone_has_the_official_widths():
         (lambda a: a.pop("style_encoder.shared.1.conv1.bias"), "conv1.bias"),
         (lambda a: a.update({"generator.tanh.weight": torch.ones(4)}), "tanh.weight"),
         (lambda a: a.update({"netG.weight": torch.ones(4)}), "not a StarGAN v2 network"),
+        (lambda a: a.update({"generator.from_rgb.weight": torch.ones(0, 3, 3, 3)}), "of another"),
+        (lambda a: a.update({"style_encoder.unshared.x": torch.ones(1)}), "of another"),
     ],
 )
 def test_from_official_refuses_what_is_not_such_a_network(change, problem):
@@ -517,6 +519,29 @@ def test_from_official_refuses_what_is_not_such_a_network(change, problem):
     change(arrays)
     with pytest.raises(ValueError, match=problem):
         stargan_v2.from_official(arrays)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_an_official_file_with_a_tensor_of_an_odd_shape_ends_in_one_line(shape, capsys):
+    domains("d", 1)
+    nets = {k: v for k, v in tiny_networks(64, w_hpf=1.0).items() if k != "D"}
+    translate = ["translate", "--checkpoint", "odd.ckpt", "--input", "d/test/human", "--domain", 0]
+    for name, key in (
+        ("G", "from_rgb.weight"),
+        ("G", "hpf.filter"),
+        ("G", "decode.0.norm1.fc.weight"),
+        ("F", "shared.0.weight"),
+        ("F", "unshared.0.6.weight"),
+        ("E", "shared.0.weight"),
+        ("E", "unshared.0.weight"),
+    ):
+        official_file("odd.ckpt", nets)
+        state = torch.load("odd.ckpt")
+        theirs = {ours: name for name, ours in stargan_v2.OFFICIAL.items()}
+        state[theirs[name]][key] = torch.zeros(shape)
+        torch.save(state, "odd.ckpt")
+        line = fails(capsys, *translate, "--seeds", 0)
+        assert "odd.ckpt does not hold stargan_v2 networks: " in line, (name, key)
 
 
 # ---- translate ----
@@ -663,6 +688,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
     domains("one", 2, names=("human",))
     domains("other", 2, parts=("train",)), domains("more", 2, parts=("test",), names=("a", "b"))
     Path("more/test").rename("other/test")
+    domains("comma", 2, parts=("train",), names=("a, b", "c"))
     torch.save({"model": "cyclegan", "nets": {}}, "cyclegan.pt")
     torch.save({"some.weight": torch.zeros(3)}, "foreign.pth")
     here = ["translate", "--checkpoint", trained, "--input", picture]
@@ -672,6 +698,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         (["--data", "nowhere"], "nowhere"),
         (["--data", "one", *TINY], "1 domains in"),
         (["--data", "d/test/human", *TINY], "0 domains in"),
+        (["--data", "comma", *TINY], "rename the folder 'a, b'"),
         (["--data", "other", *TINY], "tests are of a, b, not of goblin, human"),
         (["--data", data, *TINY, "--size", 48], "--size 48: a power of two"),
         (["--data", data, *TINY, "--w-hpf", 1], "--size 64 or more"),
