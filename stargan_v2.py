@@ -22,9 +22,11 @@ Names. The mapping network is the paper's F, so torch.nn.functional goes by its 
 is a folder of pictures; y is its number in alphabetical order, s a style code of that domain.
 
 Results: README. Differs from the paper, with the official code (clovaai/stargan-v2): weight decay
-for all networks; the style encoder learns from latents only; high-pass skips and masks for faces.
-Differs from both: averages start from the initial weights; the two references of a step are drawn
-anew each time; lambda_ds follows from the step, so that a run resumes as if nothing had happened.
+for all networks; the style encoder learns from latents only; for faces high-pass skips and masks,
+and a decoder without shortcuts. Differs from both: averages start from the initial weights; the two
+references of a step are drawn anew each time; large photos are reduced to twice the size once, and
+then cropped; lambda_ds follows from the step, so that a run resumes as if nothing had happened; a
+GPU computes in TF32 by default; LPIPS is of 8-bit pictures, FID of the StyleGAN papers' Inception.
 """
 
 import argparse
