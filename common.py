@@ -209,9 +209,10 @@ class Parser(argparse.ArgumentParser):
 class CommandLine:
     """`FILE.py [COMMAND] [options]`; with no command it is `train`.
 
-    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, or
-    with --preset where a script has that, but for `sizes`, options that a --checkpoint decides. On
-    --resume the options of that run are the defaults. What the user types always wins.
+    presets: {name of a data set: {option: default}}, defaults of `train` that go with --data, also
+    where that is a copy of the set, as DISK/NAME or NAME.zip, or with --preset where a script has
+    that, but for `sizes`, options that a --checkpoint decides. On --resume the options of that run
+    are the defaults. What the user types always wins.
     """
 
     def __init__(self, prog, doc, presets, sizes=()):
@@ -223,10 +224,12 @@ class CommandLine:
         parser = self.commands.add_parser(name, help=help, description=help)
         parser.set_defaults(function=function)
         if name == "train":
+            lines = []
             for data, preset in self.presets.items():
                 named = ((k.replace("_", "-"), v) for k, v in preset.items())
                 options = (f"--no-{k}" if v is False else f"--{k} {v}" for k, v in named)
-                parser.epilog = f"The defaults of --data {data}, otherwise: {' '.join(options)}"
+                lines.append(f"The defaults of --data {data}, otherwise: {' '.join(options)}.")
+            parser.epilog = " ".join(lines)
         return parser
 
     def parse(self, argv=None):
@@ -241,7 +244,11 @@ class CommandLine:
             commands[args.command].error(f"unknown: {' '.join(unknown)}")
         if args.command == "train":
             name = vars(args).get("preset") or args.data
-            defaults = self.presets.get("toy" if name.startswith("toy/") else name, {})
+            if name.startswith("toy/"):
+                name = "toy"
+            elif Path(name).stem != "toy":  # no folder holds the built-in faces
+                name = Path(name).stem
+            defaults = self.presets.get(name, {})
             if args.checkpoint:
                 defaults = {k: v for k, v in defaults.items() if k not in self.sizes}
             if args.resume:
@@ -2172,9 +2179,10 @@ class Run:
         self.scaler.scale(loss).backward()
 
     def step(self, *optimizers):
-        """One step of each with the gradients, which are then gone. A parameter without one has
-        gradient 0: its moments move with those of the others."""
+        """One step of each with the gradients, which are then gone. A parameter that requires one
+        but has none has gradient 0: its moments move with those of the others."""
         params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+        params = [p for p in params if p.requires_grad]
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in params]
@@ -2385,11 +2393,12 @@ class Run:
             except OSError:  # a file system without hard links
                 shutil.copy(path, kept)
 
-    def save_picture(self, picture, name=None):
-        """samples/<step>.png, or <name>.png: a PIL picture, or a sheet of {caption: images}."""
+    def save_picture(self, picture, name=None, rows=()):
+        """samples/<step>.png, or <name>.png: a PIL picture, or a sheet of {caption: images} and
+        captions of rows."""
         path = self.folder and self.folder / "samples" / f"{name or f'{self.steps_done:07d}'}.png"
         if self.rank == 0 and isinstance(picture, dict):
-            save_sheet(path, picture)
+            save_sheet(path, picture, rows)
         elif self.rank == 0:
             save_png(path, picture)
 
@@ -2843,6 +2852,22 @@ FILMS = {  # suffix: Pillow's format and its options
     ".gif": ("GIF", {}),
     ".png": ("PNG", {}),  # an APNG, lossless and large; programs that know only PNG show one frame
 }
+
+
+def check_film(path, size, count):
+    """UserError if save_film could not hold `count` frames of size (W, H), or a file one."""
+    W, H = size
+    if Path(path).suffix.lower() == ".webp" and max(size) > 16_383:
+        raise UserError(
+            f"{path}: frames of {W}x{H}, WebP holds at most 16,383 pixels a side; give fewer"
+            " pictures, or name a .png."
+        )
+    needed, free = 8 * W * H * count, available_memory()  # Pillow takes 4 a pixel, its encoders too
+    if needed > free:
+        raise UserError(
+            f"{path}: {count} frames of {W}x{H} need {needed / GB:.1f} GB of memory,"
+            f" {free / GB:.1f} are free; give fewer pictures or styles."
+        )
 
 
 def save_film(path, frames, fps=25):
@@ -3902,13 +3927,14 @@ def real_statistics(images, net, mode="tf1", folder=None):
 
 def fid_kid(real, fake, net, mode="tf1", folder=None):
     """FID and KID x 1000 of images (see uint8_batches) with counts, resize rule and network.
+    real may also be what real_statistics says of them, with this network and mode.
 
     Only the real images' statistics are cached. FID shrinks as n grows: compare scores of
     equal n_real and n_fake only. Moves no random state of torch, even where `fake` is a
     generator that samples as it goes.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        a = real_statistics(real, net, mode, folder)
+        a = real if isinstance(real, dict) else real_statistics(real, net, mode, folder)
         b = feature_statistics(inception_features(fake, net, mode))
     if max(a["n"], b["n"]) <= 2048:  # rank-deficient: the features give more digits, sooner
         fid = frechet_distance_of_features(a["features"], b["features"])
@@ -3925,6 +3951,15 @@ def fid_kid(real, fake, net, mode="tf1", folder=None):
 def mean_abs(a, b):
     """Mean absolute difference of uint8 images, on the scale on which they range over [-1, 1]."""
     return (a.double() - b.double()).abs().mean().item() / 127.5
+
+
+def mean_abs_of_pairs(images):
+    """The mean of mean_abs over all pairs of n uint8 images (n, ...), none of which is formed: the
+    k-th smallest of n values is above k others and below n - 1 - k."""
+    n = len(images)
+    weights = torch.arange(1 - n, n, 2, device=images.device).float()
+    sums = torch.tensordot(weights, images.sort(0).values.float(), 1)  # of small whole numbers
+    return sums.double().mean().item() / (n * (n - 1) / 2) / 127.5
 
 
 def translation_scores(real, fake, target, rec=None, true=None):

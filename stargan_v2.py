@@ -22,15 +22,16 @@ Names. The mapping network is the paper's F, so torch.nn.functional goes by its 
 is a folder of pictures; y is its number in alphabetical order, s a style code of that domain.
 
 Results: README. Differs from the paper, with the official code (clovaai/stargan-v2): weight decay
-for all networks; the style encoder learns from latents only; high-pass skips and masks for faces.
-Differs from both: averages start from the initial weights; the two references of a step are drawn
-anew each time; lambda_ds follows from the step, so that a run resumes as if nothing had happened.
+for all networks; the style encoder learns from latents only; for faces high-pass skips and masks,
+and a decoder without shortcuts. Differs from both: averages start from the initial weights; the two
+references of a step are drawn anew each time; large photos are reduced to twice the size once, and
+then cropped; lambda_ds follows from the step, so that a run resumes as if nothing had happened; a
+GPU computes in TF32 by default; LPIPS is of 8-bit pictures, FID of the StyleGAN papers' Inception.
 """
 
 import argparse
 import copy
 import functools
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ class AdainResBlock(nn.Module):
 
     forward(x, s): (N, I, H, W), (N, style_dim) -> (N, O, H, W), twice both sides if `up`
     With high-pass skips (w_hpf > 0) there is no shortcut: what of the source's detail is kept is
-    theirs to say. The official networks hold its weights even so.
+    theirs to say. The official networks hold its weights even so: they stay as they began.
     """
 
     def __init__(self, I, O, style_dim, w_hpf, up=False):
@@ -167,6 +168,7 @@ class AdainResBlock(nn.Module):
         self.conv2 = Conv2d(O, O, 3, 1)
         self.norm1, self.norm2 = AdaIN(style_dim, I), AdaIN(style_dim, O)
         self.conv1x1 = nn.Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
+        self.conv1x1.requires_grad_(w_hpf == 0)
         self.w_hpf, self.up = w_hpf, up
 
     def forward(self, x, s):
@@ -399,8 +401,10 @@ def from_official(arrays):
             base = config.get("channel_base", base)
     except KeyError as e:
         raise ValueError(f"not a StarGAN v2 network: no {e.args[0]!r}") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise ValueError(f"its {net} does not fit: shapes or names of another network") from None
     except RuntimeError as e:
-        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[1].strip()}") from None
+        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[:2][-1].strip()}") from None
     return nets
 
 
@@ -626,6 +630,10 @@ def open_domains(args, source, parts, prepare):
             f"--data {args.data}: {len(names)} domains in {source.path}. Give each of at least two"
             " a folder of pictures, as in train/cat and train/dog."
         )
+    if odd := [name for name in names if "," in name]:  # checkpoints list them with commas
+        raise UserError(
+            f"--data {args.data}: rename the folder {odd[0]!r}, a comma cannot be in it."
+        )
     mode = "L" if args.channels == 1 else "RGB"
     data = {
         name: common.ImageSet(common.subset(source, name), prepare, mode, args.cache)
@@ -640,6 +648,7 @@ def train(args):
     first = common.first_weights(args)
     given = load_networks(first)[0] if first else {}
     fill_options(args, given)
+    args.ds_iters = args.ds_iters or args.iters  # stays when a finished run is lengthened
     run = common.Run("stargan_v2", args, script=__file__)
     source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
 
@@ -682,11 +691,13 @@ def train(args):
     scored = any(common.has_subset(source, part) for part in TEST_PARTS)
     start = run.restore(nets, opts, {})
     counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
+    if args.w_hpf > 0:
+        run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")
     run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
 
     for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
         y, y_ref = ys.unbind(1)
-        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters or args.iters)
+        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters)
         batch = (real, ref, ref2, y, y_ref)
         losses = train_step(trained, ema, opts.values(), batch, lambda_ds, args, run, masks_of)
         run.log(losses, lambda_ds=round(lambda_ds, 4))
@@ -694,8 +705,9 @@ def train(args):
         keep = last or run.due(args.keep_every * args.batch)
         if keep or run.due(args.every * args.batch):
             if run.rank == 0:
-                for name, sheet in sample_sheets(ema, examples, list(domains), masks_of).items():
-                    run.save_picture(sheet, f"{run.steps_done:07d}-{name}")
+                sheets = sample_sheets(ema, examples, list(domains), masks_of)
+                for name, (columns, rows) in sheets.items():
+                    run.save_picture(columns, f"{run.steps_done:07d}-{name}", rows)
             if scored and run.rank == 0:
                 row = scores(ema, shown, source.is_toy, masks_of)
                 run.save_scores(row)
@@ -770,34 +782,46 @@ def styles_of_latents(F, z, y, psi=1.0):
 
 
 def table(G, sources, styles, firsts, masks_of):
-    """{caption: images} of a sheet: the sources, then a column for each of {caption: style}, under
+    """(columns, captions of rows) of a sheet laid out as Fig. 4: the first row has the sources,
+    {caption: image}, each other one their translations in one of {caption: style}, to the right of
     what the style is of: firsts, a list of images, or None."""
-    masks = masks_for(sources, masks_of, device_of(G))
-    columns = {caption: translated(G, sources, s[None], masks) for caption, s in styles.items()}
+    x = torch.stack(list(sources.values()))
+    masks = masks_for(x, masks_of, device_of(G))
+    rows = [x] + [translated(G, x, s[None], masks) for s in styles.values()]
+    columns = dict(zip(sources, torch.stack(rows, 1), strict=True))
     if firsts is not None:
-        columns = {
-            caption: torch.cat([image[None], column])
-            for image, (caption, column) in zip(firsts, columns.items(), strict=True)
-        }
-        sources = torch.cat([torch.full_like(sources[:1], 255), sources])
-    return {"source": sources} | columns
+        columns = {"": torch.stack([torch.full_like(x[0], 255), *firsts])} | columns
+    return columns, ["source", *styles]
+
+
+def there_and_back(G, E, x, refs, y, y_ref, masks_of):
+    """(fakes, reconstructions) of images x of domain y, in the styles of refs of domain y_ref."""
+    masks = masks_for(x, masks_of, device_of(G))
+    fake = translated(G, x, styles_of_references(E, refs, y_ref), masks)
+    masks = masks_for(fake, masks_of, device_of(G))
+    return fake, translated(G, fake, styles_of_references(E, x, y), masks)
 
 
 def sample_sheets(ema, examples, domains, masks_of):
-    """{"latent", "reference": {caption: images}}: every example in styles of three latents of each
-    domain, and in the styles of the examples; examples: uint8 images of each domain."""
+    """{name: (columns, captions of rows)} of sheets of the examples, uint8 images of each domain:
+    "latent", in styles of three latents of each domain; "reference", in the styles of each other;
+    "cycle", to the next domain and back."""
     G, F, E = ema
     z = common.latents(range(3), F.config["z_dim"])
-    latents, references = {}, {}
+    latents, references, sources, cycles = {}, {}, {}, {}
     for y, name in enumerate(domains):
-        for k, s in enumerate(styles_of_latents(F, z, y)):
-            latents[f"{name} {k}"] = s
-        for k, s in enumerate(styles_of_references(E, examples[y], y)):
-            references[f"{name} {k}"] = s
-    sources = torch.cat(examples)
+        latents |= {f"{name} {k}": s for k, s in enumerate(styles_of_latents(F, z, y))}
+        styles = styles_of_references(E, examples[y], y)
+        references |= {f"{name} {k}": s for k, s in enumerate(styles)}
+        sources |= {f"{name} {k}": x for k, x in enumerate(examples[y])}
+        y_ref, n = (y + 1) % len(domains), len(examples[y])
+        refs = examples[y_ref][torch.arange(n) % len(examples[y_ref])]
+        four = (examples[y], refs, *there_and_back(G, E, examples[y], refs, y, y_ref, masks_of))
+        cycles |= {f"{name} {k}": column for k, column in enumerate(torch.stack(four, 1))}
     return {
         "latent": table(G, sources, latents, None, masks_of),
-        "reference": table(G, sources, references, list(sources), masks_of),
+        "reference": table(G, sources, references, list(sources.values()), masks_of),
+        "cycle": (cycles, ["source", "reference", "fake", "reconstruction"]),
     }
 
 
@@ -814,14 +838,11 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         x = real[a]
         refs = real[b][torch.arange(len(x)) % len(real[b])]
         masks = masks_for(x, masks_of, device_of(G))
-        fake = translated(G, x, styles_of_references(E, refs, b), masks)
-        back = masks_for(fake, masks_of, device_of(G))
-        rec = translated(G, fake, styles_of_references(E, x, a), back)
+        fake, rec = there_and_back(G, E, x, refs, a, b, masks_of)
         pair = dict(real=x, fake=fake, target=real[b], rec=rec)
         styles = styles_of_latents(F, z, b)
         many = [translated(G, x[:diverse], s[None], masks) for s in styles]
-        pairs = [(i, j) for i in range(len(z)) for j in range(i)]  # 45
-        diversity += [common.mean_abs(many[i], many[j]) for i, j in pairs]
+        diversity.append(common.mean_abs_of_pairs(torch.stack(many)))
         if is_toy:
             images, name = list(tests.values())[a], list(tests)[b]
             pair["true"] = images.counterparts(name, images.mode, n)
@@ -849,18 +870,24 @@ def networks_of(args):
             raise UserError(f"--checkpoint {args.checkpoint} has no {name}.")
         nets[name] = net.to(device).eval().requires_grad_(False)
     has_masks, names = nets["G"].config["w_hpf"] > 0, domain_names(nets, saved)
+    if "domains" not in saved and vars(args).get("ref") and Path(args.ref).is_dir():
+        folders = common.top_folders(common.Folder(args.ref))
+        names = folders if len(folders) == len(names) else names
     if has_masks or vars(args).get("align"):
         nets["FAN"] = (found.get("FAN") or common.load_fan(args.fan)).to(device)
     return nets, nets["FAN"].masks if has_masks else no_masks, names, saved
 
 
-def preparation(args, nets):
-    """PIL picture -> the square PIL picture that the networks take."""
+def preparations(args, nets):
+    """PIL picture -> the square PIL picture that the networks take: for sources, for references.
+    Without masks domains need not have faces: --align is of sources then."""
     size = nets["E"].config["size"]
+    squeezed = functools.partial(common.squeezed, size)
     if not args.align:
-        return functools.partial(common.squeezed, size)
+        return squeezed, squeezed
     mean = common.load_mean_landmarks(args.landmarks)
-    return functools.partial(common.aligned, nets["FAN"], mean, size)
+    aligned = functools.partial(common.aligned, nets["FAN"], mean, size)
+    return aligned, aligned if nets["G"].config["w_hpf"] > 0 else squeezed
 
 
 def film_alphas():
@@ -870,9 +897,14 @@ def film_alphas():
 
 
 def domain_names(nets, saved):
-    """The domains of a checkpoint; of official files, which do not say, the numbers."""
-    count = next(net.config["domains"] for net in nets.values() if "domains" in net.config)
-    return saved["domains"].split(",") if saved.get("domains") else [str(k) for k in range(count)]
+    """The domains of a checkpoint. Official files do not say: those of the two published ones, as
+    one knows them by their sizes, else the numbers."""
+    if saved.get("domains"):
+        return saved["domains"].split(",")
+    count, G = nets["F"].config["domains"], nets["G"].config
+    published = {(2, True): ["female", "male"], (3, False): ["cat", "dog", "wild"]}
+    numbers = [str(k) for k in range(count)]
+    return published.get((count, G["w_hpf"] > 0), numbers) if G["size"] == 256 else numbers
 
 
 def number_of(domain, names):
@@ -895,7 +927,8 @@ def chosen_styles(args, nets, names, prepare, mode):
         return [(y, dict(zip(captions, s, strict=True)), None)]
     folders = {name: Path(args.ref, name) for name in names if Path(args.ref, name).is_dir()}
     if args.domain is not None:
-        folders = {names[number_of(args.domain, names)]: args.ref}
+        name = names[number_of(args.domain, names)]
+        folders = {name: folders.get(name, args.ref)}
     if not folders:
         raise UserError(
             f"--ref {args.ref}: of which domain is it? Pass --domain, one of {', '.join(names)}."
@@ -910,8 +943,9 @@ def chosen_styles(args, nets, names, prepare, mode):
 
 
 def film(G, sources, groups, masks_of):
-    """Yields the frames, PIL pictures, of a film through the styles of each group: the sources over
-    their translations, and to the left, of references, how one gives way to the next."""
+    """Yields the frames, PIL pictures, of a film through the styles of each group, two or more in
+    one at least: the sources over their translations, and to the left, of references, how one gives
+    way to the next. The last frame rests."""
     size, masks = sources.shape[2], masks_for(sources, masks_of, device_of(G))
     for _, styles, images in groups:
         styles = list(styles.values())
@@ -925,7 +959,16 @@ def film(G, sources, groups, masks_of):
                     strip = torch.cat([images[k], images[k + 1]], 1)[None, :, y : y + size]
                     rows = [torch.cat([torch.full_like(strip, 255), sources])]
                     rows += [torch.cat([strip, fakes])]
-                yield common.grid(torch.cat(rows), len(rows[0]))
+                frame = common.grid(torch.cat(rows), len(rows[0]))
+                yield frame
+    yield from [frame] * 10  # before it begins again
+
+
+def first_ones(pictures, what):
+    """As many as a row or column of a grid shows."""
+    if len(pictures) > MOST:
+        print(f"the first {MOST} of {len(pictures)} {what}")
+    return pictures[:MOST]
 
 
 def translate(args):
@@ -934,23 +977,29 @@ def translate(args):
         raise UserError("name the style: either --ref, or --seeds with --domain.")
     if args.ref is None and args.domain is None:
         raise UserError("--seeds needs --domain, the one to translate to.")
+    if args.ref is not None and args.psi != 1:
+        raise UserError("--psi truncates styles of latents: it goes with --seeds, not with --ref.")
     nets, masks_of, names, saved = networks_of(args)
-    G, prepare = nets["G"], preparation(args, nets)
+    G, (prepare, prepare_ref) = nets["G"], preparations(args, nets)
     mode = "L" if G.config["img_channels"] == 1 else "RGB"
-    groups = chosen_styles(args, nets, names, prepare, mode)
+    groups = chosen_styles(args, nets, names, prepare_ref, mode)
 
     if args.grid or args.film:
-        _, sources = common.read_pictures(args.input, prepare, mode, "--input")
-        sources = sources[:MOST]
+        files, sources = common.read_pictures(args.input, prepare, mode, "--input")
+        sources = first_ones(sources, "pictures of --input")
     if args.grid:
-        styles = {k: s for _, styles, _ in groups for k, s in styles.items()}
+        styles = first_ones([item for _, styles, _ in groups for item in styles.items()], "styles")
         firsts = None if args.ref is None else [x for _, _, images in groups for x in images][:MOST]
-        styles = dict(list(styles.items())[:MOST])
-        common.save_sheet(args.grid, table(G, sources, styles, firsts, masks_of))
+        sources = dict(zip(files, sources, strict=False))
+        common.save_sheet(args.grid, *table(G, sources, dict(styles), firsts, masks_of))
         print(args.grid)
     elif args.film:
-        if all(len(styles) < 2 for _, styles, _ in groups):
+        steps = sum(len(styles) - 1 for _, styles, _ in groups)
+        if steps == 0:
             raise UserError("--film goes from one style to another: give two of one domain.")
+        columns = len(sources) + (args.ref is not None)
+        size = common.grid(sources[:1], 1).width  # of a picture in it
+        common.check_film(args.film, (columns * size, 2 * size), steps * len(film_alphas()))
         common.save_film(args.film, film(G, sources, groups, masks_of), fps=15)
         print(args.film)
     else:
@@ -977,12 +1026,13 @@ def align(args):
 
 def app(args):
     """A web page on which visitors have their pictures translated, in the style of a latent or of a
-    picture of the domain that they choose."""
+    picture of the domain that they choose. Truncation, --psi, and --align are the server's."""
     nets, masks_of, names, saved = networks_of(args)
     G, F, E = (nets[name] for name in "GFE")
-    prepare, mode = preparation(args, nets), "L" if G.config["img_channels"] == 1 else "RGB"
+    prepare, prepare_ref = preparations(args, nets)
+    mode = "L" if G.config["img_channels"] == 1 else "RGB"
 
-    def prepared(img):
+    def prepared(img, prepare):
         return common.stack([common.pixels(prepare(img.convert(mode)))])
 
     def function(img, domain, seed, reference):
@@ -990,8 +1040,8 @@ def app(args):
             z = common.latents([seed], F.config["z_dim"])
             s = styles_of_latents(F, z, domain, args.psi)
         else:
-            s = styles_of_references(E, prepared(reference), domain)
-        image = prepared(img)
+            s = styles_of_references(E, prepared(reference, prepare_ref), domain)
+        image = prepared(img, prepare)
         masks = masks_for(image, masks_of, device_of(G))
         return common.to_picture(translated(G, image, s, masks)[0])
 
@@ -1032,8 +1082,7 @@ def translated_often(G, sources, styles, masks_of, lpips, batch=32):
         masks = masks_for(x, masks_of, device)
         ten = [translated(G, x, s_k, masks) for s_k in s.unbind(1)]
         fakes.append(torch.stack(ten, 1).flatten(0, 1))
-        pairs = [common.mean_abs(one, other) for one, other in itertools.combinations(ten, 2)]
-        rows.append({"diversity": np.mean(pairs)})
+        rows.append({"diversity": common.mean_abs_of_pairs(torch.stack(ten).to(device))})
         if lpips:
             with common.exact_float32(device):
                 features = [lpips.features(common.to_float(fake, device)) for fake in ten]
@@ -1092,6 +1141,8 @@ def evaluate(args):
         # Training sets can be too large to be held: fd8 needs 8x8 pixels, FID passes over all.
         reals = common.Again(train[target].batches)
         small = torch.cat([common.averaged(x) for x in reals])
+        if inception:
+            statistics = common.real_statistics(reals, inception, args.fid_resize)
         for name in (name for name in train if name != target):
             x = pictures[name]
             if source.is_toy:
@@ -1103,7 +1154,7 @@ def evaluate(args):
                 fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
                 row |= common.translation_scores(x, fakes, small)
                 if inception and "fd8" in row:
-                    row |= common.fid_kid(reals, fakes, inception, args.fid_resize)
+                    row |= common.fid_kid(statistics, fakes, inception, args.fid_resize)
                 if source.is_toy:
                     row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
                     row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
@@ -1135,17 +1186,18 @@ def add_landmark_options(p):
 def main(argv=None):
     cli = common.CommandLine("stargan_v2.py", __doc__, {"toy": TOY} | PRESETS, tuple(SIZES))
     count, above_0, from_0 = common.positive_int, common.positive, common.not_negative
-    to_align = "turn, scale and move all faces, as the command align does"
+    to_align = "turn, scale and move sources as the command align does; with masks references, too"
 
     p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
     common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
-    p.add("--preset", choices=list(PRESETS), help="the options for such data; else by --data")
+    presets = "options for such data; else by --data's name; anime: best in greyscale, --channels 1"
+    p.add("--preset", choices=list(PRESETS), help=presets)
     p.add("--iters", type=count, default=ITERS, help="length of the training")
     p.add("--lr", type=above_0, default=LR, help="Adam's learning rate, of G, D and E")
     p.add("--lr-f", type=above_0, default=LR_F, help="that of the mapping network F")
     p.add("--lambda-sty", type=from_0, default=LAMBDA_STY, help="weight of style reconstruction")
     p.add("--lambda-ds", type=from_0, default=2.0, help="of diversity, at first; faces: 1")
-    p.add("--ds-iters", type=count, help="until that weight is 0: as --iters")
+    p.add("--ds-iters", type=count, help="until that weight is 0: as --iters at first")
     p.add("--lambda-cyc", type=from_0, default=LAMBDA_CYC, help="weight of cycle consistency")
     p.add("--r1-gamma", type=from_0, default=R1_GAMMA, help="weight of R1, halved")
     p.add("--ema-beta", type=common.fraction, default=EMA_BETA, help="of the weights' averages")
@@ -1166,13 +1218,17 @@ def main(argv=None):
     p = cli.command("translate", translate, "pictures in the style of a reference or a latent")
     p.add("--checkpoint", required=True, help="ours, a run folder, or an official .ckpt")
     p.add("--input", required=True, help="a picture or a folder")
-    p.add("--ref", help="a picture or a folder, of --domain or with a folder for each domain")
+    p.add("--ref", help="a picture, a folder of --domain, or one with a folder per domain")
     p.add("--domain", help="to translate to: a name or a number")
     p.add("--seeds", type=common.seeds, help="styles of latents, as in 0-7,42")
     p.add("--psi", type=common.finite, default=1.0, help="truncation: 0 is the mean style")
-    p.add("--out", default="out", help="folder to write PNG files to, or one .png file")
-    p.add("--grid", metavar="FILE", help=".png: every picture in every style instead")
-    p.add("--film", metavar="FILE", help=".webp, .gif or .png: from style to style instead")
+    to = p.add_mutually_exclusive_group()
+    out = "folder to write PNG files to, or one .png file (default: %(default)s)"
+    to.add_argument("--out", default="out", help=out)
+    grid = ".png: pictures in columns, styles in rows, all with all"
+    to.add_argument("--grid", metavar="FILE", help=grid)
+    film = ".webp, .gif or .png: from style to style"
+    to.add_argument("--film", metavar="FILE", help=film)
     p.add("--align", action="store_true", help=to_align)
     add_landmark_options(p)
     common.add_device_option(p)

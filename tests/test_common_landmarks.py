@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import no_stray_files, one_thread  # noqa: F401
 from PIL import Image, ImageDraw
-from test_stargan_v2 import TINY, domains
+from test_stargan_v2 import official_file, tiny_networks
 
 import common
 import stargan_v2
@@ -70,6 +70,9 @@ class Places(torch.nn.Module):
         dx, dy = at[None] - self.points[:, :1], at[None] - self.points[:, 1:]
         hills = torch.exp(-(dx[:, None].square() + dy[:, :, None].square()) / 4)
         return torch.cat([hills, torch.ones(1, 64, 64)])[None]
+
+    def masks(self, x):
+        return [torch.ones(len(x), 1, 256, 256)] * 2
 
 
 # ---- landmarks ----
@@ -192,13 +195,16 @@ def test_a_photo_without_a_face_is_named_and_skipped(photos, capsys, monkeypatch
     assert [p.name for p in Path("out").iterdir()] == ["b.png"]
 
 
-def test_translate_and_app_align_as_align_does(photos, monkeypatch):
-    main("--data", domains("d", 2), *TINY, "--iters", 1, "--out", "r")
-    run = ["--checkpoint", "r/stargan_v2-d-000"]
-    marks = ["--landmarks", "mean.npz"]
-    main("align", "--input", "photos", "--out", "faces", "--size", 32, *marks)
+@pytest.mark.parametrize(("w_hpf", "refs"), [(0.0, "photos"), (1.0, "faces")])
+def test_translate_and_app_align_sources_and_with_masks_references(
+    photos, monkeypatch, w_hpf, refs
+):
+    nets = tiny_networks(64, w_hpf)
+    official_file("ema.ckpt", {name: nets[name] for name in "GFE"})
+    run, marks = ["--checkpoint", "ema.ckpt"], ["--landmarks", "mean.npz"]
+    main("align", "--input", "photos", "--out", "faces", "--size", 64, *marks)
     for style in (["--seeds", 3, "--domain", 1], ["--ref", "photos/b.png", "--domain", 0]):
-        known = ["--ref", "faces/b.png", "--domain", 0] if "--ref" in style else style
+        known = ["--ref", f"{refs}/b.png", "--domain", 0] if "--ref" in style else style
         main("translate", *run, "--input", "faces/a.png", *known, "--out", "x.png")
         main("translate", *run, "--input", "photos/a.png", *style, "--align", *marks,
              "--out", "y.png")  # fmt: skip

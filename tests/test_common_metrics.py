@@ -1,5 +1,6 @@
 """FID, KID and fd8: closed forms, values for formula weights, the cache, and bad input."""
 
+import itertools
 import os
 
 import numpy as np
@@ -179,10 +180,18 @@ def test_fid_and_kid_for_formula_weights_have_the_known_values(net, tmp_path, mo
     known = {24: features_a, 20: features_b}
     monkeypatch.setattr(common, "inception_features", lambda images, *_: known[len(images)])
     scores = fid_kid(a, b, net, folder=tmp_path)
+    assert fid_kid(real_statistics(a, net, folder=tmp_path), b, net) == scores
     assert scores["fid"] == pytest.approx(0.69932, abs=1e-3)
     assert (scores["n_real"], scores["n_fake"], scores["resize"]) == (24, 20, "tf1")
     assert "2048" in scores["warning"] and scores["features"] == net.label
     assert scores["kid_x1000"] == 1000 * kid(features_a, features_b)[0]
+
+
+def test_the_mean_difference_of_all_pairs_is_that_of_each_pair():
+    images = torch.randint(256, (10, 3, 3, 16, 8), dtype=torch.uint8)
+    pairs = [common.mean_abs(a, b) for a, b in itertools.combinations(images, 2)]
+    assert len(pairs) == 45
+    assert common.mean_abs_of_pairs(images) == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
 def test_kid_is_the_mean_over_pairs_without_the_diagonal():

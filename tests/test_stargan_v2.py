@@ -41,7 +41,7 @@ def domains(root, n=6, size=40, parts=("train", "test"), names=common.TOY_DOMAIN
 
 
 def tiny_networks(size=32, w_hpf=0.0, domains=2):
-    options = dict(size=size, w_hpf=w_hpf, channels=3, channel_base=128, channel_max=8)
+    options = dict(size=size, w_hpf=w_hpf, channels=3, channel_base=max(128, size), channel_max=8)
     options |= dict(z_dim=4, style_dim=4, hidden_dim=8)
     return stargan_v2.new_networks(types.SimpleNamespace(**options), domains)
 
@@ -276,7 +276,8 @@ def test_train_leaves_a_run_folder(trained):
     assert {"args.json", "stargan_v2.py", "log.jsonl", "metrics.jsonl", "samples"} <= names
     assert {"checkpoint.pt", "checkpoint-0000006.pt"} <= names
     sheets = sorted(p.name for p in (trained / "samples").iterdir())
-    assert sheets == [f"000000{k}-{name}.png" for k in (3, 6) for name in ("latent", "reference")]
+    names = ("cycle", "latent", "reference")
+    assert sheets == [f"000000{k}-{name}.png" for k in (3, 6) for name in names]
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
     assert state["model"] == "stargan_v2" and state["args"]["domains"] == "goblin,human"
     assert list(state["nets"]) == ["G", "F", "E", "D", "G_ema", "F_ema", "E_ema"]
@@ -306,6 +307,14 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
         del line["sec"], line["mem_gb"]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 60
     assert jsonl(whole / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
+
+
+def test_a_finished_run_that_is_lengthened_stays_without_the_weight_of_diversity():
+    options = ["--data", domains("d", 2), *TINY, "--batch", 50, "--iters", 2, "--every", 4]
+    main(*options, "--out", "r")
+    main("--resume", "r/stargan_v2-d-000", "--iters", 4)
+    weights = [row["lambda_ds"] for row in jsonl(Path("r/stargan_v2-d-000/log.jsonl"))]
+    assert weights == [1.0, 0.0]  # of steps 1 and 3; at --ds-iters 4 the last were 0.5
 
 
 IN_DOUBLE = """import sys, torch, common, stargan_v2
@@ -355,10 +364,12 @@ def test_presets_set_the_papers_options_and_what_is_typed_wins(monkeypatch):
     found = []
     monkeypatch.setattr(stargan_v2, "train", found.append)
     for options in ("celeba_hq", "afhq", "x --preset celeba_hq", "x --preset anime",
-                    "celeba_hq --lambda-ds 3", "x"):  # fmt: skip
+                    "celeba_hq --lambda-ds 3", "x", "/disk/celeba_hq", "celeba_hq.zip", "/disk/toy",
+                    "/disk/celeba_hq --preset afhq"):  # fmt: skip
         stargan_v2.main(["--data", *options.split()])
     assert [(a.w_hpf, a.lambda_ds) for a in found] == [
-        (1.0, 1.0), (None, 2.0), (1.0, 1.0), (None, 2.0), (1.0, 3.0), (None, 2.0),
+        (1.0, 1.0), (None, 2.0), (1.0, 1.0), (None, 2.0), (1.0, 3.0), (None, 2.0), (1.0, 1.0),
+        (1.0, 1.0), (None, 2.0), (None, 2.0),
     ]  # fmt: skip
     assert [(a.batch, a.iters, a.lr, a.lr_f) for a in found[:1]] == [(8, 100_000, 1e-4, 1e-6)]
 
@@ -398,7 +409,7 @@ def wing(tmp_path_factory):
     return path
 
 
-def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeypatch):
+def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeypatch, capsys):
     def masks(fan, x):  # the network itself takes seconds a step; vectors check its masks
         bright = x.mean(1, keepdim=True) / 2 + 0.5
         return [bright, bright * fan.l0.weight[0, 0].sigmoid()]
@@ -406,8 +417,15 @@ def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeyp
     monkeypatch.setattr(common.FAN, "masks", masks)
     data, options = domains("d", 2), [*TINY, "--size", 64, "--w-hpf", 1, "--iters", 1]
     main("--data", data, *options, "--fan", wing, "--out", "r")
+    assert "masks of face landmarks are on" in capsys.readouterr().out
     folder = Path("r/stargan_v2-d-000")
     main("--resume", folder, "--iters", 2)  # the checkpoint has the landmark network
+    nets = stargan_v2.load_networks(folder)[0]  # weights of shortcuts, unused, do not decay
+    pairs = zip(nets["G"].named_parameters(), nets["G_ema"].parameters(), strict=True)
+    still = {name for (name, p), q in pairs if torch.equal(p, q)}
+    assert {name for name in still if "decode" in name} == {
+        f"decode.{k}.conv1x1.weight" for k in (3, 4)
+    }
     fan = common.load_fan(wing)
     for name, t in stargan_v2.load_networks(folder)[0]["FAN"].state_dict().items():
         assert torch.equal(t, fan.state_dict()[name])
@@ -490,6 +508,8 @@ def test_an_official_generator_alone_has_the_official_widths():
         (lambda a: a.pop("style_encoder.shared.1.conv1.bias"), "conv1.bias"),
         (lambda a: a.update({"generator.tanh.weight": torch.ones(4)}), "tanh.weight"),
         (lambda a: a.update({"netG.weight": torch.ones(4)}), "not a StarGAN v2 network"),
+        (lambda a: a.update({"generator.from_rgb.weight": torch.ones(0, 3, 3, 3)}), "of another"),
+        (lambda a: a.update({"style_encoder.unshared.x": torch.ones(1)}), "of another"),
     ],
 )
 def test_from_official_refuses_what_is_not_such_a_network(change, problem):
@@ -499,6 +519,29 @@ def test_from_official_refuses_what_is_not_such_a_network(change, problem):
     change(arrays)
     with pytest.raises(ValueError, match=problem):
         stargan_v2.from_official(arrays)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_an_official_file_with_a_tensor_of_an_odd_shape_ends_in_one_line(shape, capsys):
+    domains("d", 1)
+    nets = {k: v for k, v in tiny_networks(64, w_hpf=1.0).items() if k != "D"}
+    translate = ["translate", "--checkpoint", "odd.ckpt", "--input", "d/test/human", "--domain", 0]
+    for name, key in (
+        ("G", "from_rgb.weight"),
+        ("G", "hpf.filter"),
+        ("G", "decode.0.norm1.fc.weight"),
+        ("F", "shared.0.weight"),
+        ("F", "unshared.0.6.weight"),
+        ("E", "shared.0.weight"),
+        ("E", "unshared.0.weight"),
+    ):
+        official_file("odd.ckpt", nets)
+        state = torch.load("odd.ckpt")
+        theirs = {ours: name for name, ours in stargan_v2.OFFICIAL.items()}
+        state[theirs[name]][key] = torch.zeros(shape)
+        torch.save(state, "odd.ckpt")
+        line = fails(capsys, *translate, "--seeds", 0)
+        assert "odd.ckpt does not hold stargan_v2 networks: " in line, (name, key)
 
 
 # ---- translate ----
@@ -519,13 +562,88 @@ def test_a_folder_goes_to_a_domain_in_the_style_of_a_latent_or_of_a_reference(tr
     assert {Image.open(p).size for p in Path("c").iterdir()} == {(32, 32)}
 
 
-def test_grids_show_sources_and_references(trained):
+def cells(path, columns, rows):
+    """{(column, row): picture} of a sheet of 32 px pictures, enlarged to 128; captions are left."""
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    sheet = sheet[18:, sheet.shape[1] - 132 * columns :][2::4, 2::4].copy()
+    assert sheet.shape == (33 * rows, 33 * columns, 3)
+    return {
+        (x, y): sheet[33 * y :, 33 * x :][:32, :32] for x in range(columns) for y in range(rows)
+    }
+
+
+def test_in_grids_the_first_row_has_the_sources_and_the_first_column_the_references(trained):
     data = trained.parent / "d/test"
+    humans, goblins = (
+        [np.asarray(Image.open(data / name / f"{i}.jpg").resize((32, 32), 2)) for i in range(6)]
+        for name in ("human", "goblin")
+    )
     translate(trained, "--ref", data, "--grid", "reference.png")
-    cell = 128 + 4  # a row of references above 6 sources; 12 references beside the sources
-    assert Image.open("reference.png").size == (13 * cell + 4, 7 * cell + 18)
+    found = cells("reference.png", 1 + 6, 1 + 12)
+    for i in range(6):
+        assert np.array_equal(found[1 + i, 0], humans[i])
+        assert np.array_equal(found[0, 1 + i], goblins[i])
+        assert np.array_equal(found[0, 7 + i], humans[i])
+    translate(trained, "--domain", "goblin", "--ref", data / "goblin/3.jpg", "--out", "a")
+    assert np.array_equal(found[3, 4], np.asarray(Image.open("a/2.png")))  # source 2, reference 3
     translate(trained, "--domain", "goblin", "--seeds", "0-3", "--psi", 0.7, "--grid", "latent.png")
-    assert Image.open("latent.png").size == (5 * cell + 4, 6 * cell + 18)
+    found = cells("latent.png", 6, 1 + 4)
+    translate(trained, "--domain", "goblin", "--seeds", 3, "--psi", 0.7, "--out", "b")
+    assert np.array_equal(found[2, 0], humans[2])
+    assert np.array_equal(found[2, 4], np.asarray(Image.open("b/2.png")))
+
+
+def test_a_grid_says_that_it_leaves_pictures_out(trained, capsys):
+    translate(trained, "--domain", "goblin", "--seeds", "0-32", "--grid", "a.png")
+    assert "the first 32 of 33 styles" in capsys.readouterr().out
+    cells("a.png", 6, 1 + 32)
+
+
+def test_the_sheet_of_cycles_shows_source_reference_fake_and_reconstruction():
+    nets = tiny_networks()
+    examples = torch.randint(256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    ema = [nets[name] for name in "GFE"]
+    sheets = stargan_v2.sample_sheets(ema, list(examples), ["a", "b"], stargan_v2.no_masks)
+    columns, rows = sheets["cycle"]
+    assert rows == ["source", "reference", "fake", "reconstruction"]
+    assert list(columns) == ["a 0", "a 1", "b 0", "b 1"]
+    source, ref, fake, reconstruction = columns["b 1"]
+    assert torch.equal(source, examples[1, 1]) and torch.equal(ref, examples[0, 1])
+    s = stargan_v2.styles_of_references(nets["E"], source[None], 1)
+    again = stargan_v2.translated(nets["G"], fake[None], s)[0].int()
+    assert (again - reconstruction).abs().max() <= 1
+    s = stargan_v2.styles_of_references(nets["E"], ref[None], 0)
+    assert (stargan_v2.translated(nets["G"], source[None], s)[0].int() - fake).abs().max() <= 1
+
+
+def test_of_a_folder_with_a_folder_per_domain_those_of_the_chosen_domain_are_references(trained):
+    data = trained.parent / "d/test"
+    translate(trained, "--domain", "goblin", "--ref", data, "--grid", "a.png")
+    translate(trained, "--domain", "goblin", "--ref", data / "goblin", "--grid", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_folder_per_domain_names_the_domains_of_an_official_file(trained, capsys):
+    official_file("ema.ckpt", {k: v for k, v in tiny_networks().items() if k != "D"})
+    options = ["translate", "--checkpoint", "ema.ckpt", "--input", trained.parent / "d/test/human"]
+    domains("refs", 1)
+    main(*options, "--ref", "refs/test", "--domain", "human", "--out", "a")
+    main(*options, "--ref", "refs/test/human", "--domain", 1, "--out", "b")
+    assert Path("a/3.png").read_bytes() == Path("b/3.png").read_bytes()
+    assert "has 0, 1" in fails(capsys, *options, "--ref", "refs/test/human", "--domain", "human")
+
+
+def test_domains_of_the_two_published_files_have_their_names(trained):
+    afhq, celeba_hq = (tiny_networks(256, float(n == 2), n) for n in (3, 2))
+    assert stargan_v2.domain_names(celeba_hq, {}) == ["female", "male"]
+    for other in (tiny_networks(256, 0.0, 2), tiny_networks(128, 1.0, 2)):
+        assert stargan_v2.domain_names(other, {}) == ["0", "1"]
+    official_file("afhq.ckpt", {k: v for k, v in afhq.items() if k != "D"})
+    picture = trained.parent / "d/test/human/0.jpg"
+    for out, domain in (("a.png", "dog"), ("b.png", 1)):
+        main("translate", "--checkpoint", "afhq.ckpt", "--input", picture, "--domain", domain,
+             "--seeds", 0, "--out", out)  # fmt: skip
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
 def test_psi_0_gives_every_latent_the_same_style_and_psi_1_leaves_it(trained):
@@ -545,10 +663,21 @@ def test_a_film_has_31_steps_from_each_style_to_the_next(trained):
     styles = {str(k): torch.randn(4) for k in range(3)}
     refs = torch.stack([torch.full((3, 32, 32), k * 100).byte() for k in range(3)])
     frames = list(stargan_v2.film(G, sources, [(0, styles, refs)], stargan_v2.no_masks))
-    assert len(frames) == 62 and frames[0].size == (9 * 32, 6 * 32)  # enlarged three times
-    assert [frames[k].getpixel((3, 150))[0] for k in (0, 30, 61)] == [0, 100, 200]
+    assert len(frames) == 62 + 10 and frames[0].size == (9 * 32, 6 * 32)  # enlarged three times
+    assert [frames[k].getpixel((3, 150))[0] for k in (0, 30, 61, 71)] == [0, 100, 200, 200]
     translate(trained, "--domain", 1, "--seeds", "0-1", "--film", "film.webp")
     assert Image.open("film.webp").n_frames > 15
+
+
+def test_a_film_that_is_too_large_is_refused_before_a_frame_is_made(trained, capsys, monkeypatch):
+    monkeypatch.setattr(stargan_v2, "film", None)
+    here = ["translate", "--checkpoint", trained, "--input", trained.parent / "d/test/human"]
+    here += ["--domain", 1, "--seeds", "0-2", "--film"]
+    monkeypatch.setattr(common, "available_memory", lambda: 8 * 6 * 2 * 96**2 * 62 - 1)
+    assert "62 frames of 576x192 need 0.1 GB of memory" in fails(capsys, *here, "a.webp")
+    monkeypatch.setattr(common, "grid", lambda images, columns: Image.new("L", (2731, 1)))
+    assert "frames of 16386x5462, WebP holds" in fails(capsys, *here, "a.webp")
+    assert "GB of memory" in fails(capsys, *here, "a.png") and not list(Path().glob("a.*"))
 
 
 # ---- mistakes ----
@@ -559,6 +688,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
     domains("one", 2, names=("human",))
     domains("other", 2, parts=("train",)), domains("more", 2, parts=("test",), names=("a", "b"))
     Path("more/test").rename("other/test")
+    domains("comma", 2, parts=("train",), names=("a, b", "c"))
     torch.save({"model": "cyclegan", "nets": {}}, "cyclegan.pt")
     torch.save({"some.weight": torch.zeros(3)}, "foreign.pth")
     here = ["translate", "--checkpoint", trained, "--input", picture]
@@ -568,6 +698,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         (["--data", "nowhere"], "nowhere"),
         (["--data", "one", *TINY], "1 domains in"),
         (["--data", "d/test/human", *TINY], "0 domains in"),
+        (["--data", "comma", *TINY], "rename the folder 'a, b'"),
         (["--data", "other", *TINY], "tests are of a, b, not of goblin, human"),
         (["--data", data, *TINY, "--size", 48], "--size 48: a power of two"),
         (["--data", data, *TINY, "--w-hpf", 1], "--size 64 or more"),
@@ -584,6 +715,10 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         ([*here, "--seeds", "0-3", "--domain", 0], "pass --grid or --film"),
         ([*here, "--seeds", 0, "--domain", 0, "--film", "a.webp"], "give two"),
         ([*here, "--seeds", "0-1", "--domain", 0, "--film", "a.mp4"], ".webp"),
+        ([*here, "--seeds", 0, "--domain", 0, "--film", "a.gif", "--grid", "a.png"], "--grid"),
+        ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--grid", "a.png"], "--out"),
+        ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--film", "a.gif"], "--out"),
+        ([*here, "--ref", picture, "--domain", 0, "--psi", 0.5], "--psi"),
         ([*here, "--ref", picture], "of which domain"),
         ([*here, "--ref", "nowhere", "--domain", 0], "--ref nowhere"),
         (["translate", "--checkpoint", "no.pt", *here[3:], "--seeds", 0, "--domain", 0], "no.pt"),

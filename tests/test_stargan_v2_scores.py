@@ -174,18 +174,26 @@ def test_lpips_and_diversity_are_means_of_45_pairs_over_batches(files):
 def test_given_weights_fill_the_columns_and_the_networks_are_named(
     trained, files, capsys, monkeypatch
 ):
-    def fid_kid(real, fake, net, mode):
+    def real_statistics(real, net, mode):
         for _ in range(2):  # it may pass over them twice
             assert [x.shape for x in real] == [(4, 3, 32, 32), (2, 3, 32, 32)]
+        computed.append(mode)
+        return {"n": 6}
+
+    def fid_kid(real, fake, net, mode):
+        assert real == {"n": 6} and mode == "clean"
         assert fake.shape == (60, 3, 32, 32)
         return {"fid": 1.5, "kid_x1000": 2.5, "resize": mode, "features": net.label, "warning": "!"}
 
     inception = types.SimpleNamespace(label="some network")
     monkeypatch.setattr(common, "load_inception_or_explain", lambda *args: inception)
+    computed = []
+    monkeypatch.setattr(common, "real_statistics", real_statistics)
     monkeypatch.setattr(common, "fid_kid", fid_kid)
     monkeypatch.setattr(common.ImageSet.batches, "__defaults__", (4,))
     weights = ["--alexnet", files[0], "--lpips", files[1], "--fid-resize", "clean"]
     result = evaluate(trained, *weights)
+    assert computed == ["clean"] * 2  # once for each domain
     said = capsys.readouterr().out
     assert "some network, resize clean. The official FIDs are of another Inception" in said
     assert "LPIPS: LPIPS of AlexNet" in said and "left out" not in said
