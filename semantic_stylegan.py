@@ -523,7 +523,7 @@ def build(config):
 # Official checkpoints
 # =============================================================================
 
-OFFICIAL_G = (  # pattern in an official name, ours; {} is an index that our tensors have, too
+OFFICIAL_G = (  # pattern of an official name, ours; ours hold all regions, theirs one each
     (r"pos_embed\.weights", "position.weight"),
     (r"style\.(\d+)\.(weight|bias)", lambda m: f"mapping.fc{int(m[1]) - 1}.{m[2]}"),
     (r"local_nets\.\d+\.linears\.(\d+)\.conv\.weight", r"local.layers.\1.weight"),
@@ -581,10 +581,8 @@ def official_G(shape, options):
     if missing:
         options = ", ".join(f"--{UNSEEN[theirs].replace('_', '-')}" for theirs in missing)
         raise ValueError(f"neither its tensors nor saved options say them: pass {options}")
-    (K, _, local_channels, _), w_dim = (
-        shape["local.layers.0.weight"][:4],
-        shape["mapping.fc0.weight"][0],
-    )
+    K, _, local_channels = shape["local.layers.0.weight"][:3]
+    w_dim = shape["mapping.fc0.weight"][0]
     coarse_channels = shape["local.to_feature.weight"][1]
     stages = range(sum(name.startswith("render.to_rgb.") for name in shape) // 3)
     O, I = zip(*(shape[f"render.layers.{2 * i}.weight"][:2] for i in stages), strict=True)
@@ -592,8 +590,7 @@ def official_G(shape, options):
     min_size = size >> len(stages)
     again = next(i for i in stages[1:] if I[i] != O[i - 1])  # where the features come in again
     return dict(
-        kind="G", size=size, w_dim=w_dim,
-        regions=region_names(K),
+        kind="G", size=size, regions=region_names(K), w_dim=w_dim,
         map_layers=sum(name.startswith("mapping.") for name in shape) // 2,
         channels={min_size << (i + 1): O[i] for i in stages},
         coarse_size=min_size << again, min_size=min_size,
