@@ -1647,8 +1647,11 @@ def indices_below(K, source, name):
     """The label map (H, W) of a source; UserError if it holds K or more."""
     label = source.regions(name)
     if (value := label.max()) >= K:
-        hint = " Of a mask of two classes, save them as 0 and 1." if value == 255 else ""
-        raise UserError(f"{source.path}: {name} holds label {value}; they go to {K - 1}.{hint}")
+        hint = " Save masks of two classes as 0 and 1; give void pixels a class." * int(
+            value == 255
+        )
+        of = f"with {K} classes they go to {K - 1}"
+        raise UserError(f"{source.path}: {name} holds label {value}; {of}.{hint}")
     return label
 
 
@@ -1674,6 +1677,10 @@ def labelled_pictures(args, source, part="train"):
         images, maps = (subset(source, f, "images and labels") for f in ("images", "labels"))
     size = square_size(args, images)
     pairs = paired(args, images, maps)
+    if lossy := [name for name in pairs.values() if name.lower().endswith((".jpg", ".jpeg"))]:
+        raise UserError(
+            f"{maps.path}: {lossy[0]} is a JPEG, which changes labels: save maps as PNG."
+        )
     if args.group:
         names, table = GROUPS[args.group]
         if named and len(named) != len(table):
@@ -1729,8 +1736,11 @@ def named_classes(args, source):
         raise UserError(f"{where}: {reason}.") from None
     names = [name.strip() for name in names if name.strip()]
     if not 2 <= len(names) <= NO_CLASS or len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
         needed = f"2 to {NO_CLASS} different names are needed, a line each"
-        raise UserError(f"{where}: {len(names)} lines; {needed}.")
+        raise UserError(
+            f"{where}: {len(names)} lines; {needed}{'; twice: ' * bool(twice)}{', '.join(twice)}."
+        )
     return names
 
 
@@ -2310,6 +2320,13 @@ class Run:
                 raise UserError(f"--resume: --{option} was {before}, {now} would differ.")
         try:
             for name, net in self.nets.items():
+                before = state["config"][name]
+                if changed := [k for k, v in net.config.items() if before.get(k, v) != v]:
+                    k = changed[0]
+                    raise UserError(
+                        f"--resume {self.args.resume}: {k} was {before[k]}, {net.config[k]} would"
+                        " differ."
+                    )
                 net.load_state_dict(state["nets"][name])
             for name, opt in self.opts.items():
                 now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
@@ -4757,6 +4774,12 @@ def locality(before, after, region):
     return add(energy * grown) / add(energy), add(amount * ~grown) / add(~grown)
 
 
+def median(x):
+    """Of the numbers in x (N,), of an even count the mean of the two in the middle; NaN of none."""
+    known = x[~x.isnan()]
+    return known.quantile(0.5).item() if len(known) else math.nan
+
+
 def describe_locality(shares, outside):
     """One line for what locality returns."""
     changed, bounded = shares[~shares.isnan()], outside[~outside.isnan()]
@@ -4767,7 +4790,7 @@ def describe_locality(shares, outside):
             f"of the squared change {middle:.1%} are inside (quartiles {low:.1%}, {high:.1%})"
         ]
     if len(bounded):
-        parts += [f"a value outside changes by {bounded.quantile(0.5):.2f} of 255 levels"]
+        parts += [f"a value outside changes by {median(outside):.2f} of 255 levels"]
     return f"locality, medians of {'; '.join(parts)}"
 
 

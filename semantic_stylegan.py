@@ -78,7 +78,7 @@ TOY = dict(size=32, coarse_size=16, min_size=8, layers=6, base_layers=1, depth_l
 TOY |= dict(local_channels=16, coarse_channels=64, channel_base=1024, channel_max=64, w_dim=64)
 TOY |= dict(map_layers=2, noise_inputs=False)  # cartoons have no stochastic detail
 TOY |= dict(batch=8, r1_img=0.5, r1_seg=20.0)
-TOY_ITERS, TOY_EVERY = 9000, 1500
+TOY_ITERS, TOY_EVERY = 7500, 1500
 
 # =============================================================================
 # Networks
@@ -399,7 +399,8 @@ class Generator(nn.Module):
         if not base_layers <= depth_layers <= layers:
             raise ValueError(f"{base_layers} base and {depth_layers} depth layers of {layers}")
         if not min_size < coarse_size < size or coarse_size % min_size:
-            raise ValueError(f"sides must grow by doubling: {min_size}, {coarse_size}, {size}")
+            sides = f"min_size {min_size}, coarse_size {coarse_size}, size {size}"
+            raise ValueError(f"sides must grow by doubling: {sides}")
         if not all(0 < k < K for k in see_through):
             raise ValueError(f"see-through regions {see_through}: they go from 1 to {K - 1}")
         given = dict(locals()) | dict(regions=list(regions), see_through=list(see_through))
@@ -797,6 +798,8 @@ def lazy(lr, every):
 def new_networks(args, size, regions):
     """{"G", "D", "G_ema"} with fresh weights."""
     channels = channel_table(args.channel_base, args.channel_max, size)
+    args.coarse_size = args.coarse_size or min(64, size // 2)
+    args.min_size = args.min_size or min(16, args.coarse_size // 2)
     try:
         G = Generator(
             size, regions, args.w_dim, args.map_layers, channels, args.coarse_size, args.min_size,
@@ -805,7 +808,7 @@ def new_networks(args, size, regions):
             see_through_of(args, regions), args.noise_inputs,
         )  # fmt: skip
     except ValueError as e:
-        raise UserError(f"{e}: see --help for the options of these.") from None
+        raise UserError(f"{e}: the options --size, --layers, --see-through and so on.") from None
     D = Discriminator(size, len(regions), channels, args.mbstd_group)
     return {"G": G, "D": D, "G_ema": average_of(G)}
 
@@ -918,7 +921,8 @@ def score(run, G, data, n=SCORED):
 
 
 SHAPES = dict(  # of networks, where neither options nor a --checkpoint say otherwise
-    w_dim=512, map_layers=8, coarse_size=64, min_size=16, layers=10, base_layers=2, depth_layers=6,
+    w_dim=512, map_layers=8, coarse_size=None, min_size=None, layers=10, base_layers=2,
+    depth_layers=6,
     local_channels=64, coarse_channels=512, channel_base=32768, channel_max=512,
     residual_refine=True, detach_texture=False, noise_inputs=True,
 )  # fmt: skip
@@ -932,6 +936,8 @@ def fill_options(args, given):
         raise UserError("--adapt goes on from a --checkpoint that holds G, D and G_ema.")
     if not args.adapt and (args.freeze_local or args.freeze):
         raise UserError("--freeze-local and --freeze are of --adapt.")
+    if args.freeze_local and args.freeze:
+        raise UserError("--freeze-local is of the average alone, --freeze of both: pass one.")
     if G:
         config, table = G.config, G.config["channels"]
         options |= {k: v for k, v in config.items() if k in options}
@@ -1008,7 +1014,8 @@ def region_named(G, name):
     """Its number; UserError if there is none of that name."""
     regions = G.config["regions"]
     if name not in regions:
-        raise UserError(f"no region {name!r}; there are {', '.join(regions)}.")
+        hint = "; --part says structure or texture" * ("." in name)
+        raise UserError(f"no region {name!r}; there are {', '.join(regions)}{hint}.")
     return regions.index(name)
 
 
@@ -1081,9 +1088,9 @@ def mixed(args, G, ws):
     return ws
 
 
-def save_faces(out, ws, names, found):
-    """images/, labels/ and seg/ with a picture of each, which `train --data` reads, grid.png of
-    the first 64, and latents.npz."""
+def save_faces(G, out, ws, names, found):
+    """images/, labels/ and classes.txt, which `train --data` reads, seg/, latents.npz, and grid.png
+    of the first 64."""
     colors = common.color_labels(found.seg)
     for name, image, labels, color in zip(names, found.img, found.seg, colors, strict=True):
         common.save_png(out / "images" / f"{name}.png", common.to_picture(image))
@@ -1092,6 +1099,8 @@ def save_faces(out, ws, names, found):
     coarse = F.interpolate(common.color_labels(found.coarse[:64]), found.img.shape[2])
     sheet = {"image": found.img[:64], "segmentation": colors[:64], "masks": coarse}
     common.save_sheet(out / "grid.png", sheet, names[:64])
+    with common.write_whole(out / "classes.txt") as f:
+        f.write("".join(f"{name}\n" for name in G.config["regions"]).encode())
     common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
 
 
@@ -1105,17 +1114,20 @@ def generate(args):
     if args.film:
         films(args, G, ws[:1])
         return
-    save_faces(Path(args.out), ws, names, pictures(G, ws, shown))
+    save_faces(G, Path(args.out), ws, names, pictures(G, ws, shown))
     print(f"{len(ws)} faces: images, labels, seg, grid.png and latents.npz (w) are in {args.out}")
 
 
 def films(args, G, ws):
     """A film for each code of --film: it goes through ten random ones, the rest stays."""
-    names = ["base"] * G.config["base_layers"]
-    names += [f"{r}-{part}" for r in G.config["regions"] for part in ("structure", "texture")]
-    wanted = set(names) if args.film == "all" else set(args.film.replace(".", "-").split(","))
+    regions, base = G.config["regions"], G.config["base_layers"]
+    names = ["base"] * base + [f"{r}.{part}" for r in regions for part in ("structure", "texture")]
+    wanted = set(names if args.film == "all" else args.film.split(","))
+    for name in wanted & set(regions):  # both codes of a region
+        wanted = wanted - {name} | {f"{name}.structure", f"{name}.texture"}
     if unknown := wanted - set(names):
-        raise UserError(f"--film: no {', '.join(unknown)}; all, or some of {', '.join(names)}.")
+        some = f"base, {', '.join(regions)}, or one's .structure or .texture"
+        raise UserError(f"--film: no {', '.join(sorted(unknown))}; all, or some of {some}.")
     random = ws_of(G, range(args.seeds[-1] + 1, args.seeds[-1] + 11), args.psi)
     for name in dict.fromkeys(names):
         if name in wanted:
@@ -1125,7 +1137,7 @@ def films(args, G, ws):
             film[:, rows] = path[:, None]
             found = pictures(G, film)
             frames = torch.cat([found.img, common.color_labels(found.seg)], 3)
-            file = Path(args.out, f"{rows[0]:02d}_{name}.webp")
+            file = Path(args.out, f"{rows[0]:02d}_{name.replace('.', '-')}.webp")
             common.save_film(file, map(common.to_picture, frames), fps=20)
             print(file)
 
@@ -1171,7 +1183,7 @@ def edit(args):
     common.out_folder(args)
     G, saved = load_generator(args)
     if (args.region is None) == (args.direction is None):
-        raise UserError("what to edit? Either --region, or --direction.")
+        raise UserError("what to edit? Either --region, or --direction, and not both.")
     from_file = (args.direction or "").endswith(".npz")
     if args.direction and not from_file:
         edit_along(args, G, saved)
@@ -1193,7 +1205,7 @@ def edit(args):
     region = sum((before.seg == k) | (found.seg == k) for k in numbers) > 0
     shares, outside = common.locality(before.img, found.img, region)
     out = Path(args.out)
-    save_faces(out, edited, names, found)
+    save_faces(G, out, edited, names, found)
     sheet = {"before": before.img} | steps
     sheet |= {"difference": common.difference(before.img, found.img)}
     sheet |= {} if from_file else {"other": donor.img}
@@ -1385,8 +1397,8 @@ def evaluate(args):
         shares, outside = locality_of_swap(G, ws[:n], ws[n : 2 * n], k)
         area = (found.seg == k).double().mean().item()
         print(f"{name}, {area:.1%} of the pixels: {common.describe_locality(shares, outside)}")
-        row["locality"][name] = {"inside": shares.nanmedian().item(), "area": area}
-        row["locality"][name]["outside"] = outside.nanmedian().item()
+        row["locality"][name] = {"inside": common.median(shares), "area": area}
+        row["locality"][name]["outside"] = common.median(outside)
     if args.out:
         common.write_json(args.out, row)
 
@@ -1444,8 +1456,16 @@ def main(argv=None):
     p.add("--freeze-local", action="store_true", help="so in the average alone, as officially")
     p.add("--w-dim", type=number, help="of z and w: 512; this and the rest: or as in --checkpoint")
     p.add("--map-layers", type=number, help="depth of the mapping network: 8")
-    p.add("--coarse-size", type=number, help="side of the local generators' maps: 64")
-    p.add("--min-size", type=number, help="side that the renderer begins with: 16")
+    p.add(
+        "--coarse-size",
+        type=number,
+        help="side of the local generators' maps: 64, at most half of --size",
+    )
+    p.add(
+        "--min-size",
+        type=number,
+        help="side that the renderer begins with: 16, at most half of that",
+    )
     p.add("--layers", type=number, help="of a local generator: 10")
     p.add("--base-layers", type=number, help="of these, with codes that regions share: 2")
     p.add("--depth-layers", type=number, help="of these, before the depth: 6")

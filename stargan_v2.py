@@ -979,6 +979,8 @@ def translate(args):
         raise UserError("--seeds needs --domain, the one to translate to.")
     if args.ref is not None and args.psi != 1:
         raise UserError("--psi truncates styles of latents: it goes with --seeds, not with --ref.")
+    if args.grid and Path(args.grid).suffix.lower() != ".png":
+        raise UserError(f"--grid {args.grid}: grids are PNG files: name one.")
     nets, masks_of, names, saved = networks_of(args)
     G, (prepare, prepare_ref) = nets["G"], preparations(args, nets)
     mode = "L" if G.config["img_channels"] == 1 else "RGB"

@@ -174,7 +174,7 @@ def test_names_of_classes_may_come_with_the_data_and_others_be_given(pairs, tmp_
                 z.write(path, f"{top}{path.relative_to(pairs)}")
         assert load(options(tmp_path / "a.zip"))[2] == list("abcdefgh")
     (pairs / "classes.txt").write_text("a\nb\n")
-    assert "a.png holds label 6; they go to 1" in refused(options(pairs))
+    assert "a.png holds label 6; with 2 classes they go to 1" in refused(options(pairs))
     (pairs / "classes.txt").write_text("a\n")
     assert "classes.txt: 1 lines; 2 to 255 different names" in refused(options(pairs))
 
@@ -237,7 +237,7 @@ def test_a_mistake_in_labelled_pictures_is_one_line_that_names_it(pairs, tmp_pat
 
     (tmp_path / "few.txt").write_text("a\nb\nc\n")
     message = refused(options(pairs, classes=tmp_path / "few.txt"))
-    assert "a.png holds label 6; they go to 2" in message
+    assert "a.png holds label 6; with 3 classes they go to 2" in message
     (tmp_path / "same.txt").write_text("a\nb\na\n")
     assert "2 to 255 different names" in refused(options(pairs, classes=tmp_path / "same.txt"))
     assert "No such file" in refused(options(pairs, classes=tmp_path / "missing.txt"))
@@ -246,14 +246,21 @@ def test_a_mistake_in_labelled_pictures_is_one_line_that_names_it(pairs, tmp_pat
 
     write_pair(tmp_path / "raw", "a", WIDE + 13)
     write_pair(tmp_path / "raw", "b", WIDE + 13)
-    assert "a.png holds label 19; they go to 18" in refused(
+    assert "a.png holds label 19; with 19 classes they go to 18" in refused(
         options(tmp_path / "raw", group="celebamask")
     )
     write_pair(tmp_path / "mask", "a", 255 * (WIDE % 2))
     write_pair(tmp_path / "mask", "b")
-    assert "a.png holds label 255; they go to 254. Of a mask of two classes" in refused(
-        options(tmp_path / "mask")
+    assert (
+        "a.png holds label 255; with 255 classes they go to 254. Save masks of two classes"
+        in refused(options(tmp_path / "mask"))
     )
+    write_pair(tmp_path / "jpeg", "a")
+    write_pair(tmp_path / "jpeg", "b")
+    for path in (tmp_path / "jpeg/labels").iterdir():
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    assert "a.jpg is a JPEG, which changes labels" in refused(options(tmp_path / "jpeg"))
     write_pair(tmp_path / "flat", "a", 0 * WIDE)
     write_pair(tmp_path / "flat", "b", 0 * WIDE)
     assert "all labels are 0" in refused(options(tmp_path / "flat"))

@@ -135,7 +135,7 @@ def test_weights_of_what_hides_add_up_to_1_and_so_do_the_masks():
 
 
 def test_showing_all_regions_changes_nothing_and_one_region_alone_is_everywhere():
-    depth = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    depth = torch.randn(2, 3, 6, 6, dtype=torch.float64).clamp(-1, 1)
     for clear in ((), (2,)):
         plain = semantic_stylegan.fusion_weights(depth, None, clear)
         for x, y in zip(
@@ -568,7 +568,9 @@ def loaded(folder):
 def test_generate_writes_pictures_label_maps_and_latents(trained, capsys):
     main("generate", "--checkpoint", trained, "--seeds", "0-1,7", "--psi", 0.5)
     assert "3 faces" in capsys.readouterr().out
-    assert names_in("out") == {"images", "labels", "seg", "grid.png", "latents.npz"}
+    files = {"classes.txt", "grid.png", "latents.npz"}
+    assert names_in("out") == {"images", "labels", "seg"} | files
+    assert Path("out/classes.txt").read_text().split() == list(common.TOY_REGIONS)
     names = [f"seed{k:04}" for k in (0, 1, 7)]
     for kind in ("images", "labels", "seg"):
         assert names_in(f"out/{kind}") == {f"{name}.png" for name in names}
@@ -939,13 +941,16 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
     cases = [
         (["--data", "alone", *classes, *TINY], "1 pictures without a partner, 3.png"),
         (["--data", "shape", *classes, *TINY], "labels: 3.png is 20x16, its picture 16x16"),
-        (["--data", "index", *classes, *TINY], "3.png holds label 77; they go to 10"),
-        (["--data", "d", "--classes", "few.txt", *TINY, "--see-through", "face"], "they go to 1"),
+        (
+            ["--data", "index", *classes, *TINY],
+            "3.png holds label 77; with 11 classes they go to 10",
+        ),
+        (["--data", "d", "--classes", "few.txt", *TINY, "--see-through", "face"], "they go to 1."),
         ([*small, "--see-through", "glases"], "--see-through glases: names of skin"),
         (["--data", "images", *TINY], "no folder labels"),
         (["--data", "goblins", *TINY], "no folder images"),
         (["--data", "nowhere", *TINY], "nowhere"),
-        (["--data", "d", *classes, *sized], "sides must grow by doubling: 4, 64, 64"),
+        (["--data", "d", *classes, *sized], "doubling: min_size 4, coarse_size 64, size 64"),
         ([*small, "--min-size", 8], "sides must grow by doubling"),
         ([*small, "--base-layers", 4], "4 base and 3 depth layers of 4"),
         ([*small, "--depth-layers", 5], "depth layers of 4"),
@@ -955,6 +960,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         ([*small, "--lr", 0], "not above 0"),
         ([*small, "--mixing", 2], "--mixing"),
         ([*small, "--freeze"], "of --adapt"),
+        ([*adapt, *net, "--freeze", "--freeze-local"], "pass one"),
         ([*small, "--freeze-local"], "of --adapt"),
         ([*small, "--checkpoint", "none.pt"], "none.pt"),
         ([*small, "--checkpoint", "cyclegan.pt"], "holds a cyclegan model"),

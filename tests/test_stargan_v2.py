@@ -717,6 +717,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         ([*here, "--seeds", "0-1", "--domain", 0, "--film", "a.mp4"], ".webp"),
         ([*here, "--seeds", 0, "--domain", 0, "--film", "a.gif", "--grid", "a.png"], "--grid"),
         ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--grid", "a.png"], "--out"),
+        ([*here, "--seeds", 0, "--domain", 0, "--grid", "a.jpg"], "grids are PNG files"),
         ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--film", "a.gif"], "--out"),
         ([*here, "--ref", picture, "--domain", 0, "--psi", 0.5], "--psi"),
         ([*here, "--ref", picture], "of which domain"),
