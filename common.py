@@ -2320,13 +2320,6 @@ class Run:
                 raise UserError(f"--resume: --{option} was {before}, {now} would differ.")
         try:
             for name, net in self.nets.items():
-                before = state["config"][name]
-                if changed := [k for k, v in net.config.items() if before.get(k, v) != v]:
-                    k = changed[0]
-                    raise UserError(
-                        f"--resume {self.args.resume}: {k} was {before[k]}, {net.config[k]} would"
-                        " differ."
-                    )
                 net.load_state_dict(state["nets"][name])
             for name, opt in self.opts.items():
                 now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
@@ -2335,6 +2328,11 @@ class Run:
                     group |= options  # those of the command line, which may have changed
         except (KeyError, RuntimeError, ValueError) as e:
             problem = str(e).splitlines()[-1].strip()[:150]
+            for name, config in state["config"].items():
+                now = self.nets[name].config if name in self.nets else config
+                changed = [k for k in config if now.get(k, config[k]) != config[k]]
+                if changed := [k for k in changed if k != "lod"]:  # which moves as StyleGAN grows
+                    problem = f"{changed[0]} was {config[changed[0]]}, not {now[changed[0]]}."
             raise UserError(f"--resume {self.args.resume}: other networks now: {problem}") from None
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
