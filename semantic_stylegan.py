@@ -1289,9 +1289,8 @@ def invert(args):
         ws, stem = path[-1].expand(G.num_ws, -1)[None], Path(name).with_suffix("")
         common.save_arrays(out / f"{stem}.npz", w=ws.cpu().numpy(), names=np.array([name]))
         tuned = pivotal_tuning(args, G, ws, distance, out / f"{stem}.pt", saved)
-        for kind, net in (
-            {"inverted": G, "tuned": tuned}.items() if tuned else {"inverted": G}.items()
-        ):
+        nets = {"inverted": G} | ({"tuned": tuned} if tuned else {})
+        for kind, net in nets.items():
             img = pictures(net, ws).img
             common.save_png(out / f"{stem}-{kind}.png", common.to_picture(img[0]))
             x = common.to_float(img, device)
