@@ -41,7 +41,7 @@ def official_networks(specs):
     assert len(nets) == len(specs)
     found = {}
     for label, spec in specs.items():
-        net = found[label] = nets[stargan_v2.OFFICIAL[CLASSES[spec["class"]]]].double().train()
+        net = found[label] = golden.ready(nets[stargan_v2.OFFICIAL[CLASSES[spec["class"]]]]).train()
         if spec["class"] != "FAN":
             wanted = {ARGUMENTS[k]: v for k, v in spec["kwargs"].items()}
             if spec["class"] != "MappingNetwork":
