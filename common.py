@@ -1647,9 +1647,7 @@ def indices_below(K, source, name):
     """The label map (H, W) of a source; UserError if it holds K or more."""
     label = source.regions(name)
     if (value := label.max()) >= K:
-        hint = " Save masks of two classes as 0 and 1; give void pixels a class." * int(
-            value == 255
-        )
+        hint = "" if value < 255 else " Save masks of two classes as 0 and 1; give void pixels one."
         of = f"with {K} classes they go to {K - 1}"
         raise UserError(f"{source.path}: {name} holds label {value}; {of}.{hint}")
     return label
