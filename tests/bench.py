@@ -180,7 +180,8 @@ def bench_semantic_stylegan(options, device):
     """Rows: training, by phase, with both regularizers counted at their intervals; generation."""
     full = options.full or device.type == "cuda"
     for size, batch in [(256, 16), (512, 4)] if full else [(None, None)]:
-        preset = dict(size=size, batch=batch) if full else semantic_stylegan.TOY
+        paper = semantic_stylegan.SHAPES | dict(coarse_size=64, min_size=16, size=size, batch=batch)
+        preset = paper if full else semantic_stylegan.TOY
         args = options_of(semantic_stylegan, device, options, **preset)
         semantic_stylegan.fill_options(args, {})
         run, size, batch = Phases(common.Run("bench", args, ""), device), args.size, args.batch
