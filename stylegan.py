@@ -719,8 +719,7 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
 def update_ema(G_ema, G, beta):
     """G_ema = lerp(G, G_ema, beta); buffers (w_avg, noise maps) are copied."""
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
-    for mine, new in zip(G_ema.buffers(), G.buffers(), strict=True):
-        mine.copy_(new)
+    torch._foreach_copy_(list(G_ema.buffers()), list(G.buffers()))
 
 
 def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, noise="random"):

@@ -632,27 +632,27 @@ def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noi
     an Adam step of its own (lazy regularization, sec. 3.1). Returns {name: loss}, unweighted.
 
     opts: of G and D; pl_mean: (), moved in place; real: (N, C, H, W) in [-1, 1]; real_c: (N, c_dim)
-    or None; sample_c(n): labels of n fakes. `run` gives rand, randn, mean, backward and step.
+    or None; sample_c(n): labels of n fakes. `run` gives rand, randn, mean, backward, and
+    graph(phase, optimizer): the phase and an update with the gradients that it left.
     """
     losses, n, (opt_G, opt_D) = {}, len(real), opts
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    losses["G"] = generator_phase(G, D, n, sample_c, args, run, noise).mean()
-    run.step(opt_G)
+    phase = run.graph(generator_phase, opt_G)
+    losses["G"] = phase(G, D, n, sample_c, args, run, noise).mean()
     if args.pl_weight and step % args.pl_every == 0:
-        pl = path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
-        losses["reg/pl"], losses["reg/pl_mean"] = pl.mean(), pl_mean.clone()
-        run.step(opt_G)
+        phase = run.graph(path_length_phase, opt_G)
+        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise).mean()
+        losses["reg/pl_mean"] = pl_mean.clone()
 
     # ---- D, on fakes of the new G -------------------------------------------------------------
     D.requires_grad_(True)
-    both = discriminator_phase(G, D, real, real_c, sample_c, args, run, noise).mean(0)
+    phase = run.graph(discriminator_phase, opt_D)
+    both = phase(G, D, real, real_c, sample_c, args, run, noise).mean(0)
     losses["D_fake"], losses["D_real"] = both
-    run.step(opt_D)
     if args.r1_gamma and step % args.r1_every == 0:
-        losses["reg/r1"] = r1_phase(D, real, real_c, args, run).mean()
-        run.step(opt_D)
+        losses["reg/r1"] = run.graph(r1_phase, opt_D)(D, real, real_c, args, run).mean()
     return losses
 
 
@@ -667,8 +667,7 @@ def lazy_adam(run, net, lr, every):
 def update_ema(G_ema, G, beta):
     """G_ema = lerp(G, G_ema, beta); buffers (w_avg, noise maps) are copied."""
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
-    for mine, new in zip(G_ema.buffers(), G.buffers(), strict=True):
-        mine.copy_(new)
+    torch._foreach_copy_(list(G_ema.buffers()), list(G.buffers()))
 
 
 def new_networks(args, size, c_dim, half):

@@ -1070,8 +1070,7 @@ def lazy_adam(run, net, lr, every):
 def update_ema(G_ema, G, beta):
     """G_ema = lerp(G, G_ema, beta); buffers (w_avg, noise maps) are copied."""
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - beta)
-    for mine, new in zip(G_ema.buffers(), G.buffers(), strict=True):
-        mine.copy_(new)
+    torch._foreach_copy_(list(G_ema.buffers()), list(G.buffers()))
 
 
 def freeze(D, n):

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from eager import Eager
 
 import ops_cuda as ops
 import stylegan2
@@ -310,7 +311,7 @@ def discriminator(case):
 # ---- losses and training ----
 
 
-class Recorded:
+class Recorded(Eager):
     """Stands in for common.Run: recorded draws in; per-sample values and gradients out."""
 
     def __init__(self, case, L, batch_gpu=None):

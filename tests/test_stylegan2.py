@@ -19,6 +19,7 @@ import official_files
 import pytest
 import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
+from eager import Eager
 from PIL import Image
 
 import common
@@ -274,7 +275,7 @@ def test_path_lengths_of_a_linear_generator_are_those_of_its_matrix():
     torch.testing.assert_close(stylegan2.path_lengths(G, ws, y), expected)
 
 
-class Runner:
+class Runner(Eager):
     """What train_step needs of common.Run."""
 
     def __init__(self, seed=0, on_step=None):

@@ -18,6 +18,7 @@ import official_files
 import pytest
 import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
+from eager import Eager
 from PIL import Image
 
 import common
@@ -621,7 +622,7 @@ def test_a_high_p_is_warned_of(tmp_path, capsys):
     assert "above 0.8 augmentations tend to leak" in capsys.readouterr().out
 
 
-class Runner:
+class Runner(Eager):
     """What train_step needs of common.Run."""
 
     world = 1
