@@ -271,10 +271,6 @@ def add_train_options(p, data, batch, every, default_every, gpu_precision="tf32"
         choices=("fp32", "tf32", "fp16", "bf16"),
         help=f"default: {gpu_precision}, CPU: fp32",
     )
-    p.add(
-        "--graphs", action=argparse.BooleanOptionalAction, default=True,
-        help="record each phase of a step as a CUDA graph, on a single GPU: faster",
-    )  # fmt: skip
     p.add("--workers", type=not_negative_int, default=4, help="threads that load pictures")
     p.add(
         "--cache", choices=("auto", "off"), default="auto", help="keep decoded pictures in memory"
@@ -2027,7 +2023,8 @@ WARM_UP = 3  # calls before the recording: cuDNN chooses algorithms, Adam makes 
 
 
 def graph(function, device, generators=(), memory=None):
-    """function as a CUDA graph, on a GPU; on any other device, function itself.
+    """function as a CUDA graph, on a GPU; on any other device, or where GAN_GRAPHS=off is in the
+    environment, function itself.
 
     The first calls run as written. The next is recorded, and from there on a call starts the
     recording: one launch instead of thousands, which small networks spend most of their time with.
@@ -2042,7 +2039,9 @@ def graph(function, device, generators=(), memory=None):
     Raises ValueError where an argument has changed that cannot; UserError if CUDA records nothing.
     Source: Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs" (pytorch.org).
     """
-    return Graph(function, device, generators, memory) if device.type == "cuda" else function
+    if device.type != "cuda" or os.environ.get("GAN_GRAPHS") == "off":
+        return function
+    return Graph(function, device, generators, memory)
 
 
 class Graph:
@@ -2087,7 +2086,7 @@ def record(generators, memory, function):
             result = function()
     except RuntimeError as e:
         problem = str(e).splitlines()[0]
-        raise UserError(f"no CUDA graph could be recorded ({problem}): pass --no-graphs.") from e
+        raise UserError(f"no CUDA graph could be recorded ({problem}): set GAN_GRAPHS=off.") from e
     return recording.replay, result
 
 
@@ -2276,7 +2275,7 @@ class Run:
                     self.step(*optimizers)
                 return result
 
-            if self.args.graphs and self.world == 1 and not self.scaler.is_enabled():
+            if self.world == 1 and not self.scaler.is_enabled():
                 phase_and_step = graph(phase_and_step, self.device, [self.generator], self.memory)
             self.graphs[key] = phase_and_step
         return self.graphs[key]
@@ -5447,16 +5446,26 @@ def sample_inputs(G, labels, seed, n=32):
     return z, torch.from_numpy(labels[np.random.default_rng(seed).integers(len(labels), size=n)])
 
 
+def in_batches(function, device, batch, *inputs, generators=()):
+    """function(*inputs) of tensors, on the device but `batch` rows at a time, gathered on the CPU.
+    None among the inputs stays None. Whole batches are one CUDA graph; generators: see there."""
+    recorded, results = graph(function, device, generators), []
+    for k in range(0, len(inputs[0]), batch):
+        part = [None if x is None else x[k : k + batch].to(device) for x in inputs]
+        result = (recorded if len(part[0]) == batch else function)(*part)
+        results.append(result.to("cpu", copy=True))
+    return torch.cat(results)
+
+
 @torch.no_grad()
 def sample(G, z, c=None, batch=32, **options):
     """uint8 images (N, C, H, W) of z, on the CPU; options: of Generator.forward."""
-    device = next(G.parameters()).device
     options = {"noise": "const"} | options
-    images = []
-    for k in range(0, len(z), batch):
-        c_k = None if c is None else c[k : k + batch].to(device)
-        images.append(to_uint8(G(z[k : k + batch].to(device), c_k, **options)).cpu())
-    return torch.cat(images)
+
+    def images(z, c):
+        return to_uint8(G(z, c, **options))
+
+    return in_batches(images, next(G.parameters()).device, batch, z, c)
 
 
 def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
@@ -5513,10 +5522,14 @@ def load_generator(args, load_networks):
 
 
 @torch.no_grad()
-def synthesize(G, ws, noise="const", batch=16):
-    """uint8 images (N, C, H, W) of ws, on the CPU."""
-    ws = ws.to(next(G.parameters()).device)
-    return torch.cat([to_uint8(G.synthesis(w, noise)).cpu() for w in ws.split(batch)])
+def synthesize(G, ws, noise="const", batch=16, generators=()):
+    """uint8 images (N, C, H, W) of ws, on the CPU. generators: of a `noise` that draws."""
+
+    def images(ws):
+        return to_uint8(G.synthesis(ws, noise))
+
+    device = next(G.parameters()).device
+    return in_batches(images, device, batch, ws, generators=generators)
 
 
 @torch.no_grad()

@@ -1096,7 +1096,7 @@ def figure_noise(args, G, c, realisations=100):
 
     def pictures(draw, seed=0):
         generator.manual_seed(seed)
-        return common.synthesize(G, ws, draw)
+        return common.synthesize(G, ws, draw, generators=[generator])
 
     grey = torch.stack([
         pictures(noise(), seed).float().mean(1, keepdim=True) for seed in range(realisations)

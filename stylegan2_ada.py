@@ -1020,32 +1020,32 @@ def train_step(
     opts: of G and D; T, S: AugmentPipe, S for --bcr-weight; pl_mean (), signs (2,), the sum and the
     number of signs since the last change of p, and T.p: moved in place; real: (N, C, H, W) in
     [-1, 1]; real_c: (N, c_dim) or None; sample_c(n): labels of n fakes. `run` gives rand, randn,
-    maximum, mean, backward and step.
+    maximum, mean, backward, and graph(phase, optimizer): the phase and an update with the gradients
+    that it left.
     """
     n, (opt_G, opt_D) = len(real), opts
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    losses = {"G": generator_phase(G, D, T, n, sample_c, args, run, noise).mean()}
-    run.step(opt_G)
+    phase = run.graph(generator_phase, opt_G)
+    losses = {"G": phase(G, D, T, n, sample_c, args, run, noise).mean()}
     if args.pl_weight and step % args.pl_every == 0:  # of images as they are: G alone is judged
-        pl = path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
-        losses["reg/pl"], losses["reg/pl_mean"] = pl.mean(), pl_mean.clone()
-        run.step(opt_G)
+        phase = run.graph(path_length_phase, opt_G)
+        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise).mean()
+        losses["reg/pl_mean"] = pl_mean.clone()
 
     # ---- D, on fakes of the new G -------------------------------------------------------------
     D.requires_grad_(True)
-    stats, logits = discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise)
+    phase = run.graph(discriminator_phase, opt_D)
+    stats, logits = phase(G, D, T, S, real, real_c, sample_c, args, run, noise)
     losses |= {name: values.mean() for name, values in stats.items()}
     signs[0] += logits.sign().sum()
     signs[1] += logits.numel()
-    run.step(opt_D)
     if args.r1_gamma and step % args.r1_every == 0:
-        r1, logits = r1_phase(D, T, real, real_c, args, run)
+        r1, logits = run.graph(r1_phase, opt_D)(D, T, real, real_c, args, run)
         losses["reg/r1"] = r1.mean()
         signs[0] += logits.sign().sum()
         signs[1] += logits.numel()
-        run.step(opt_D)
 
     # ---- p: is D too sure of the training images? ---------------------------------------------
     losses["ada/p"] = T.p.clone()
