@@ -742,9 +742,7 @@ def gradients_of_sums(sums, scale, noise, strength, b):
     if sums is None:
         return [None] * 5
     dscale = None if scale is None else sums[:, 1]
-    dstrength = None if strength is None else sums[:, 2].sum(0)  # (C,)
-    if strength is not None and strength.ndim == 0:
-        dstrength = dstrength.sum()
+    dstrength = None if strength is None else sums[:, 2].sum(0 if strength.ndim else None)
     return dscale, None, dstrength, None if b is None else sums[:, 0].sum(0), None
 
 

@@ -84,11 +84,12 @@ class Linear(nn.Module):
         self.act, self.gain, self.lr_mul = act, lr_mul / math.sqrt(I), lr_mul
 
     def forward(self, x):
-        w = self.weight.to(x.dtype) * self.gain
-        b = None if self.bias is None else self.bias.to(x.dtype) * self.lr_mul
-        if self.act == "linear":
-            return F.linear(x, w, b)
-        return ops.bias_act(F.linear(x, w), b, act=self.act)
+        w = self.weight.to(x.dtype).mT
+        if self.bias is None:
+            x = x @ w * self.gain
+        else:  # scaled within the product: training is a thousand such small steps
+            x = torch.addmm(self.bias.to(x.dtype), x, w, beta=self.lr_mul, alpha=self.gain)
+        return x if self.act == "linear" else ops.bias_act(x, act=self.act)
 
 
 class Conv2d(nn.Module):
@@ -184,9 +185,12 @@ def modulated_conv2d(
     """
     O, I, k, _ = weight.shape
     if x.dtype == torch.float16 and demodulate:
-        # Demodulation cancels scales of weight and style; these keep x in the range of float16.
-        weight = weight / (weight.abs().amax([1, 2, 3], keepdim=True) * math.sqrt(I * k * k))
-        style = style / style.abs().amax(1, keepdim=True)
+        # Demodulation cancels scales of weight and style, and their gradients with them; these keep
+        # x in the range of float16.
+        with torch.no_grad():
+            largest = torch.linalg.vector_norm(weight, math.inf, (1, 2, 3), keepdim=True)
+            largest, of_style = largest * math.sqrt(I * k * k), style.abs().amax(1, keepdim=True)
+        weight, style = weight / largest, style / of_style
     factors = None
     if demodulate:
         energy = weight.square().sum([2, 3])  # (O, I)
