@@ -258,19 +258,18 @@ class CommandLine:
         return args
 
 
-def add_train_options(p, data, batch, every, default_every, gpu_precision="tf32"):
-    """The options that every `train` has. every: what --every counts."""
+def add_train_options(
+    p, data, batch, every, default_every, gpu_precision="tf32", own_half=False
+):  # fmt: skip
+    """The options that every `train` has. every: what --every counts; own_half: see Run."""
     p.add("--data", default=data, help="toy, a public name, a folder or a .zip")
     p.add("--out", default="runs", help="where run folders go")
     p.add("--resume", metavar="RUN", help="continue the run in this folder")
     p.add("--checkpoint", help="start from these weights, ours or official ones")
     p.add("--batch", type=positive_int, default=batch, help="global, over all processes")
     p.add("--seed", type=not_negative_int, default=0, help="of weights, order and draws")
-    p.add(
-        "--precision",
-        choices=("fp32", "tf32", "fp16", "bf16"),
-        help=f"default: {gpu_precision}, CPU: fp32",
-    )
+    known = ("fp32", "tf32", "fp16", "bf16") + (("fp16+tf32", "bf16+tf32") if own_half else ())
+    p.add("--precision", choices=known, help=f"default: {gpu_precision}, CPU: fp32")
     p.add("--workers", type=not_negative_int, default=4, help="threads that load pictures")
     p.add(
         "--cache", choices=("auto", "off"), default="auto", help="keep decoded pictures in memory"
@@ -2095,9 +2094,10 @@ class Run:
 
     Run(model, args, script) reads RANK and WORLD_SIZE of torchrun and seeds torch; restore() makes
     the run folder, <out>/<model>-<data>-<nnn>, so that mistakes found before it leave nothing.
-    own_half: the networks know where to use half precision (the default on CUDA is then fp16):
-    no autocast, no loss scaling, but gradients that are not finite are mended. precision: what
-    is the default on CUDA instead.
+    own_half: the networks know where to use half precision: no autocast, no loss scaling, but
+    gradients that are not finite are mended. The default on CUDA is then fp16+tf32: convolutions
+    that are not in float16 round their inputs to as many bits, TF32; dense layers round nothing.
+    precision: what is the default on CUDA instead.
     """
 
     log_every = 100  # images between lines of log.jsonl
@@ -2118,14 +2118,17 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        if own_half and self.device.type == "cpu" and args.precision in ("fp16", "bf16"):
-            raise UserError(f"--precision {args.precision} needs a GPU; here, leave it out.")
-        best = precision or ("fp16" if own_half else "tf32")
+        best = precision or ("fp16+tf32" if own_half else "tf32")
         self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
         self.own_half = own_half
-        exact = self.precision == "fp32" or (own_half and self.precision != "tf32")
-        tf32 = "ieee" if exact else "tf32"
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = tf32
+        kinds = {"fp16": "float16", "bf16": "bfloat16"}
+        self.half = kinds.get(self.precision.removesuffix("+tf32"))  # None: no half precision
+        if own_half and self.device.type == "cpu" and self.half:
+            raise UserError(f"--precision {args.precision} needs a GPU; here, leave it out.")
+        rounded = "tf32" in self.precision or (self.half and not own_half)
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if rounded else "ieee"
+        rounded = rounded and "+" not in self.precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if rounded else "ieee"
         scaled = self.precision == "fp16" and not own_half
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         torch.manual_seed(args.seed)
@@ -2236,7 +2239,7 @@ class Run:
 
     def autocast(self):
         """The context of the networks' forward passes; does nothing in fp32 and tf32."""
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        half = getattr(torch, self.half) if self.half else None
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
     def rand(self, n, *shape, shared=False):
@@ -2330,7 +2333,7 @@ class Run:
         gradients are mended: such a value is left out of the mean.
         """
         losses = {name if "/" in name else f"loss/{name}": loss for name, loss in losses.items()}
-        mended = self.own_half and self.precision in ("fp16", "bf16")
+        mended = self.own_half and self.half
         for of_regularizers in (False, True):
             names = tuple(name for name in losses if name.startswith("reg/") == of_regularizers)
             if names:  # few launches for all of them: this is done in every step

@@ -790,8 +790,7 @@ def train(args):
         return all_labels[(run.rand(n) * len(all_labels)).long()]
 
     # ---- networks, their average, optimisers --------------------------------------------------
-    half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
-    nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
+    nets = new_networks(args, size, 0 if labels is None else labels.shape[1], run.half)
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if given:
         common.copy_matching(nets, given, run.say)
@@ -1160,7 +1159,13 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp32"
+        p,
+        data="toy",
+        batch=32,
+        every="kimg",
+        default_every=None,
+        gpu_precision="fp32",
+        own_half=True,
     )
     p.add("--config", choices=list(CONFIGS), help="row of Table 1: F, or that of --checkpoint")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")

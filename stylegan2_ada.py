@@ -1154,8 +1154,7 @@ def train(args):
         return None if labels is None else all_labels[(run.rand(n) * N).long()]
 
     # ---- networks, their average, augmentation, optimisers ------------------------------------
-    half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
-    nets = new_networks(args, size, 0 if labels is None else labels.shape[1], half)
+    nets = new_networks(args, size, 0 if labels is None else labels.shape[1], run.half)
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if given:
         common.copy_matching(nets, given, run.say)
@@ -1370,7 +1369,13 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p, data="toy", batch=None, every="kimg", default_every=200, gpu_precision="fp16"
+        p,
+        data="toy",
+        batch=None,
+        every="kimg",
+        default_every=200,
+        gpu_precision="fp16+tf32",
+        own_half=True,
     )
     configs = ("auto", *CONFIGS)
     p.add("--config", "--cfg", choices=configs, default="auto", help="auto: by size and GPUs")
