@@ -2,6 +2,8 @@
 graphs (emulated_graph.py), on a GPU with the real ones."""
 
 import contextlib
+import gc
+import os
 import types
 from pathlib import Path
 
@@ -157,3 +159,35 @@ def test_recorded_steps_give_the_weights_of_eager_ones(paper, device, monkeypatc
                 torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     assert recorded["ranks"][0]["pools"].keys() == eager["ranks"][0]["pools"].keys()
     assert all(map(torch.equal, recorded["ranks"][0]["rng"][:2], eager["ranks"][0]["rng"][:2]))
+
+
+# ---- memory ----
+
+
+def memory(device):
+    """Bytes that this process holds, on the GPU or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved() + torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_recorded_training_holds_no_more_memory_after_thousands_of_steps(
+    device, monkeypatch, tmp_path
+):
+    """With GANS_SLOW=1 five thousand of them, else 500."""
+    last, held, log = 5000 if os.environ.get("GANS_SLOW") else 500, {}, common.Run.log
+
+    def watched(self, losses, **where):
+        log(self, losses, **where)
+        if self.steps_done in (200, last):
+            gc.collect()
+            held[self.steps_done] = memory(device), memory(torch.device("cpu"))
+
+    monkeypatch.setattr(common.Run, "log", watched)
+    options = TINY[stylegan2].replace("--kimg 1 --every 1", "--kimg 40 --every 100")
+    options = options.replace("--kimg 40", f"--kimg {last * 8 // 1000}")
+    stylegan2.main([*options.split(), "--device", device.type, "--out", str(tmp_path)])
+    (on_device, on_host), (on_device_later, on_host_later) = held[200], held[last]
+    assert device.type == "cpu" or on_device_later <= on_device
+    assert on_host_later - on_host < 5e6, f"{(on_host_later - on_host) / 1e6:.1f} MB more"
