@@ -380,7 +380,8 @@ def add_device_option(p):
 
 
 def pick_device(name):
-    """The torch device of --device, or CUDA if there is one, else the CPU."""
+    """The torch device of --device, or CUDA if there is one, else the CPU; a GPU that is named by
+    its number becomes the current one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -391,6 +392,8 @@ def pick_device(name):
         raise UserError(
             f"--device {name}: this machine has {count} CUDA devices; use --device cpu."
         )
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -2116,7 +2119,6 @@ class Run:
             patience = datetime.timedelta(hours=2)  # while rank 0 computes scores
             dist.init_process_group(backend, timeout=patience)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         best = precision or ("fp16+tf32" if own_half else "tf32")
         self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
