@@ -81,25 +81,24 @@ TOY |= dict(ema_beta=0.995, every=500)
 
 def widened(w):
     """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
-    w = functional.pad(w, (1, 1, 1, 1))
-    return w[:, :, 1:, 1:] + w[:, :, :-1, 1:] + w[:, :, 1:, :-1] + w[:, :, :-1, :-1]
+    return functional.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution with bias, of stride 1, whose second derivative, which R1 needs, is cheap.
+    """A convolution of stride 1 whose second derivative, which R1 needs, is cheap.
 
     resample: "up": of x with doubled pixels; "down": followed by averages of 2x2 pixels. Either is
     one 4x4 convolution of stride 2, with less than half the work.
     """
 
-    def __init__(self, I, O, k, padding=0, resample=None):
-        super().__init__(I, O, k, padding=padding)
+    def __init__(self, I, O, k, padding=0, resample=None, bias=True):
+        super().__init__(I, O, k, padding=padding, bias=bias)
         self.resample = resample
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        w = self.weight.to(x.dtype)
         if self.resample == "up":
             kernel = widened(w).flip([2, 3]).transpose(0, 1)
             x = ops.conv_transpose2d(x, kernel, stride=2, padding=1)
@@ -107,7 +106,7 @@ class Conv2d(nn.Conv2d):
             x = ops.conv2d(x, widened(w) / 4, stride=2, padding=1)
         else:
             x = ops.conv2d(x, w, padding=self.padding)
-        return ops.bias_act(x, b)
+        return x if self.bias is None else ops.bias_act(x, self.bias)
 
 
 def lrelu(x):
@@ -127,7 +126,7 @@ class ResBlock(nn.Module):
         self.conv2 = Conv2d(I, O, 3, 1)
         self.norm1 = nn.InstanceNorm2d(I, affine=True) if normalize else nn.Identity()
         self.norm2 = nn.InstanceNorm2d(I, affine=True) if normalize else nn.Identity()
-        self.conv1x1 = nn.Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
+        self.conv1x1 = Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
         self.down = down
 
     def forward(self, x):

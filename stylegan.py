@@ -113,8 +113,7 @@ class Linear(nn.Module):
 
 def widened(w):
     """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
-    w = F.pad(w, (1, 1, 1, 1))
-    return w[:, :, 1:, 1:] + w[:, :, :-1, 1:] + w[:, :, 1:, :-1] + w[:, :, :-1, :-1]
+    return F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
 
 
 def conv2d(x, weight, resample=None):

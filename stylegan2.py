@@ -19,8 +19,8 @@ In this file, in the order of the signal              paper
 
 Results: README. Differs from the paper, with the official PyTorch code (NVlabs/
 stylegan2-ada-pytorch): path length every 4 steps (paper: 8); fp16 in the four top resolutions on a
-GPU; labels are embedded and normalised apart from z, and D projects on them. Beyond it: convolutions
-that are not fp16 are TF32 by default.
+GPU; labels are embedded and normalised apart from z, and D projects on them. Unlike it: by default
+convolutions in the other resolutions are TF32.
 """
 
 import argparse
