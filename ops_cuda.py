@@ -8,6 +8,7 @@ In this file                                what it is
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
     conv2d_resample                         a convolution that also resamples, in the best order
     grid_sample                             twice differentiable in the image
+    warp                                    upsample by a lowpass and read through an affine map
 
     python ops_cuda.py        # a new GPU: check every kernel, and measure it against a copy
 
@@ -474,6 +475,183 @@ extern "C" int upfirdn2d(int type, int cl, int taps, int64_t groups, const int* 
     k(p, cl, taps, (cudaStream_t)stream, x, (const float*)f, y);
     return cudaGetLastError();
 }
+
+// ---- warp -----------------------------------------------------------------------------------
+
+struct Images { int C, H, W, OH, OW; };  // x: (N, C, H, W), y: (N, C, OH, OW)
+struct Axis { int side, first, end; };  // within reach: the pixels [first, end), reflected at 0 ...
+struct Reading { int j; float here, next; };  // here u[j] + next u[j + 1]
+__device__ __forceinline__ Axis axis(const float* reach, int k, int side) {
+    int before = int(fminf(fmaxf(reach[k], 0), side - 1));
+    return {side, -before, side + int(fminf(fmaxf(reach[2 + k], 0), side - 1))};
+}
+
+// The map of a sample: output (a, b), counted from the centre, is read at x(a, row_x(b)) and
+// y(a, row_y(b)) of the upsampled image. Explicit fmaf: both kernels find the very same places.
+struct Map {
+    float xx, xy, x0, yx, yy, y0;
+    __device__ __forceinline__ Map(const float* G, const Images& p) {
+        xx = G[0]; xy = G[1]; x0 = fmaf(2, G[2], p.W - 1);
+        yx = G[3]; yy = G[4]; y0 = fmaf(2, G[5], p.H - 1);
+    }
+    __device__ __forceinline__ float row_x(float b) const { return fmaf(xy, b, x0); }
+    __device__ __forceinline__ float row_y(float b) const { return fmaf(yy, b, y0); }
+    __device__ __forceinline__ float x(float a, float row) const { return fmaf(xx, a, row); }
+    __device__ __forceinline__ float y(float a, float row) const { return fmaf(yx, a, row); }
+};
+
+// Bilinear reading at q, which becomes a place where all is 0 if it is far off or not a number.
+__device__ __forceinline__ Reading reading(const Axis& s, float q) {
+    q = fminf(fmaxf(q, 2 * s.first - 2), 2 * s.end);
+    float floor = floorf(q), t = q - floor;
+    int j = int(floor);
+    return {j, j >= 2 * s.first && j < 2 * s.end ? 1 - t : 0,
+            j + 1 >= 2 * s.first && j + 1 < 2 * s.end ? t : 0};
+}
+// What pixel i contributes to it. f: the 12 taps of 2 f, between zeros.
+__device__ __forceinline__ float contribution(const Axis& s, const Reading& r, const float* f,
+                                              int i) {
+    int k = r.j - 2 * i + 5;
+    if (k < -1 || k > 11 || i < s.first || i >= s.end) return 0;
+    return r.here * f[k + 1] + r.next * f[k + 2];
+}
+__device__ __forceinline__ int reflected(const Axis& s, int i) {
+    i = i < 0 ? -i : i >= s.side ? 2 * (s.side - 1) - i : i;
+    return min(max(i, 0), s.side - 1);  // what is beyond reach has coefficient 0
+}
+
+// A thread has one pixel, all channels; a warp has 4 rows of 8, which stay neighbours when turned.
+struct Pixel {
+    int n, x, y;
+    __device__ __forceinline__ Pixel(int H, int W) {
+        int wide = (W + 7) / 8, high = (H + 15) / 16, tile = blockIdx.x % (wide * high);
+        n = blockIdx.x / (wide * high);
+        x = tile % wide * 8 + threadIdx.x;
+        y = tile / wide * 16 + threadIdx.y;
+    }
+};
+__device__ __forceinline__ void load_taps(float* to, const float* f) {
+    int k = threadIdx.y * 8 + threadIdx.x;
+    if (k < 14) to[k] = k > 0 && k < 13 ? 2 * f[k - 1] : 0;
+    __syncthreads();
+}
+
+template <class T>
+__global__ void __launch_bounds__(128) warp_kernel(Images p, const T* x, const float* G,
+                                                   const float* reach, const float* f, T* y) {
+    __shared__ float taps[14];
+    load_taps(taps, f);
+    Pixel o(p.OH, p.OW);
+    if (o.x >= p.OW || o.y >= p.OH) return;
+    Axis across = axis(reach, 0, p.W), down = axis(reach, 1, p.H);
+    Map map(G + o.n * 6, p);
+    float a = o.x + 1 - p.OW / 2, b = o.y + 1 - p.OH / 2;
+    Reading rx = reading(across, map.x(a, map.row_x(b)));
+    Reading ry = reading(down, map.y(a, map.row_y(b)));
+    int left = (rx.j + (rx.j & 1)) / 2 - 3, top = (ry.j + (ry.j & 1)) / 2 - 3;
+    float cx[7], cy[7];
+    int ix[7], iy[7];
+#pragma unroll
+    for (int k = 0; k < 7; k++) {
+        cx[k] = contribution(across, rx, taps, left + k);
+        cy[k] = contribution(down, ry, taps, top + k);
+        ix[k] = reflected(across, left + k);
+        iy[k] = reflected(down, top + k) * p.W;
+    }
+    x += int64_t(o.n) * p.C * p.H * p.W;
+    y += (int64_t(o.n) * p.C * p.OH + o.y) * p.OW + o.x;
+    for (int c = 0; c < p.C; c++, x += int64_t(p.H) * p.W, y += int64_t(p.OH) * p.OW) {
+        float sum = 0;
+#pragma unroll
+        for (int ky = 0; ky < 7; ky++) {
+            float row = 0;
+#pragma unroll
+            for (int kx = 0; kx < 7; kx++) row += cx[kx] * to_float(x[iy[ky] + ix[kx]]);
+            sum += cy[ky] * row;
+        }
+        *y = from_float<T>(sum);
+    }
+}
+
+// The adjoint: pixel i and each of its mirror images m within reach gather from the outputs that
+// read them. Those have |q - 2 m - 1/2| <= 6.5 on both axes, a parallelogram of (a, b): its rows
+// and, in each, its columns, with a little more for rounding; contribution() then decides. Where a
+// map has no inverse, a division by 0 makes a bound infinite: all rows, or all columns. One that is
+// not finite reads nothing.
+template <class T>
+__global__ void __launch_bounds__(128) warp_adjoint_kernel(Images p, const T* y, const float* G,
+                                                           const float* reach, const float* f,
+                                                           T* x) {
+    constexpr int CHANNELS = 4;  // at a time
+    constexpr float NEAR = 7;
+    __shared__ float taps[14];
+    load_taps(taps, f);
+    Pixel i(p.H, p.W);
+    if (i.x >= p.W || i.y >= p.H) return;
+    Axis across = axis(reach, 0, p.W), down = axis(reach, 1, p.H);
+    Map map(G + i.n * 6, p);
+    float det = float(double(map.xx) * map.yy - double(map.xy) * map.yx);
+    float bx = -map.yx / det, by = map.xx / det, high = NEAR * (fabsf(bx) + fabsf(by));
+    float ax = 1 / map.xx, ay = 1 / map.yx;
+    float a0 = 1 - p.OW / 2, a1 = p.OW / 2, b0 = 1 - p.OH / 2, b1 = p.OH / 2;  // first and last
+    int64_t size = int64_t(p.OH) * p.OW;
+    x += int64_t(i.n) * p.C * p.H * p.W + i.y * p.W + i.x;
+    for (int c0 = 0; c0 < p.C; c0 += CHANNELS) {
+        const T* from = y + (int64_t(i.n) * p.C + c0) * size;
+        float sum[CHANNELS] = {};
+        for (int mirror = 0; mirror < (isfinite(det + map.x0 + map.y0) ? 9 : 0); mirror++) {
+            int kx = mirror % 3, ky = mirror / 3;
+            int mx = kx == 0 ? i.x : kx == 1 ? -i.x : 2 * (p.W - 1) - i.x;
+            int my = ky == 0 ? i.y : ky == 1 ? -i.y : 2 * (p.H - 1) - i.y;
+            if ((kx && mx == i.x) || (ky && my == i.y)) continue;  // on the mirror itself
+            if (mx < across.first || mx >= across.end) continue;
+            if (my < down.first || my >= down.end) continue;
+            float qx = 2 * mx + 0.5f, qy = 2 * my + 0.5f;
+            float middle = bx * (qx - map.x0) + by * (qy - map.y0);
+            float low = fmaxf(ceilf(middle - high), b0), top = fminf(floorf(middle + high), b1);
+            for (float b = low; b <= top; b++) {
+                float rx = map.row_x(b), ry = map.row_y(b);
+                float x0 = (qx - NEAR - rx) * ax, x1 = (qx + NEAR - rx) * ax;
+                float y0 = (qy - NEAR - ry) * ay, y1 = (qy + NEAR - ry) * ay;
+                float left = fmaxf(fminf(x0, x1), fminf(y0, y1));
+                float right = fminf(fmaxf(x0, x1), fmaxf(y0, y1));
+                left = fmaxf(ceilf(left), a0);
+                right = fminf(floorf(right), a1);
+                const T* row = from + int(b - b0) * p.OW - int(a0);
+                for (float a = left; a <= right; a++) {
+                    float w = contribution(across, reading(across, map.x(a, rx)), taps, mx) *
+                              contribution(down, reading(down, map.y(a, ry)), taps, my);
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; c++)
+                        if (c0 + c < p.C) sum[c] += w * to_float(row[c * size + int(a)]);
+                }
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++)
+            if (c0 + c < p.C) x[int64_t(c0 + c) * p.H * p.W] = from_float<T>(sum[c]);
+    }
+}
+
+template <class T>
+static void warp_type(int adjoint, int N, const Images& p, cudaStream_t s, const void* from,
+                      const float* G, const float* reach, const float* f, void* to) {
+    int64_t H = adjoint ? p.H : p.OH, W = adjoint ? p.W : p.OW;
+    dim3 grid((unsigned)(N * ((H + 15) / 16) * ((W + 7) / 8))), block(8, 16);
+    auto k = warp_kernel<T>;
+    if (adjoint) k = warp_adjoint_kernel<T>;
+    LAUNCH(k, grid, block, 0, s, p, (const T*)from, G, reach, f, (T*)to);
+}
+extern "C" int warp(int adjoint, int type, int N, int C, int H, int W, const void* from,
+                    const void* G, const void* reach, const void* f, void* to, void* stream) {
+    Images p = {C, H, W, 2 * H + 12, 2 * W + 12};
+    auto k = warp_type<float>;
+    if (type == 1) k = warp_type<__half>;
+    if (type == 2) k = warp_type<__nv_bfloat16>;
+    k(adjoint, N, p, (cudaStream_t)stream, from, (const float*)G, (const float*)reach,
+      (const float*)f, to);
+    return cudaGetLastError();
+}
 """
 
 
@@ -518,6 +696,7 @@ def declare(library):
     library.fused_act.argtypes += [ctypes.POINTER(pointer), number, integer, pointer]
     library.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
     library.upfirdn2d.argtypes += [pointer] * 4
+    library.warp.argtypes = [integer] * 6 + [pointer] * 6
     return library
 
 
@@ -1138,6 +1317,88 @@ class GridSampleGrad(Function):
 
 
 # =============================================================================
+# warp
+# =============================================================================
+# The geometry of StyleGAN2-ADA (Karras et al. 2020, appendix B): an image, continued by reflection,
+# is upsampled by a wavelet's lowpass and read bilinearly at twice the resolution. On either axis
+#   upsampled  u[k] = 2 sum_i x[reflect(i)] f[k - 2 i + 5];   0 where i or k / 2 is beyond reach
+#   forward    v = (1 - t) u[j] + t u[j + 1] where the map leads to j + t: a sum of 7 pixels, with
+#              coefficients c_i = 2 (1 - t) f[j - 2 i + 5] + 2 t f[j - 2 i + 6]
+#   backward   the adjoint: a pixel's sum of dv, with the same coefficients, over all v that read it
+#   second     linear in x, hence each is the other's backward
+# A sum of 7 x 7 pixels, instead of padding by all that a reflection can be, to nine times the
+# pixels: how far a batch reaches is known to the GPU only.
+
+
+def warp(x, G, reach, f, impl=None):
+    """Images x (N, C, H, W), at twice the resolution and mapped by G -> (N, C, 2H + 12, 2W + 12).
+
+    G: (N, 2, 3), from output to input positions, in pixels of x from its centre, x to the right, y
+    down; the output's n-th pixel from the centre lies at n / 2. f: 12 taps, of sum 1; half of its
+    length in pixels of x is the rim around the output. reach: (2, 2), whole numbers up to W - 1 and
+    H - 1: pixels beyond the image (x, y) to the left and up, to the right and down, that reflection
+    fills; beyond is 0. Twice differentiable in x; the others get no gradient.
+    """
+    if len(f) != 12:
+        raise ValueError(f"a lowpass of 12 taps is needed, not {len(f)}")
+    if kernels(x, impl) is None:  # on a CPU it costs nothing to look how far the batch reaches
+        most = int(reach.max()) if x.device.type == "cpu" else max(x.shape[2:])
+        return warp_ref(x, G, reach, f, most)
+    return Warp.apply(x, *(t.float().contiguous() for t in (G, reach, f)), False)
+
+
+def warp_ref(x, G, reach, f, most):
+    """most: pixels to pad with, or all that there can be; at least what reach says."""
+    dtype, (H, W) = x.dtype, x.shape[2:]
+    x = x.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    pad = min(most, W - 1), min(most, H - 1)
+
+    def inside(scale):
+        """1 where the padded image, scaled, is within reach, else 0. (H, W)"""
+        ranges = []
+        for axis, side in enumerate((W, H)):
+            k = torch.arange(scale * (side + 2 * pad[axis]), device=x.device)
+            first, end = pad[axis] - reach[0, axis], pad[axis] + side + reach[1, axis]
+            ranges.append(((k >= scale * first) & (k < scale * end)).to(x.dtype))
+        return ranges[1][:, None] * ranges[0]
+
+    x = F.pad(x, (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
+    x = upsample2d(x, f, impl="ref") * inside(2)
+
+    # The upsampled pixels are half of such a pixel off (the filter has an even length), and
+    # grid_sample counts from -1 to 1 over all of them.
+    u, v = (torch.arange(1 - n, n + 1, device=G.device) / 2 for n in (W + 6, H + 6))
+    G = G.to(torch.promote_types(G.dtype, x.dtype))[:, None, None]
+    places = G[..., 0] * u[:, None] + G[..., 1] * v[:, None, None] + G[..., 2]
+    sides = torch.stack([G.new_full((), side + 2 * p) for side, p in zip((W, H), pad, strict=True)])
+    grid = (2 * places - 0.5) / sides  # (N, 2H + 12, 2W + 12, 2)
+    return grid_sample(x, grid.to(x.dtype)).to(dtype)
+
+
+class Warp(Function):
+    """x -> y; adjoint: dy -> dx."""
+
+    @staticmethod
+    def forward(ctx, x, G, reach, f, adjoint):
+        ctx.save_for_backward(G, reach, f)
+        ctx.adjoint = adjoint
+        N, C, *sides = x.shape
+        to = x.new_empty(N, C, *(n // 2 - 6 if adjoint else 2 * n + 12 for n in sides))
+        if to.numel():
+            small = to if adjoint else x
+            x = x.contiguous()
+            launch(
+                kernels(x, "cuda").warp, x, adjoint, DTYPES[x.dtype], *small.shape,
+                *map(pointer, (x, G, reach, f, to)),
+            )  # fmt: skip
+        return to
+
+    @staticmethod
+    def backward(ctx, gy):
+        return (Warp.apply(gy, *ctx.saved_tensors, not ctx.adjoint), *[None] * 4)
+
+
+# =============================================================================
 # python ops_cuda.py: checks and measurements
 # =============================================================================
 
@@ -1156,11 +1417,17 @@ def operators(N, C, H, W, device):
     small = [t.to(device) for t in (scale, noise, torch.tensor(0.7), b)]
     f4 = setup_filter([1, 3, 3, 1], separable=True, device=device)
     f12 = setup_filter([1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1], device=device)
+    G = (torch.eye(2, 3) + 0.3 * torch.randn(N, 2, 3)).to(device)
+    reach = torch.tensor([[W - 1.0, H - 1.0], [W // 2, 0.0]], device=device)
 
     def fir(f, **options):
         edge = len(f) // 2
         pad = (edge, edge - 1, edge, edge - 1)
         return lambda x, impl, *_: upfirdn2d(x, f.to(x.dtype), padding=pad, impl=impl, **options)
+
+    def warped(x, impl):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return warp(x, G.to(exact), reach, f12, impl)
 
     return {
         "bias_act": (lambda x, impl, b: bias_act(x, b, act="lrelu", impl=impl), small[3:]),
@@ -1175,6 +1442,7 @@ def operators(N, C, H, W, device):
         "filter, 12 taps": (fir(f12), []),
         "upsample, 12 taps": (fir(f12, up=2, gain=4), []),
         "downsample, 12 taps": (fir(f12, down=2), []),
+        "warp": (warped, []),
     }
 
 
@@ -1260,10 +1528,12 @@ def measure(device, shapes=TRAINING):
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for shape in shapes:
         for name, (function, more) in operators(*shape, device).items():
+            N, C, H, W = shape
+            sides = (N, min(C, 3), H, W) if name == "warp" else shape  # it is for images
             for dtype in (torch.float16, torch.float32):
                 for order in ORDERS:
-                    what = f"{name} | {'x'.join(map(str, shape))} | {str(dtype)[6:]} | {order}"
-                    x = torch.randn(shape, device=device).to(dtype, memory_format=ORDERS[order])
+                    what = f"{name} | {'x'.join(map(str, sides))} | {str(dtype)[6:]} | {order}"
+                    x = torch.randn(sides, device=device).to(dtype, memory_format=ORDERS[order])
                     for kind, ms, size in passes(name, function, x, more):
                         speed = size / ms / 1e6
                         print(f"| {what} | {kind} | {ms:.3f} | {speed:.0f} | {speed / copy:.0%} |")

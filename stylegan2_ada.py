@@ -725,16 +725,6 @@ class AugmentPipe(nn.Module):
             G = G @ translation(-t * size)
         return G
 
-    def padding(self, reach, W, H):
-        """Pixels to add on either side, (x, y). On a CPU it costs nothing to look how far the batch
-        reaches; a GPU would wait, and pads by the most that is possible."""
-        most = max(W, H)
-        if reach.device.type == "cpu":
-            most = int(reach.max())
-        elif not self.has(*CATEGORIES["geom"], "rotate90"):
-            most = math.ceil(self.strengths["xint_max"] * most) + len(self.lowpass) // 2
-        return min(most, W - 1), min(most, H - 1)
-
     def warp(self, img, draws):
         """All of the geometry at once: the image, continued by reflection, is upsampled by the
         wavelet's lowpass, read bilinearly at twice the resolution, and downsampled again."""
@@ -751,29 +741,7 @@ class AugmentPipe(nn.Module):
         reach = torch.stack([spread - shift, spread + shift]).amax(1)  # (2, 2): side, axis
         reach = draws.maximum(reach + 2 * rim - half)
         reach = reach.clamp(min=0).minimum(2 * half).ceil()
-        pad = self.padding(reach, W, H)
-
-        def inside(scale):
-            """1 where the padded image, scaled, is within reach, else 0. (H, W)"""
-            ranges = []
-            for axis, side in enumerate((W, H)):
-                k = torch.arange(scale * (side + 2 * pad[axis]), device=img.device)
-                first, end = pad[axis] - reach[0, axis], pad[axis] + side + reach[1, axis]
-                ranges.append(((k >= scale * first) & (k < scale * end)).to(img.dtype))
-            return ranges[1][:, None] * ranges[0]
-
-        # The resampling kernels are faster on planes (NCHW) than on pixels of three channels.
-        x = F.pad(img.contiguous(), (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
-        x = ops.upsample2d(x, self.lowpass) * inside(2)
-
-        # The output at twice the resolution, with a rim for the filter: its n-th pixel from the
-        # centre lies at n / 2. Those of the upsampled image are half of such a pixel off (the
-        # filter has an even length), and grid_sample counts from -1 to 1 over all of them.
-        u, v = (torch.arange(1 - n, n + 1, device=G.device) / 2 for n in (W + 2 * rim, H + 2 * rim))
-        G = G[:, None, None]
-        places = G[..., 0] * u[:, None] + G[..., 1] * v[:, None, None] + G[..., 2]
-        grid = (2 * places - 0.5) / vector(G, W + 2 * pad[0], H + 2 * pad[1])  # (N, 2H', 2W', 2)
-        x = ops.grid_sample(x, grid.to(x.dtype))
+        x = ops.warp(img, G, reach, self.lowpass)  # at twice the resolution, with a rim
         return ops.downsample2d(x, self.lowpass, padding=-2 * rim, flip_filter=True)
 
     # ---- colours ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -73,6 +74,24 @@ def test_grid_sample_is_twice_differentiable_and_equals_torch():
     x, grid = double(2, 2, 5, 4), double(2, 3, 6, 2, seed=1, grad=False).tanh() * 1.2
     twice(lambda x: ops.grid_sample(x, grid), x)
     assert torch.equal(ops.grid_sample(x, grid), F.grid_sample(x, grid, align_corners=False))
+
+
+@pytest.mark.parametrize("m", ["turns", "4 times smaller", "shifted"])
+@pytest.mark.parametrize("reach", ["all", "some", "none"])
+def test_warp_is_twice_differentiable_for_any_padding_that_suffices(m, reach):
+    x = double(2, 2, 5, 4)
+    run = warping(m, reach, x.shape, "cpu")
+    twice(lambda x: run("ref", x), x)
+    y = run("ref", x)
+    most = min(4, max(map(max, REACHES[reach])))
+    G, reach = MAPS[m].double(), torch.tensor(REACHES[reach]).minimum(torch.tensor([3, 4]))
+    for pad in range(most, 6):
+        torch.testing.assert_close(ops.warp_ref(x, G, reach, WAVELET, pad), y)
+
+
+def test_warp_refuses_other_filters():
+    with pytest.raises(ValueError, match="12 taps"):
+        ops.warp(torch.zeros(2, 1, 4, 4), MAPS["turns"], torch.zeros(2, 2), torch.ones(4) / 4)
 
 
 def test_no_weight_gradients_leaves_out_those_and_nothing_else():
@@ -305,6 +324,93 @@ def test_tensors_that_are_not_dense_and_gradients_that_are_expanded(device):
     torch.testing.assert_close(*results)
 
 
+def maps(*rows):
+    return torch.tensor(rows).reshape(-1, 2, 3)
+
+
+def turned(angle, sx=1.0, sy=1.0, tx=0.0, ty=0.0):
+    c, s = math.cos(angle), math.sin(angle)
+    return [c * sx, -s * sy, tx, s * sx, c * sy, ty]
+
+
+MAPS = {  # two samples each
+    "identity and quarter turn": maps(turned(0), [0, -1, 0, 1, 0, 0]),
+    "turns": maps(turned(0.6), turned(-2.4, tx=0.3, ty=-1.2)),
+    "mirrored": maps([-1, 0, 0, 0, 1, 0], [0, 1, 0.5, 1, 0, -0.25]),
+    "4 times larger": maps(turned(0.2, 0.25, 0.25), turned(3, 0.25, 0.25, 2, 1)),
+    "4 times smaller": maps(turned(0.2, 4, 4), turned(2, 4, 4, -3, 5)),
+    "stretched": maps(turned(0.5, 0.3, 3), turned(-1, 2, 0.2, 1, 1)),
+    "sheared": maps([1, 5, 0.5, 0, 1, 0], [1, 1, 0, 0.9, 1, 0]),
+    "shifted": maps(turned(0, tx=3, ty=-2), turned(0, tx=-4.7, ty=6.1)),
+    "shifted out": maps(turned(0, tx=100), turned(1, tx=-14, ty=9)),
+    "without an inverse": maps([0, 0, 0.3, 0, 0, -0.2], [1, 0.5, 0.1, 2, 1, 0.3]),
+    "hardly with one": maps([1, 0.5, 0.1, 2, 1.00001, 0.3], [1e-30, 0, 0, 0, 1e-30, 1]),
+    "one row, one column": maps([1, 0, 0.2, 0, 0, 0.7], [0, 0, 0.2, 0, 1, 0.7]),
+}
+REACHES = {"all": [[99, 99], [99, 99]], "some": [[2, 0], [1, 3]], "none": [[0, 0], [0, 0]]}
+WAVELET = ops.setup_filter([0.5, 1, -2, 3, -4, 15, 16, 5, 3, -2, 1, -1.0])
+
+
+def warping(m, reach, shape, device):
+    """ops.warp of (impl, x), within reach or to the next reflection."""
+    most = torch.tensor(shape[:1:-1]) - 1
+    given = MAPS[m].to(device), torch.tensor(REACHES[reach]).minimum(most).to(device, torch.float32)
+
+    def run(impl, x):
+        kind = torch.promote_types(x.dtype, torch.float32)  # of the reference: float64
+        return ops.warp(x, *(t.to(kind) for t in given), WAVELET.to(device), impl)
+
+    return run
+
+
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("m", MAPS)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 6), (2, 1, 4, 19), (2, 4, 7, 7), (2, 2, 1, 1)])
+def test_the_kernels_of_warp_equal_their_reference(device, shape, m, reach):
+    torch.manual_seed(0)
+    run = warping(m, reach, shape, device)
+    compare(run, {"x": torch.randn(shape)}, torch.float32, device, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_warp_takes_half_precision_and_any_number_of_channels(device, dtype):
+    torch.manual_seed(0)
+    shape = (2, 9, 6, 11)
+    compare(warping("turns", "all", shape, device), {"x": torch.randn(shape)}, dtype, device, False)
+
+
+@pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize("m", MAPS)
+def test_the_backward_pass_of_warp_is_the_transposed_matrix(device, m, reach):
+    H, W = 5, 7
+    x = torch.eye(H * W, device=device).reshape(1, -1, H, W).repeat(2, 1, 1, 1).requires_grad_()
+    run = warping(m, reach, x.shape, device)
+    K = run("cuda", x)  # (2, pixels of x, OH, OW), pixels in the place of channels
+    unit = torch.eye(K[0, 0].numel(), device=device).reshape(1, -1, *K.shape[2:])
+    more = torch.zeros(2, unit.shape[1], H, W, device=device, requires_grad=True)
+    (gx,) = torch.autograd.grad(run("cuda", more), more, unit.repeat(2, 1, 1, 1))
+    torch.testing.assert_close(gx.flatten(2).mT, K.detach().flatten(2), rtol=1e-6, atol=1e-7)
+
+
+def test_a_batch_of_none_or_with_maps_that_are_not_finite_is_warped_to_zeros(device):
+    for N, bad in ((0, 0.0), (1, math.inf), (1, math.nan)):
+        x = torch.randn(N, 3, 5, 4, device=device, requires_grad=True)
+        for k in range(6):
+            G = torch.tensor(turned(0.1), device=device)
+            G[k] = bad
+            reach = torch.full((2, 2), 3.0, device=device)
+            y = ops.warp(x, G.expand(N, 6).reshape(N, 2, 3), reach, WAVELET.to(device), "cuda")
+            (gx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert y.shape == (N, 3, 22, 20) and not y.any() and not gx.any()
+
+
+def test_channels_last_images_are_warped_alike(device):
+    x = torch.randn(2, 3, 6, 8, device=device)
+    run = warping("turns", "some", x.shape, device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(run("cuda", last), run("cuda", x))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_than_2_31_elements_on_a_gpu():
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
@@ -354,7 +460,7 @@ def test_the_kernels_compile_with_nvcc(tmp_path):
 def test_the_self_check_passes_and_finds_a_wrong_kernel(device, monkeypatch, capsys):
     monkeypatch.setattr(ops, "SHAPES", [(2, 16, 5, 4)])
     assert ops.check(device) == 0
-    assert "54 of 54 kernels agree" in capsys.readouterr().out
+    assert "60 of 60 kernels agree" in capsys.readouterr().out
     monkeypatch.setattr(ops, "SQRT2", 1.0)
     right = ops.fused_act_ref
     monkeypatch.setattr(ops, "fused_act_ref", lambda x, *rest: right(x, *rest[:-2], 1.2, rest[-1]))
@@ -370,7 +476,7 @@ def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsy
         monkeypatch.setattr(torch, "empty", small)
     ops.measure(device, [(1, 16, 8, 8)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 9 * 2 * 2 * 2
+    assert len(rows) == 2 + 10 * 2 * 2 * 2
 
 
 def test_without_a_gpu_the_self_check_says_so():
