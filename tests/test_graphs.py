@@ -13,11 +13,17 @@ import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 
 import common
+import ops_cuda as ops
 import stylegan2
 import stylegan2_ada
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+def warp_without_a_look_at_reach(x, G, reach, f):
+    """As on a GPU."""
+    return ops.warp_ref(x, G, reach, f, max(x.shape[2:]))
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=needs_gpu)])
@@ -29,6 +35,7 @@ def device(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(common, "record", emulated_graph.record)
+        monkeypatch.setattr(ops, "warp", warp_without_a_look_at_reach)
         of_a_gpu, gpu = common.graph, torch.device("cuda")
         monkeypatch.setattr(
             common, "graph", lambda function, device, *rest: of_a_gpu(function, gpu, *rest)
