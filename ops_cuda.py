@@ -5,6 +5,7 @@ In this file                                what it is
     build                                   compiles the kernels below, once per machine and GPU
     fused_act, bias_act                     clamp(gain * act(x * scale + noise * strength + b))
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
+    pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
     conv2d_resample                         a convolution that also resamples, in the best order
     grid_sample                             twice differentiable in the image
@@ -446,7 +447,7 @@ static void fir_launch(Fir p, cudaStream_t stream, const T* x, const float* f, T
 }
 template <class T, int TAPS>
 static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const float* f, T* y) {
-    constexpr int V = TAPS == 4 ? 16 / sizeof(T) : 4;
+    constexpr int V = TAPS <= 4 ? 16 / sizeof(T) : 4;
     if (cl && p.upx == 2) fir_launch<T, V, true, TAPS, 2, 1, 1>(p, s, x, f, y);
     else if (cl && p.downx == 2) fir_launch<T, V, true, TAPS, 1, 2, 1>(p, s, x, f, y);
     else if (cl) fir_launch<T, V, true, TAPS, 1, 1, 1>(p, s, x, f, y);
@@ -457,6 +458,7 @@ static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const 
 template <class T>
 static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void* x, const float* f,
                      void* y) {
+    if (taps == 2) return fir_factors<T, 2>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 4) return fir_factors<T, 4>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 12) return fir_factors<T, 12>(p, cl, s, (const T*)x, f, (T*)y);
     int64_t blocks = (p.groups * p.OH * p.OW * (cl ? p.C : 1) + 255) / 256;
@@ -903,8 +905,8 @@ class Upfirdn2d(Function):
             return y.zero_()
         # The fast kernel: separable, equal factors on both axes, one of them 1.
         taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
-        V = 16 // x.element_size() if taps == 4 else 4
-        fast = f.ndim == 1 and taps in (4, 12) and len(factors) == 1
+        V = 16 // x.element_size() if taps <= 4 else 4
+        fast = f.ndim == 1 and taps in (2, 4, 12) and len(factors) == 1
         fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
         fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
         full = f if fast or f.ndim == 2 else f.outer(f)
@@ -947,6 +949,26 @@ def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
     padding = (x0 + (FW - dx + 1) // 2, x1 + (FW - dx) // 2)
     padding += (y0 + (FH - dy + 1) // 2, y1 + (FH - dy) // 2)
     return upfirdn2d(x, f, 1, down, padding, flip_filter, gain, impl)
+
+
+@functools.cache
+def box(device):
+    """The filter [1, 1], of sum 1, once per device."""
+    return setup_filter([1, 1], separable=True, device=device)
+
+
+def pool2(x, impl=None):
+    """The means of 2x2 pixels, half of both sides: F.avg_pool2d(x, 2)."""
+    if kernels(x, impl) is None:  # as fast on a CPU, and its second derivative several times
+        return F.avg_pool2d(x, 2)
+    return downsample2d(x, box(x.device), impl=impl)
+
+
+def double(x, impl=None):
+    """Each pixel 2x2 times, twice both sides: nearest F.interpolate."""
+    if kernels(x, impl) is None:
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return upsample2d(x, box(x.device), impl=impl)
 
 
 # =============================================================================
@@ -1156,6 +1178,7 @@ def operators(N, C, H, W, device):
     """{name: (function of x and impl, further tensors that it trains)}."""
     b, scale, noise = torch.randn(C), torch.rand(N, C) + 0.5, torch.randn(N, 1, H, W)
     small = [t.to(device) for t in (scale, noise, torch.tensor(0.7), b)]
+    f2 = setup_filter([1, 1], separable=True, device=device)
     f4 = setup_filter([1, 3, 3, 1], separable=True, device=device)
     f12 = setup_filter([1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1], device=device)
 
@@ -1171,6 +1194,8 @@ def operators(N, C, H, W, device):
             [small[0], *small[2:]],
         ),
         "modulate": (lambda x, impl, s: fused_act(x, s, impl=impl), small[:1]),
+        "upsample, 2 taps": (fir(f2, up=2, gain=4), []),
+        "downsample, 2 taps": (fir(f2, down=2), []),
         "filter, 4 taps": (fir(f4), []),
         "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
         "downsample, 4 taps": (fir(f4, down=2), []),

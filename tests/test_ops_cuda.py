@@ -259,6 +259,7 @@ def test_bias_act_takes_any_shape_and_dimension(device, shape, dim, act):
 
 
 FILTERS = {
+    "2 taps": ([1.0, 2.5], True),
     "4 taps": ([1.0, 3.0, 3.5, 1.0], True),
     "12 taps": ([0.5, 1, 2, 3, 4, 5, 6, 5, 3, 2, 1, -1.0], None),
     "4x4": ([1, 3, 3, 1], None),
@@ -284,6 +285,15 @@ def test_the_kernel_of_upfirdn2d_equals_its_reference(device, f, up, down, dtype
             return ops.upfirdn2d(x, taps.to(x.dtype), up, down, pad, bool(flip), 1.7, impl)
 
         compare(run, {"x": torch.randn(shape)}, dtype, device, last)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("function", [ops.pool2, ops.double], ids=["pool2", "double"])
+def test_the_kernel_of_two_taps_equals_torch_s_pooling_and_doubling(device, function, dtype, last):
+    torch.manual_seed(0)
+    for shape in ((2, 8, 11, 6), (1, 3, 2, 3), (1, 40, 7, 37)):
+        compare(lambda impl, x: function(x, impl), {"x": torch.randn(shape)}, dtype, device, last)
 
 
 def test_long_columns_are_walked_in_bands(device):
@@ -354,7 +364,7 @@ def test_the_kernels_compile_with_nvcc(tmp_path):
 def test_the_self_check_passes_and_finds_a_wrong_kernel(device, monkeypatch, capsys):
     monkeypatch.setattr(ops, "SHAPES", [(2, 16, 5, 4)])
     assert ops.check(device) == 0
-    assert "54 of 54 kernels agree" in capsys.readouterr().out
+    assert "66 of 66 kernels agree" in capsys.readouterr().out
     monkeypatch.setattr(ops, "SQRT2", 1.0)
     right = ops.fused_act_ref
     monkeypatch.setattr(ops, "fused_act_ref", lambda x, *rest: right(x, *rest[:-2], 1.2, rest[-1]))
@@ -370,7 +380,7 @@ def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsy
         monkeypatch.setattr(torch, "empty", small)
     ops.measure(device, [(1, 16, 8, 8)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 9 * 2 * 2 * 2
+    assert len(rows) == 2 + 11 * 2 * 2 * 2
 
 
 def test_without_a_gpu_the_self_check_says_so():
