@@ -11,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import bench
 import emulated_cuda
 import pytest
 import torch
@@ -559,3 +560,47 @@ def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, arc
     for name, wanted in exact.items():
         off = (mine[name] - wanted).norm() / wanted.norm()
         assert off <= allowed, f"{name}: off by {off:.2g}"
+
+
+# ---- tests/bench.py ----
+
+
+def test_kernels_that_overlap_keep_a_gpu_busy_once():
+    spans = [("kernel", 0, 4), ("kernel", 2, 4), ("gpu_memset", 3, 1), ("cpu_op", 5, 90)]
+    events = [dict(cat=kind, ts=ts, dur=dur) for kind, ts, dur in [*spans, ("kernel", 8, 2)]]
+    assert bench.busy([*events, {"ph": "M"}], 2) == (pytest.approx(4e-6), 1.5)
+
+
+def test_a_row_of_the_bench_is_compared_with_the_original_if_there_is_one():
+    found = {"images/s": 87.0, "ms": "G 1.0, D 2.0", "busy": 0.987, "kernels": 812.4, "GiB": 7.5}
+    original = "| train | 87.0 | x0.50 | no, 522 | G 1.0, D 2.0 | 99% | 812 | 7.50 (8.0) |"
+    assert bench.row_text("train", found, (174, 8.0, 522)) == original
+    assert "x2.00 | yes, 87 |" in bench.row_text("train", found, (43.5, None, 87))
+    on_cpu = {"images/s": 87.0, "ms": "11.49", "GiB": 0.5}
+    assert bench.row_text("train", on_cpu) == "| train | 87.0 | - | - | 11.49 | - | - | 0.50 |"
+
+
+def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(monkeypatch, capsys):
+    def measured(work, device, repeats):
+        if work[1] == "generate":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+        return {"images/s": 1.0, "ms": "", "GiB": 1.0}
+
+    monkeypatch.setattr(bench, "work_of", lambda *row: row)
+    monkeypatch.setattr(bench, "measured", measured)
+    assert bench.main(["stylegan2", "--device=cpu", "--full", "--rows", "256 px, batch 32"]) == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| style")]
+    assert len(rows) == 3 and all("256 px, batch 32" in row for row in rows)
+    assert [row for row in rows if "generate" in row and "| CUDA out of memory. Tried |" in row]
+
+
+def test_every_row_of_the_bench_has_options_that_its_script_knows(monkeypatch):
+    for name, (paper, _) in bench.OF.items():
+        monkeypatch.setitem(bench.OF, name, (paper, lambda what, args, device: args))
+        for rows, full in ((bench.ROWS, True), (bench.TOY_ROWS, False)):
+            for what, size, batch, precision, *original in rows[name]:
+                args = bench.work_of(name, what, size, batch, precision, full, "cpu")
+                assert (args.batch, args.precision, len(original) in (0, 3)) == (
+                    batch, precision, True,
+                )  # fmt: skip
+                assert args.data == ("afhq" if full else "toy")  # or the paper's sizes are toys
