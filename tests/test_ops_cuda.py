@@ -365,12 +365,32 @@ def test_the_kernels_compile_with_nvcc(tmp_path):
 def test_the_self_check_passes_and_finds_a_wrong_kernel(device, monkeypatch, capsys):
     monkeypatch.setattr(ops, "SHAPES", [(2, 16, 5, 4)])
     assert ops.check(device) == 0
-    assert "66 of 66 kernels agree" in capsys.readouterr().out
+    assert "66 of 66 cases agree" in capsys.readouterr().out
     monkeypatch.setattr(ops, "SQRT2", 1.0)
     right = ops.fused_act_ref
     monkeypatch.setattr(ops, "fused_act_ref", lambda x, *rest: right(x, *rest[:-2], 1.2, rest[-1]))
     assert ops.check(device) == 18
     assert "WRONG bias_act" in capsys.readouterr().out
+
+
+def test_values_far_beyond_the_clamp_are_not_drawn_anew_for_ever():
+    x = torch.linspace(-3, 3, 601)
+    found = ops.away_from_kinks(x, lambda x: (x + 20 * (torch.arange(601) > 300)).clamp(-1, 1))
+    assert torch.equal(found[301:], x[301:])
+    assert (found[:301].abs() > 0.02).all() and ((found[:301].abs() - 1).abs() > 0.02).all()
+
+
+@pytest.mark.parametrize(("given", "done"), [([], "cm"), (["check"], "c"), (["measure"], "m")])
+def test_either_part_of_the_self_check_runs_alone(monkeypatch, given, done):
+    ran = []
+    monkeypatch.setattr(ops, "check", lambda device: ran.append("c") or 3)
+    monkeypatch.setattr(ops, "measure", lambda device: ran.append("m"))
+    monkeypatch.setattr(ops, "build", lambda capability: "kernels")
+    found = dict(is_available=True, get_device_name="", get_device_capability=())
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(sys, "argv", ["ops_cuda.py", *given])
+    assert ops.main() == ("c" in done) and "".join(ran) == done
 
 
 def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsys):
