@@ -45,10 +45,10 @@ import stylegan2
 import stylegan2_ada
 
 # fmt: off
-LOADING = [("decode JPEGs,", 256, 400, None), ("load from the cache,", 256, 400, None)]
 ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, and the target
     "cyclegan": [
-        *LOADING,
+        ("decode JPEGs,", 256, 400, None), ("load from the cache,", 256, 400, None),
+        ("draw toy faces,", 64, 400, None),
         ("train", 256, 1, "tf32", 11.6, 2.5, 35), ("train", 256, 4, "tf32", 40.2, 8.9, 120),
         ("train", 128, 1, "tf32", 17.5, None, 88),  # of 6 blocks
         ("translate", 256, 1, "tf32"), ("translate", 256, 4, "tf32"),
@@ -83,25 +83,21 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
         ("train", 1024, 8, "fp16", 22.5, 12.9, 67), ("train", 1024, 16, "fp16", 24.2, 24.9, 73),
     ],
 }
-TOY_ROWS = {
-    "cyclegan": [
-        *LOADING, ("draw toy faces,", 64, 400, None), ("train", 64, 1, None),
-        ("train", 64, 2, None), ("translate", 64, 1, None), ("translate", 64, 2, None),
-    ],
-    "semantic_stylegan": [("train", 32, 8, None), ("generate", 32, 8, None)],
-    "stargan_v2": [
-        ("train", 32, 8, None),
-        ("translate by latents,", 32, 8, None), ("translate by references,", 32, 8, None),
-        ("translate by latents,", 32, 1, None), ("translate by references,", 32, 1, None),
-    ],
-    "stylegan": [
-        ("train", 32, 32, None), ("train, half faded in,", 32, 32, None),
-        ("train at 8 px, of", 32, 32, None), ("generate", 32, 32, None),
-    ],
-    "stylegan2": [("train", 32, 32, None), ("generate", 32, 32, None)],
-    "stylegan2_ada": [("train", 32, 32, None), ("generate", 32, 32, None)],
+TOY = {  # side and batch of the presets
+    "cyclegan": (64, 2), "semantic_stylegan": (32, 8), "stargan_v2": (32, 8), "stylegan": (32, 32),
+    "stylegan2": (32, 32), "stylegan2_ada": (32, 32),
 }
 # fmt: on
+
+
+def rows_of(paper, full):
+    """Its rows, at the sizes of the paper or of the toy preset."""
+    if full:
+        return ROWS[paper]
+    loading = [row for row in ROWS[paper] if row[3] is None]
+    kinds = dict.fromkeys(row[0] for row in ROWS[paper] if row[3])
+    return loading + [(what, *TOY[paper], None) for what in kinds]
+
 
 # What is measured. call(k): iteration k; the first has every phase, `cycle` of them as many of each
 # as the intervals say; images: of a call; run, phases: of training, the stand-in, names in order.
@@ -451,7 +447,7 @@ def main(argv=None):
     print(f"torch {torch.__version__}, {device} ({where})\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for paper in options.papers:
-        for what, size, batch, own, *original in (ROWS if full else TOY_ROWS)[paper]:
+        for what, size, batch, own, *original in rows_of(paper, full):
             precision = options.precision or (own if on_gpu else None)
             name = f"{paper}: {what} {size} px, batch {batch}"
             name += f", {precision}" if precision and own else ""

@@ -618,8 +618,8 @@ def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(mon
 def test_every_row_of_the_bench_has_options_that_its_script_knows(monkeypatch):
     for name, (paper, _) in bench.OF.items():
         monkeypatch.setitem(bench.OF, name, (paper, lambda what, args, device: args))
-        for rows, full in ((bench.ROWS, True), (bench.TOY_ROWS, False)):
-            for what, size, batch, precision, *original in rows[name]:
+        for full in (True, False):
+            for what, size, batch, precision, *original in bench.rows_of(name, full):
                 args = bench.work_of(name, what, size, batch, precision, full, "cpu")
                 assert (args.batch, args.precision, len(original) in (0, 3)) == (
                     batch, precision, True,
