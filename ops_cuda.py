@@ -5,22 +5,26 @@ In this file                                what it is
     build                                   compiles the kernels below, once per machine and GPU
     fused_act, bias_act                     clamp(gain * act(x * scale + noise * strength + b))
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
+    pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
     conv2d_resample                         a convolution that also resamples, in the best order
     grid_sample                             twice differentiable in the image
     warp                                    upsample by a lowpass and read through an affine map
 
     python ops_cuda.py        # a new GPU: check every kernel, and measure it against a copy
+    python ops_cuda.py check  # or one of the two alone; the other is `measure`
 
 Every operator takes impl="cuda" or "ref" (the PyTorch expression, on any device); None picks the
 kernel for float32, float16 and bfloat16 on a GPU, and the reference elsewhere. GAN_OPS=ref in the
 environment turns the kernels off. Kernels load and store the tensor's type and compute in float32.
 """
 
+import argparse
 import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -447,7 +451,7 @@ static void fir_launch(Fir p, cudaStream_t stream, const T* x, const float* f, T
 }
 template <class T, int TAPS>
 static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const float* f, T* y) {
-    constexpr int V = TAPS == 4 ? 16 / sizeof(T) : 4;
+    constexpr int V = TAPS <= 4 ? 16 / sizeof(T) : 4;
     if (cl && p.upx == 2) fir_launch<T, V, true, TAPS, 2, 1, 1>(p, s, x, f, y);
     else if (cl && p.downx == 2) fir_launch<T, V, true, TAPS, 1, 2, 1>(p, s, x, f, y);
     else if (cl) fir_launch<T, V, true, TAPS, 1, 1, 1>(p, s, x, f, y);
@@ -458,6 +462,7 @@ static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const 
 template <class T>
 static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void* x, const float* f,
                      void* y) {
+    if (taps == 2) return fir_factors<T, 2>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 4) return fir_factors<T, 4>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 12) return fir_factors<T, 12>(p, cl, s, (const T*)x, f, (T*)y);
     int64_t blocks = (p.groups * p.OH * p.OW * (cl ? p.C : 1) + 255) / 256;
@@ -1080,8 +1085,8 @@ class Upfirdn2d(Function):
             return y.zero_()
         # The fast kernel: separable, equal factors on both axes, one of them 1.
         taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
-        V = 16 // x.element_size() if taps == 4 else 4
-        fast = f.ndim == 1 and taps in (4, 12) and len(factors) == 1
+        V = 16 // x.element_size() if taps <= 4 else 4
+        fast = f.ndim == 1 and taps in (2, 4, 12) and len(factors) == 1
         fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
         fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
         full = f if fast or f.ndim == 2 else f.outer(f)
@@ -1124,6 +1129,26 @@ def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
     padding = (x0 + (FW - dx + 1) // 2, x1 + (FW - dx) // 2)
     padding += (y0 + (FH - dy + 1) // 2, y1 + (FH - dy) // 2)
     return upfirdn2d(x, f, 1, down, padding, flip_filter, gain, impl)
+
+
+@functools.cache
+def box(device):
+    """The filter [1, 1], of sum 1, once per device."""
+    return setup_filter([1, 1], separable=True, device=device)
+
+
+def pool2(x, impl=None):
+    """The means of 2x2 pixels, half of both sides: F.avg_pool2d(x, 2)."""
+    if kernels(x, impl) is None:  # as fast on a CPU, and its second derivative several times
+        return F.avg_pool2d(x, 2)
+    return downsample2d(x, box(x.device), impl=impl)
+
+
+def double(x, impl=None):
+    """Each pixel 2x2 times, twice both sides: nearest F.interpolate."""
+    if kernels(x, impl) is None:
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return upsample2d(x, box(x.device), impl=impl)
 
 
 # =============================================================================
@@ -1404,10 +1429,7 @@ class Warp(Function):
 
 ROUNDING = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value
 SHAPES = [(2, 16, 9, 8), (3, 5, 7, 3), (2, 24, 33, 40), (1, 8, 1, 1)]
-TRAINING = [  # 256 pixels with batch 32, 1024 pixels with batch 8
-    *((32, 64, 256, 256), (32, 128, 128, 128), (32, 256, 64, 64)),
-    *((8, 32, 1024, 1024), (8, 64, 512, 512), (8, 128, 256, 256)),
-]
+TRAINING = [(32, 64, 256, 256), (32, 256, 64, 64), (8, 64, 512, 512)]
 ORDERS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
@@ -1415,6 +1437,7 @@ def operators(N, C, H, W, device):
     """{name: (function of x and impl, further tensors that it trains)}."""
     b, scale, noise = torch.randn(C), torch.rand(N, C) + 0.5, torch.randn(N, 1, H, W)
     small = [t.to(device) for t in (scale, noise, torch.tensor(0.7), b)]
+    f2 = setup_filter([1, 1], separable=True, device=device)
     f4 = setup_filter([1, 3, 3, 1], separable=True, device=device)
     f12 = setup_filter([1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1], device=device)
     G = (torch.eye(2, 3) + 0.3 * torch.randn(N, 2, 3)).to(device)
@@ -1436,6 +1459,8 @@ def operators(N, C, H, W, device):
             [small[0], *small[2:]],
         ),
         "modulate": (lambda x, impl, s: fused_act(x, s, impl=impl), small[:1]),
+        "upsample, 2 taps": (fir(f2, up=2, gain=4), []),
+        "downsample, 2 taps": (fir(f2, down=2), []),
         "filter, 4 taps": (fir(f4), []),
         "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
         "downsample, 4 taps": (fir(f4, down=2), []),
@@ -1461,11 +1486,12 @@ def derivatives(function, impl, tensors, v):
 
 
 def away_from_kinks(x, function):
-    """x, drawn anew where y = function(x) is so near to a kink, at 0 or at the clamp of 1, that
+    """x, drawn anew where y = function(x) has a kink so near, at 0 or at the clamp of 1, that
     rounding decides about its slope."""
+    step = 0.05 * torch.randn(x.shape).sign().to(x.device)  # a norm takes out one for all
     while True:
-        y = function(x).float()
-        near = (y.abs() < 1e-3) | ((y.abs() - 1).abs() < 0.02)
+        below, above = function(x.float() - step), function(x.float() + step)
+        near = ((below > 0) != (above > 0)) | ((below.abs() >= 1) != (above.abs() >= 1))
         if not near.any():
             return x
         x = torch.where(near, torch.randn(x.shape).to(x), x)
@@ -1473,34 +1499,49 @@ def away_from_kinks(x, function):
 
 def check(device):
     """Compares every kernel with its reference in float64, to second order. Returns the number of
-    kernels that are off, and prints them."""
+    cases that are off, and prints them, and a line for each operator.
+
+    References run on the CPU: a GPU would look for an algorithm, or compile one, for each of
+    hundreds of convolutions.
+    """
     wrong, count = 0, 0
-    torch.manual_seed(0)  # the same numbers on every machine
-    for shape in SHAPES:
-        for name, (function, more) in operators(*shape, device).items():
-            for dtype, allowed in ROUNDING.items():
-                for order, memory in ORDERS.items():
-                    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory)
-                    if name.endswith("act"):
-                        x = away_from_kinks(x, lambda x: function(x, "ref", *more))  # noqa: B023
-                    v = torch.randn(function(x, "ref", *more).shape).to(device, dtype)
-                    mine = derivatives(function, "cuda", [x, *more], v)
-                    exact = [t.double() for t in (x, *more)]
-                    wanted = derivatives(function, "ref", exact, v)
-                    off = max(
-                        ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
-                        for a, b in zip(mine, wanted, strict=True)
-                    )
-                    count += 1
-                    if not off <= allowed:
-                        wrong += 1
-                        print(f"WRONG {name} {tuple(shape)} {dtype} {order}: off by {off:.2g}")
-    print(f"{count - wrong} of {count} kernels agree with float64: values, first and second"
+
+    def table(shape, device):
+        torch.manual_seed(0)  # the same numbers on every machine
+        return operators(*shape, device)
+
+    tables = {shape: (table(shape, device), table(shape, "cpu")) for shape in SHAPES}
+    for name in tables[SHAPES[0]][0]:
+        agreed, cases = 0, 0
+        for shape, dtype in itertools.product(SHAPES, ROUNDING):
+            if name not in tables[shape][0]:  # too small for it
+                continue
+            (function, more), (reference, more_exact) = (t[name] for t in tables[shape])
+            x = torch.randn(shape).to(dtype)
+            if name.endswith("act"):
+                x = away_from_kinks(x, lambda x: reference(x, "ref", *more_exact))  # noqa: B023
+            exact = [t.double() for t in (x, *more_exact)]
+            v = torch.randn(reference(exact[0], "ref", *exact[1:]).shape).to(dtype)
+            wanted = derivatives(reference, "ref", exact, v)
+            for order, memory in ORDERS.items():
+                inputs = [x.to(device).contiguous(memory_format=memory), *more]
+                mine = derivatives(function, "cuda", inputs, v.to(device))
+                off = max(
+                    ((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
+                    for a, b in zip(mine, wanted, strict=True)
+                )
+                cases += 1
+                agreed += off <= ROUNDING[dtype]
+                if not off <= ROUNDING[dtype]:
+                    print(f"WRONG {name} {tuple(shape)} {dtype} {order}: off by {off:.2g}")
+        print(f"{name}: {agreed} of {cases} cases agree", flush=True)
+        wrong, count = wrong + cases - agreed, count + cases
+    print(f"{count - wrong} of {count} cases agree with float64: values, first and second"
           " gradients")  # fmt: skip
     return wrong
 
 
-def milliseconds(function, repeats=20):
+def milliseconds(function, repeats=9):
     """Median time of a call on the GPU."""
     times = []
     for _ in range(repeats + 3):
@@ -1536,7 +1577,8 @@ def measure(device, shapes=TRAINING):
                     x = torch.randn(sides, device=device).to(dtype, memory_format=ORDERS[order])
                     for kind, ms, size in passes(name, function, x, more):
                         speed = size / ms / 1e6
-                        print(f"| {what} | {kind} | {ms:.3f} | {speed:.0f} | {speed / copy:.0%} |")
+                        row = f"| {what} | {kind} | {ms:.3f} | {speed:.0f} | {speed / copy:.0%} |"
+                        print(row, flush=True)
 
 
 def passes(name, function, x, more):
@@ -1552,6 +1594,9 @@ def passes(name, function, x, more):
 
 
 def main():
+    p = argparse.ArgumentParser(description="Checks the CUDA kernels, and measures their speed.")
+    p.add_argument("what", nargs="?", choices=("check", "measure"), help="default: both")
+    what = p.parse_args().what
     if not torch.cuda.is_available():
         print(
             "ops_cuda.py: no CUDA device. On a CPU the PyTorch expressions are used; there is"
@@ -1564,10 +1609,11 @@ def main():
     began = time.monotonic()
     if build(torch.cuda.get_device_capability()) is None:
         return 1
-    print(f"kernels ready after {time.monotonic() - began:.1f} s")
-    torch.manual_seed(0)
-    wrong = check(device)
-    measure(device)
+    print(f"kernels ready after {time.monotonic() - began:.1f} s", flush=True)
+    wrong = 0 if what == "measure" else check(device)
+    if what != "check":
+        measure(device)
+    print(f"{time.monotonic() - began:.0f} s")
     return min(wrong, 1)
 
 

@@ -131,7 +131,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         # The mean of 2x2 pixels and a 1x1 convolution may change places: here the cheap one first.
-        skip = self.conv1x1(functional.avg_pool2d(x, 2) if self.down else x)
+        skip = self.conv1x1(ops.pool2(x) if self.down else x)
         x = self.conv1(lrelu(self.norm1(x)))
         x = self.conv2(lrelu(self.norm2(x)))
         return (skip + x) / math.sqrt(2)
@@ -177,7 +177,7 @@ class AdainResBlock(nn.Module):
             return y
         skip = self.conv1x1(x)  # before the doubling of pixels, which may change places with it
         if self.up:
-            skip = functional.interpolate(skip, scale_factor=2, mode="nearest")
+            skip = ops.double(skip)
         return (skip + y) / math.sqrt(2)
 
 

@@ -1,13 +1,28 @@
-"""Speed and memory, measured here and now: `python tests/bench.py [PAPER ...]`, a table each.
+"""Speed and memory, measured here and now: `python tests/bench.py [PAPER ...]`, a row each.
 
-Images/s, milliseconds per phase and peak memory, at the paper's sizes on a GPU, at the toy preset's
-on a CPU (--full: the paper's there too). Each row is the median of --repeats runs. A row of a
-paper is a function in ROWS.
+At the papers' sizes on a GPU, at the toy presets' on a CPU (--full: the papers' there, too).
+--rows 256 "batch 8": only the rows whose first cell holds one of these. The columns:
+
+    images/s           over training steps one after another, regularizers at their intervals, the
+                       average of G included; CycleGAN: pairs; generation: the network alone
+    original, target   how many times the official code's images/s on one H200, and what is aimed
+                       at; both stand in ROWS, and tell nothing about other GPUs
+    ms                 of each phase, when it is waited for
+    busy, kernels      the share of the time in which the GPU runs something, and kernels per call,
+                       by torch.profiler after the timing
+    GiB                peak of torch's memory on a GPU, else of the process; the official code's
+
+StyleGAN has no original here: it should not be slower than stylegan2.py at the same size. A row
+that fails says why, and the others go on.
 """
 
 import argparse
-import contextlib
-import io
+import collections
+import copy
+import functools
+import gc
+import json
+import math
 import resource
 import statistics
 import sys
@@ -29,17 +44,64 @@ import stylegan
 import stylegan2
 import stylegan2_ada
 
+# fmt: off
+ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, and the target
+    "cyclegan": [
+        ("decode JPEGs,", 256, 400, None), ("load from the cache,", 256, 400, None),
+        ("draw toy faces,", 64, 400, None),
+        ("train", 256, 1, "tf32", 11.6, 2.5, 35), ("train", 256, 4, "tf32", 40.2, 8.9, 120),
+        ("train", 128, 1, "tf32", 17.5, None, 88),  # of 6 blocks
+        ("translate", 256, 1, "tf32"), ("translate", 256, 4, "tf32"),
+    ],
+    "semantic_stylegan": [
+        ("train", 256, 16, "tf32", 22.1, 18.1, 66), ("train", 512, 4, "tf32"),
+        ("generate", 256, 16, "tf32"), ("generate", 512, 4, "tf32"),
+    ],
+    "stargan_v2": [
+        ("train", 256, 8, "tf32", 15.1, 16.4, 45),
+        ("translate by latents,", 256, 8, "tf32"), ("translate by references,", 256, 8, "tf32"),
+        ("translate by latents,", 256, 1, "tf32"), ("translate by references,", 256, 1, "tf32"),
+    ],
+    "stylegan": [
+        ("train", 64, 32, "fp16"), ("train", 256, 32, "fp16"), ("train", 512, 16, "fp16"),
+        ("train", 1024, 8, "fp16"), ("train", 256, 32, "fp32"), ("generate", 256, 32, "fp32"),
+        ("train, half faded in,", 256, 32, "fp32"), ("train at 8 px, of", 256, 32, "fp32"),
+    ],
+    "stylegan2": [
+        ("train", 64, 32, "fp16"), ("train", 256, 32, "fp32", 76, 12.7, 114),
+        ("train", 256, 32, "fp16", 174, 8.0, 522), ("train", 256, 64, "fp16", 204, 15.2, 612),
+        ("train", 512, 16, "fp16", 56, 11.7, 168), ("train", 1024, 8, "fp16", 24.4, 11.4, 73),
+        ("train", 1024, 16, "fp16", 26.4, 21.8, 79), ("generate", 256, 1, "fp16", 83, None, 500),
+        ("generate", 256, 8, "fp16", 524, None, 2000),
+        ("generate", 256, 32, "fp16", 1750, None, 3500),
+        ("generate", 1024, 1, "fp16", 67, None, 300), ("generate", 1024, 8, "fp16", 269, None, 600),
+        ("generate", 1024, 32, "fp16", 365, None, 730),
+    ],
+    "stylegan2_ada": [  # bgc at p = 0.3
+        ("train", 64, 32, "fp16", 240, None, 1200), ("train", 256, 32, "fp16", 154, 8.2, 462),
+        ("train", 256, 64, "fp16", 190, 16.2, 570), ("train", 512, 16, "fp16", 50.8, 12.4, 152),
+        ("train", 1024, 8, "fp16", 22.5, 12.9, 67), ("train", 1024, 16, "fp16", 24.2, 24.9, 73),
+    ],
+}
+TOY = {  # side and batch of the presets
+    "cyclegan": (64, 2), "semantic_stylegan": (32, 8), "stargan_v2": (32, 8), "stylegan": (32, 32),
+    "stylegan2": (32, 32), "stylegan2_ada": (32, 32),
+}
+# fmt: on
 
-def seconds(function, device, repeats):
-    """Median time of a call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        wait(device)
-        began = time.perf_counter()
-        function()
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+
+def rows_of(paper, full):
+    """Its rows, at the sizes of the paper or of the toy preset."""
+    if full:
+        return ROWS[paper]
+    loading = [row for row in ROWS[paper] if row[3] is None]
+    kinds = dict.fromkeys(row[0] for row in ROWS[paper] if row[3])
+    return loading + [(what, *TOY[paper], None) for what in kinds]
+
+
+# What is measured. call(k): iteration k; the first has every phase, `cycle` of them as many of each
+# as the intervals say; images: of a call; run, phases: of training, the stand-in, names in order.
+Work = collections.namedtuple("Work", "call images run phases cycle", defaults=(None, (), 1))
 
 
 def wait(device):
@@ -48,337 +110,365 @@ def wait(device):
 
 
 class Phases:
-    """Stands in for common.Run in train_step, and times each phase by its step of optimisers."""
+    """Stands in for common.Run in train_step, and can time each phase, which ends with a step of
+    optimisers."""
 
-    def __init__(self, run, device):
-        self.run, self.device, self.spent = run, device, []
+    def __init__(self, *args, **options):
+        self.run, self.spent = common.Run("bench", *args, "", **options), None
 
     def __getattr__(self, name):
         return getattr(self.run, name)
 
-    def begin(self):
+    def seconds(self, call):
+        """Of each phase of call()."""
         wait(self.device)
         self.spent, self.last = [], time.perf_counter()
+        call()
+        spent, self.spent = self.spent, None
+        return spent
 
-    def update(self, opt, loss):
-        self.run.backward(loss)
-        self.step(opt)
+    def mark(self):
+        if self.spent is not None:
+            wait(self.device)
+            now = time.perf_counter()
+            self.spent.append(now - self.last)
+            self.last = now
+
+    def graph(self, phase, *optimizers):
+        function = self.run.graph(phase, *optimizers)
+
+        def timed(*args):
+            result = function(*args)
+            self.mark()
+            return result
+
+        return timed
+
+    def update(self, optimizer, loss):
+        self.run.update(optimizer, loss)
+        self.mark()
 
     def step(self, *optimizers):
         self.run.step(*optimizers)
-        wait(self.device)
-        now = time.perf_counter()
-        self.spent.append(now - self.last)
-        self.last = now
+        self.mark()
 
 
-def bench_cyclegan(options, device):
-    """Rows: loader from JPEGs and from the cache; training, by phase; translation."""
-    yield from bench_loader(options)
-    full = options.full or device.type == "cuda"
-    size, ngf, blocks = (
-        (256, 64, 9) if full else (cyclegan.TOY["crop_size"], cyclegan.TOY["ngf"], 1)
-    )
-    for batch in (1, 2 if not full else 4):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            args = types.SimpleNamespace(
-                batch=batch, device=str(device), precision=options.precision, seed=0, resume=None,
-                out=folder, data="toy", gan_mode="lsgan", lambda_A=10.0, lambda_B=10.0,
-                lambda_id=0.5, G="resnet", blocks=blocks, crop_size=size, D="basic", ngf=ngf,
-                ndf=ngf, norm="instance", dropout=False, channels_A=3, channels_B=3, init_gain=0.02,
-            )  # fmt: skip
-            run = Phases(common.Run("cyclegan", args, cyclegan.__file__), device)
-        channels_last = torch.channels_last
-        nets = [
-            n.to(device, memory_format=channels_last) for n in cyclegan.new_networks(args).values()
-        ]
-        opts = [run.adam(nets[:2], 2e-4, cyclegan.BETAS), run.adam(nets[2:], 2e-4, cyclegan.BETAS)]
-        pools = [cyclegan.ImagePool(), cyclegan.ImagePool()]
-        x, y = torch.rand(2, batch, size, size, 3, device=device).permute(0, 1, 4, 2, 3) * 2 - 1
-        phases = []
-
-        def step(nets=nets, opts=opts, pools=pools, x=x, y=y, args=args, run=run, phases=phases):
-            run.begin()
-            cyclegan.train_step(nets, opts, pools, x, y, args, run)
-            phases.append(run.spent)
-
-        t = seconds(step, device, options.repeats)
-        G_ms, D_ms = (1000 * statistics.median(p[i] for p in phases[1:]) for i in (0, 1))
-        name = f"train {size} px, ngf {ngf}, {blocks} blocks, batch {batch}, {run.precision}"
-        yield name, batch / t, f"G {G_ms:.1f}, D {D_ms:.1f}", memory(device)
-
-        G = nets[0].eval()
-        with torch.no_grad():
-            t = seconds(lambda G=G, x=x: G(x), device, options.repeats)
-        name = f"translate {size} px, ngf {ngf}, {blocks} blocks, batch {batch}"
-        yield name, batch / t, f"{1000 * t:.1f}", memory(device)
+def recorded(function, device):
+    """function without gradients, as a CUDA graph where there are any."""
+    without = torch.no_grad()(lambda x: function(x))
+    return common.graph(without, device) if hasattr(common, "graph") else without
 
 
-def options_of(paper, device, options, **preset):
-    """The options that a paper's train would get; True: --NAME, False: --no-NAME."""
-    preset |= dict(data="toy", device=device)
-    preset |= {"precision": options.precision} if options.precision else {}
-    named = {name.replace("_", "-"): value for name, value in preset.items()}
-    flag = {True: "--{}", False: "--no-{}"}
-    argv = [flag[v].format(k) if isinstance(v, bool) else f"--{k}={v}" for k, v in named.items()]
-    with mock.patch.object(paper, "train") as train:
-        paper.main(argv)
-    return train.call_args.args[0]
+def pictures(batch, size, device):
+    """(batch, 3, size, size) in [-1, 1], channels last, as the loader's."""
+    return torch.rand(batch, size, size, 3, device=device).permute(0, 3, 1, 2) * 2 - 1
 
 
-def bench_stargan_v2(options, device):
-    """Rows: training, by phase, of networks without masks; translation of a batch, and of one
-    picture as the web page does it, with its style."""
-    full = options.full or device.type == "cuda"
-    preset = stargan_v2.SIZES | dict(preset="afhq", batch=8) if full else stargan_v2.TOY
-    args = options_of(stargan_v2, device, options, **preset)
+def no_labels(n):
+    return None
+
+
+def of_cyclegan(what, args, device):
+    batch, size = args.batch, args.crop_size
+    if not what.startswith("tra"):
+        return of_loader(what, size, batch)
+    run = Phases(args)
+    last = torch.channels_last
+    nets = [n.to(device, memory_format=last) for n in cyclegan.new_networks(args).values()]
+    x, y = pictures(batch, size, device), pictures(batch, size, device)
+    if what == "translate":
+        translate = recorded(nets[0].eval(), device)
+        return Work(lambda k: translate(x), batch)
+    opts = [run.adam(pair, args.lr, cyclegan.BETAS) for pair in (nets[:2], nets[2:])]
+    pools = [cyclegan.ImagePool(args.pool_size) for _ in range(2)]
+
+    def step(k):
+        cyclegan.train_step(nets, opts, pools, x, y, args, run)
+
+    return Work(step, batch, run, ("G", "D"))
+
+
+@functools.cache
+def jpegs(n, size):
+    """A folder of n in trainA, of about as many bytes as photographs: noise of some coarseness."""
+    folder = tempfile.TemporaryDirectory()
+    (Path(folder.name) / "trainA").mkdir()
+    for i in range(n):
+        grain = Image.effect_noise((size // 2, size // 2), 40).convert("RGB")
+        face = Image.blend(common.toy_face(i, i % 3, size), grain.resize((size, size)), 0.4)
+        face.save(Path(folder.name) / f"trainA/{i:04}.jpg", quality=90)
+    return folder
+
+
+def of_loader(what, size, n):
+    """One thread's work on n pictures, resized to 286 pixels and cropped to 256."""
+    options = dict(preprocess="resize_and_crop", load_size=286, crop_size=256, channels_A=3)
+    args = types.SimpleNamespace(cache="auto", **options)
+    if what.startswith("draw"):
+        return Work(lambda k: [common.toy_face(i, i % 3, size) for i in range(n)], n)
+
+    def opened():
+        source = common.open_data(jpegs(n, size).name)
+        return cyclegan.open_domain(args, source, "trainA", multiple=4)
+
+    def epoch(data):
+        for i in range(n):
+            rng = common.item_rng(0, 0, i)
+            common.stack([common.crop_and_flip(data[i], args.crop_size, True, rng)])
+
+    data = opened()
+    return Work(lambda k: epoch(data if "cache" in what else opened()), n)
+
+
+def of_stargan_v2(what, args, device):
     stargan_v2.fill_options(args, {})
-    run = Phases(common.Run("bench", args, ""), device)
-    size, batch, domains = args.size, args.batch, 3
+    run, batch, domains = Phases(args), args.batch, 3
     nets = {k: net.to(device) for k, net in stargan_v2.new_networks(args, domains).items()}
     trained, ema = list(nets.values()), [stargan_v2.average_of(nets[name]) for name in "GFE"]
+    real, *refs = (pictures(batch, args.size, device) for _ in range(3))
+    if what.startswith("translate"):  # as the commands and the web page do it
+        (G, F, E), x = ema, common.to_uint8(real).cpu()
+
+        def translate(k):
+            if "latents" in what:
+                s = stargan_v2.styles_of_latents(F, torch.randn(batch, args.z_dim), 0)
+            else:
+                s = stargan_v2.styles_of_references(E, x, 0)
+            stargan_v2.translated(G, x, s)
+
+        return Work(translate, batch)
+    y, y_ref = torch.randint(domains, (2, batch), device=device)
     rates = (args.lr, args.lr_f, args.lr, args.lr)
     opts = [
         run.adam([net], lr, stargan_v2.BETAS, weight_decay=stargan_v2.WEIGHT_DECAY)
         for net, lr in zip(trained, rates, strict=True)
     ]
-    pictures = torch.rand(3, batch, size, size, args.channels, device=device) * 2 - 1
-    pictures = pictures.permute(0, 1, 4, 2, 3)  # channels last, as the loader's
-    y, y_ref = torch.randint(domains, (2, batch), device=device)
-    phases = []
 
-    def step():
-        run.begin()
-        stargan_v2.train_step(trained, ema, opts, (*pictures, y, y_ref), 1.0, args, run)
-        phases.append(run.spent)
+    def step(k):
+        stargan_v2.train_step(trained, ema, opts, (real, *refs, y, y_ref), 1.0, args, run)
 
-    t = seconds(step, device, options.repeats)
-    medians = [1000 * statistics.median(spent) for spent in zip(*phases[1:], strict=True)]
     names = ("D by latents", "by references", "G, F, E by latents", "G by references")
-    ms = ", ".join(f"{name} {m:.1f}" for name, m in zip(names, medians, strict=True))
-    name = f"train {size} px, channel base {args.channel_base}, batch {batch}, {run.precision}"
-    yield name, batch / t, ms, memory(device)
-
-    G, F, E = ema
-    x = common.to_uint8(pictures[0]).cpu()
-
-    def by_latent(n):
-        s = stargan_v2.styles_of_latents(F, torch.randn(n, args.z_dim), 0)
-        stargan_v2.translated(G, x[:n], s)
-
-    def by_reference(n):
-        stargan_v2.translated(G, x[:n], stargan_v2.styles_of_references(E, x[:n], 0))
-
-    for n in (batch, 1):
-        for way, function in (("a latent", by_latent), ("a reference", by_reference)):
-            t = seconds(lambda f=function, n=n: f(n), device, options.repeats)
-            name = f"translate {size} px in the style of {way}, batch {n}"
-            yield name, n / t, f"{1000 * t:.1f}", memory(device)
+    return Work(step, batch, run, names)
 
 
-def bench_semantic_stylegan(options, device):
-    """Rows: training, by phase, with both regularizers counted at their intervals; generation."""
-    full = options.full or device.type == "cuda"
-    for size, batch in [(256, 16), (512, 4)] if full else [(None, None)]:
-        paper = semantic_stylegan.SHAPES | dict(coarse_size=64, min_size=16, size=size, batch=batch)
-        preset = paper if full else semantic_stylegan.TOY
-        args = options_of(semantic_stylegan, device, options, **preset)
-        semantic_stylegan.fill_options(args, {})
-        run, size, batch = Phases(common.Run("bench", args, ""), device), args.size, args.batch
-        regions = semantic_stylegan.FACES if full else common.TOY_REGIONS
-        nets = semantic_stylegan.new_networks(args, size, regions).values()
-        G, D, G_ema = (net.to(device) for net in nets)
-        parts = ([G.mapping], [G.position, G.local, G.render], [D])
-        opts = [run.adam(part, args.lr, semantic_stylegan.BETAS) for part in parts]
-        real = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-        labels = torch.randint(len(regions), (batch, size, size), device=device)
-        seg = common.one_hot_seg(labels, len(regions))
-        pl_mean, phases = torch.zeros((), device=device), []
+def of_semantic_stylegan(what, args, device):
+    paper, batch, size = semantic_stylegan, args.batch, args.size
+    paper.fill_options(args, {})
+    run = Phases(args)
+    regions = common.TOY_REGIONS if args.data == "toy" else paper.FACES
+    G, D, G_ema = (net.to(device) for net in paper.new_networks(args, size, regions).values())
+    if what == "generate":
+        ws = paper.ws_of(G_ema, range(batch))
+        return Work(lambda k: paper.pictures(G_ema, ws), batch)
+    of_G, of_D = paper.lazy(args.lr, args.pl_every), paper.lazy(args.lr, args.r1_every)
+    parts = (([G.mapping], of_G), ([G.position, G.local, G.render], of_G), ([D], of_D))
+    opts = [run.adam(nets, *rate) for nets, rate in parts]
+    real = pictures(batch, size, device)
+    labels = torch.randint(len(regions), (batch, size, size), device=device)
+    seg, pl_mean = common.one_hot_seg(labels, len(regions)), torch.zeros((), device=device)
 
-        def step(nets=(G, D), rest=(opts, pl_mean, real, seg), args=args, run=run, phases=phases):
-            run.begin()
-            semantic_stylegan.train_step(*nets, *rest, 0, args, run, run.randn)
-            phases.append(run.spent)
+    def step(k):
+        paper.train_step(G, D, opts, pl_mean, real, seg, k, args, run, run.randn)
+        paper.update_ema(G_ema, G, args.ema_beta)
 
-        seconds(step, device, options.repeats)
-        d, r1, g, pl = (statistics.median(p) for p in zip(*phases[1:], strict=True))
-        t = d + r1 / args.r1_every + g + pl / args.pl_every
-        ms = f"D {1000 * d:.1f}, R1 {1000 * r1:.1f}, G {1000 * g:.1f}, pl {1000 * pl:.1f}"
-        name = f"train {size} px, {len(regions)} regions, batch {batch}, {run.precision}"
-        yield name, batch / t, ms, memory(device)
-        ws = semantic_stylegan.ws_of(G_ema, range(batch))
-        t = seconds(
-            lambda G=G_ema, ws=ws: semantic_stylegan.pictures(G, ws), device, options.repeats
-        )
-        yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
+    cycle = math.lcm(args.r1_every, args.pl_every)
+    return Work(step, batch, run, ("D", "R1", "G", "pl"), cycle)
 
 
-def bench_stylegan(options, device):
-    """Rows: training by phase, full-grown, in the middle of a fade, and at 8 pixels; generation."""
-    full = options.full or device.type == "cuda"
-    for size, batch in [(64, 32), (256, 32), (1024, 8)] if full else [(32, 32)]:
-        preset = dict(channel_base=16384, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
-        preset |= dict(size=size, batch=batch) | ({} if full else stylegan.TOY)
-        args = options_of(stylegan, device, options, **preset)
-        stylegan.fill_options(args, {})
-        run = common.Run("bench", args, "", own_half=True, precision="fp32")
-        half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
-        nets = stylegan.new_networks(args, size, 0, half).values()
-        G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-        opt_G, opt_D = (run.adam([net], args.lr, stylegan.BETAS) for net in (G, D))
-        smallest = float(len(stylegan.resolutions(size)) - 2)  # 8 pixels
-        for lod in (0.0, 0.5, smallest):
-            res = size >> int(lod)
-            x = torch.randn(batch, 3, res, res, device=device)
-            x = x.to(memory_format=torch.channels_last)
-
-            def phase(function, opt, *arguments, args=args, run=run):
-                def step():
-                    function(*arguments, args, run, run.randn)
-                    run.step(opt)
-
-                return seconds(step, device, options.repeats)
-
-            for net in (G, D):
-                net.grow(lod)
-            D.requires_grad_(True)
-            d = phase(stylegan.discriminator_phase, opt_D, G, D, x, None)
-            D.requires_grad_(False)
-            g = phase(stylegan.generator_phase, opt_G, G, D, batch, lambda n: None)
-            name = f"train {size} px at lod {lod:g}, batch {batch}, {run.precision}"
-            ms = f"D with R1 {1000 * d:.1f}, G {1000 * g:.1f}"
-            yield name, batch / (d + g), ms, memory(device)
-        G.grow(0.0)
-        z, G = torch.randn(batch, args.z_dim), G.eval()
-        t = seconds(lambda G=G, z=z, n=batch: common.sample(G, z, None, n), device, options.repeats)
-        yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
+def generation(G, batch, device):
+    z = torch.randn(batch, G.config["z_dim"], device=device)
+    images = recorded(functools.partial(G.eval(), noise="const"), device)
+    return Work(lambda k: images(z), batch)
 
 
-def bench_stylegan2(options, device):
-    """Rows: training, by phase, with both regularizers counted at their intervals; generation."""
-    full = options.full or device.type == "cuda"
-    for size, batch in [(256, 32), (1024, 8)] if full else [(32, 32)]:
-        preset = dict(channel_base=32768, channel_max=512, z_dim=512, w_dim=512, map_layers=8)
-        preset |= dict(size=size, batch=batch) | ({} if full else stylegan2.TOY)
-        args = options_of(stylegan2, device, options, **preset)
-        stylegan2.fill_options(args, {})
-        yield from bench_stylegan2_at(stylegan2, args, device, options.repeats)
-
-
-def bench_stylegan2_ada(options, device):
-    """The same with every image that D sees augmented: bgc at p = 0.3."""
-    full = options.full or device.type == "cuda"
-    sizes = [(64, 32), (256, 32), (256, 64), (512, 16), (1024, 8), (1024, 16)]
-    for size, batch in sizes if full else [(32, 32)]:
-        preset = dict(channel_max=512, z_dim=512, w_dim=512) if full else dict(stylegan2_ada.TOY)
-        preset |= dict(size=size, batch=batch, channels=3, ada_p=0.3)
-        args = options_of(stylegan2_ada, device, options, **preset)
-        stylegan2_ada.fill_options(args, {}, size, 1)
-        yield from bench_stylegan2_at(stylegan2_ada, args, device, options.repeats)
-
-
-def bench_stylegan2_at(paper, args, device, repeats):
-    run, size, batch = common.Run("bench", args, "", own_half=True), args.size, args.batch
+def new_pair(paper, args, run, device):
+    """G, D and the average of G."""
     half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
-    nets = paper.new_networks(args, size, 0, half).values()
+    nets = paper.new_networks(args, args.size, 0, half).values()
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
-    opt_G, opt_D = (paper.lazy_adam(run, net, args.lr, 4) for net in (G, D))
-    pl_mean, x = torch.zeros((), device=device), torch.randn(batch, 3, size, size, device=device)
+    return G, D, copy.deepcopy(G).eval().requires_grad_(False)
+
+
+def of_stylegan(what, args, device):
+    stylegan.fill_options(args, {})
+    run = Phases(args, own_half=True, precision="fp32")
+    G, D, G_ema = new_pair(stylegan, args, run, device)
+    if what == "generate":
+        return generation(G, args.batch, device)
+    opts = [run.adam([net], args.lr, stylegan.BETAS, stylegan.EPS) for net in (G, D)]
+    lod = 0.5 if "faded" in what else math.log2(args.size) - 3 if "8 px" in what else 0.0
+    for net in (G, D, G_ema):
+        net.grow(lod)
+    real = pictures(args.batch, args.size >> int(lod), device)
+    beta = 0.5 ** (args.batch / (args.ema_kimg * 1000))
+
+    def step(k):
+        rest = (real, None, no_labels, beta, args, run, run.randn)
+        stylegan.train_step(G, D, G_ema, opts, *rest)
+
+    return Work(step, args.batch, run, ("D with R1", "G"))
+
+
+def of_stylegan2(what, args, device, paper=stylegan2):
     ada = paper is stylegan2_ada
-    T = [paper.AugmentPipe(args.augpipe, args.ada_p).to(device)] if ada else []
-    S = [None] if ada else []
-    rest = (lambda n: None, args, run, run.randn)
+    paper.fill_options(args, {}, *((args.size, 1) if ada else ()))
+    run = Phases(args, own_half=True)
+    G, D, G_ema = new_pair(paper, args, run, device)
+    if what == "generate":
+        return generation(G, args.batch, device)
+    everys = ((G, args.pl_every), (D, args.r1_every))
+    opts = [paper.lazy_adam(run, net, args.lr, every) for net, every in everys]
+    real, pl_mean = pictures(args.batch, args.size, device), torch.zeros((), device=device)
+    state = (opts, pl_mean)
+    if ada:
+        T = paper.AugmentPipe(args.augpipe, args.ada_p).to(device)
+        state = (T, None, *state, torch.zeros(2, dtype=torch.float64, device=device))
+    beta = 0.5 ** (args.batch / (args.ema_kimg * 1000))
 
-    def phase(function, *arguments, opt):
-        return seconds(lambda: (function(*arguments), run.step(opt)), device, repeats)
+    def step(k):
+        paper.train_step(G, D, *state, real, None, no_labels, k, args, run, run.randn)
+        paper.update_ema(G_ema, G, beta)
 
-    D.requires_grad_(False)
-    g = phase(paper.generator_phase, G, D, *T, batch, *rest, opt=opt_G)
-    pl = phase(paper.path_length_phase, G, pl_mean, batch, *rest, opt=opt_G)
-    D.requires_grad_(True)
-    d = phase(paper.discriminator_phase, G, D, *T, *S, x, None, *rest, opt=opt_D)
-    r1 = phase(paper.r1_phase, D, *T, x, None, args, run, opt=opt_D)
-    t = g + pl / args.pl_every + d + r1 / args.r1_every
-    ms = f"G {1000 * g:.1f}, pl {1000 * pl:.1f}, D {1000 * d:.1f}, R1 {1000 * r1:.1f}"
-    name = f"train {size} px, channel base {args.channel_base}, batch {batch}, {run.precision}"
-    yield f"{name}{', bgc at p 0.3' * ada}", batch / t, ms, memory(device)
-    z, G = torch.randn(batch, args.z_dim), G.eval()
-    t = seconds(lambda: common.sample(G, z, None, batch), device, repeats)
-    yield f"generate {size} px, batch {batch}", batch / t, f"{1000 * t:.1f}", memory(device)
-
-
-def bench_loader(options, n=400, size=256):
-    """Images/s of one thread: 256 px JPEGs decoded and resized to 286; the same from memory."""
-    preset = types.SimpleNamespace(
-        preprocess="resize_and_crop", load_size=286, crop_size=256, G="resnet",
-        channels_A=3, cache="auto",
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "trainA").mkdir()
-        for i in range(n):  # noise of some coarseness: about as many bytes as a photograph
-            grain = Image.effect_noise((size // 2, size // 2), 40).convert("RGB")
-            face = Image.blend(common.toy_face(i, i % 3, size), grain.resize((size, size)), 0.4)
-            face.save(Path(folder) / f"trainA/{i:04}.jpg", quality=90)
-        files = list((Path(folder) / "trainA").iterdir())
-        kb = sum(f.stat().st_size for f in files) / n / 1000
-        source = common.open_data(folder)
-
-        def epoch(data):
-            for i in range(n):
-                rng = common.item_rng(0, 0, i)
-                common.stack([common.crop_and_flip(data[i], preset.crop_size, True, rng)])
-
-        def from_files():
-            epoch(cyclegan.open_domain(preset, source, "trainA", multiple=4))
-
-        cpu = torch.device("cpu")
-        t = seconds(from_files, cpu, options.repeats)
-        yield (
-            f"loader, one thread, {size} px JPEGs of {kb:.0f} kB",
-            n / t,
-            f"{1000 * t / n:.2f}",
-            "",
-        )
-        data = cyclegan.open_domain(preset, source, "trainA", multiple=4)
-        t = seconds(lambda: epoch(data), cpu, options.repeats)
-        yield "loader, one thread, from the cache", n / t, f"{1000 * t / n:.3f}", ""
-    t = seconds(lambda: [common.toy_face(i, i % 3, 64) for i in range(n)], cpu, options.repeats)
-    yield "toy faces drawn, one thread, 64 px", n / t, f"{1000 * t / n:.2f}", ""
+    cycle = math.lcm(args.r1_every, args.pl_every)
+    return Work(step, args.batch, run, ("G", "pl", "D", "R1"), cycle)
 
 
-def memory(device):
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
-
-
-ROWS = {
-    "cyclegan": bench_cyclegan,
-    "semantic_stylegan": bench_semantic_stylegan,
-    "stargan_v2": bench_stargan_v2,
-    "stylegan": bench_stylegan,
-    "stylegan2": bench_stylegan2,
-    "stylegan2_ada": bench_stylegan2_ada,
+OF = {
+    "cyclegan": (cyclegan, of_cyclegan),
+    "semantic_stylegan": (semantic_stylegan, of_semantic_stylegan),
+    "stargan_v2": (stargan_v2, of_stargan_v2),
+    "stylegan": (stylegan, of_stylegan),
+    "stylegan2": (stylegan2, of_stylegan2),
+    "stylegan2_ada": (stylegan2_ada, functools.partial(of_stylegan2, paper=stylegan2_ada)),
 }
 
 
-def main():
+def work_of(name, what, size, batch, precision, full, device):
+    """Sets up a row: the options that the paper's train would get, then its function above. Data
+    sets need not be there; their name chooses between the toy preset and the paper's numbers."""
+    paper, function = OF[name]
+    given = dict(data="afhq" if full else "toy", device=device, batch=batch)
+    given["crop_size" if paper is cyclegan else "size"] = size
+    given |= {"precision": precision} if precision else {}
+    if full and paper in (stylegan, stylegan2):
+        given["channel_base"] = 16384 if size <= 256 or paper is stylegan else 32768
+    if paper is stylegan2_ada:
+        given |= dict(channels=3, aug="fixed", ada_p=0.3)
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
+    with mock.patch.object(paper, "train") as train:
+        paper.main(argv)
+    return function(what, train.call_args.args[0], device)
+
+
+def timed(call, n, device):
+    """Seconds of one of n calls that need not wait for one another."""
+    wait(device)
+    began = time.perf_counter()
+    for k in range(n):
+        call(k)
+    wait(device)
+    return (time.perf_counter() - began) / n
+
+
+def traced(call, n, device):
+    """See `busy`, of n calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        timed(call, n, device)
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    return busy(events, n)
+
+
+def busy(events, n):
+    """(seconds in which anything ran on a GPU, kernels), each per call, of n calls' trace."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    events = [e for e in events if e.get("cat") in kinds]
+    total, end = 0, -math.inf
+    for start, duration in sorted((e["ts"], e["dur"]) for e in events):  # microseconds
+        total += max(start + duration - max(start, end), 0)
+        end = max(end, start + duration)
+    return total / 1e6 / n, sum(e["cat"] == "kernel" for e in events) / n
+
+
+def measured(work, device, repeats):
+    """The cells of a row but the first, without comparison: {column: number, or text of ms}."""
+    on_gpu = device.type == "cuda"
+    for _ in range(5 if on_gpu else 1):  # a CUDA graph is recorded in the fourth call
+        once = timed(work.call, 1, device)
+    ms = []
+    if work.run:
+        rows = [work.run.seconds(lambda: work.call(0)) for _ in range(repeats)]
+        ms = [1000 * statistics.median(phase) for phase in zip(*rows, strict=True)]
+    n = work.cycle * math.ceil(max(repeats, 1 / once) / work.cycle)  # a second or more
+    t = timed(work.call, n, device)
+    names = work.phases if len(work.phases) == len(ms) else ["phase"] * len(ms)
+    named = ", ".join(f"{name} {m:.1f}" for name, m in zip(names, ms, strict=True))
+    found = {"images/s": work.images / t, "ms": named or f"{1000 * t:.2f}"}
+    if on_gpu:
+        spent, kernels = traced(work.call, max(work.cycle, 3), device)
+        found |= {"busy": spent / t, "kernels": kernels} if kernels else {}
+        return found | {"GiB": torch.cuda.max_memory_allocated() / 2**30}
+    return found | {"GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+COLUMNS = ("what", "images/s", "original", "target", "ms", "busy", "kernels", "GiB")
+
+
+def row_text(what, found, original=()):
+    """A row of the table. found: see `measured`; original: the last three numbers of a row in
+    ROWS, or nothing."""
+    cells, speed = {"what": what, "ms": found["ms"]}, found["images/s"]
+    formats = {"images/s": "{:.1f}", "busy": "{:.0%}", "kernels": "{:.0f}", "GiB": "{:.2f}"}
+    cells |= {name: text.format(found[name]) for name, text in formats.items() if name in found}
+    if original:
+        before, gib, target = original
+        cells["original"] = f"x{speed / before:.2f}"
+        cells["target"] = f"{'yes' if speed >= target else 'no'}, {target}"
+        cells["GiB"] += f" ({gib})" if gib else ""
+    return f"| {' | '.join(cells.get(name, '-') for name in COLUMNS)} |"
+
+
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("papers", nargs="*", default=list(ROWS), metavar="PAPER", help=", ".join(ROWS))
+    p.add_argument("--rows", nargs="+", metavar="TEXT", default=[""], help="those with such a text")
     p.add_argument("--device")
-    p.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"))
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--full", action="store_true", help="the paper's sizes on a CPU, too")
-    options = p.parse_args()
-    device = common.pick_device(options.device)
+    choices = ("fp32", "tf32", "fp16", "bf16")
+    p.add_argument("--precision", choices=choices, help="instead of the rows' own")
+    p.add_argument("--repeats", type=int, default=5, help="at least so many calls are timed")
+    p.add_argument("--full", action="store_true", help="the papers' sizes on a CPU, too")
+    options = p.parse_args(argv)
+    device, failed = common.pick_device(options.device), 0
+    on_gpu = device.type == "cuda"
+    full = options.full or on_gpu
     threads = f"{torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    where = torch.cuda.get_device_name(device) if on_gpu else threads
     print(f"torch {torch.__version__}, {device} ({where})\n")
-    print("| what | images/s | ms | peak memory |\n| --- | --- | --- | --- |")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for paper in options.papers:
-        for name, speed, ms, gb in ROWS[paper](options, device):
-            print(f"| {paper}: {name} | {speed:.1f} | {ms} | {gb} |", flush=True)
+        for what, size, batch, own, *original in rows_of(paper, full):
+            precision = options.precision or (own if on_gpu else None)
+            name = f"{paper}: {what} {size} px, batch {batch}"
+            name += f", {precision}" if precision and own else ""
+            if not any(text in name for text in options.rows):
+                continue
+            gc.collect()  # what the row before held
+            if on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                work = work_of(paper, what, size, batch, precision, full, device)
+                found = measured(work, device, options.repeats)
+                comparable = on_gpu and precision == own
+                print(row_text(name, found, original if comparable else ()), flush=True)
+            except (RuntimeError, common.UserError) as e:  # memory runs out, and the like
+                failed += 1
+                why = next(iter(str(e).splitlines()), type(e).__name__)
+                print(f"| {name} | {why} |{' - |' * 6}", flush=True)
+            work = found = None
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ import time
 import types
 from pathlib import Path
 
+import bench
 import emulated_cuda
 import pytest
 import torch
@@ -278,6 +279,7 @@ def test_bias_act_takes_any_shape_and_dimension(device, shape, dim, act):
 
 
 FILTERS = {
+    "2 taps": ([1.0, 2.5], True),
     "4 taps": ([1.0, 3.0, 3.5, 1.0], True),
     "12 taps": ([0.5, 1, 2, 3, 4, 5, 6, 5, 3, 2, 1, -1.0], None),
     "4x4": ([1, 3, 3, 1], None),
@@ -303,6 +305,15 @@ def test_the_kernel_of_upfirdn2d_equals_its_reference(device, f, up, down, dtype
             return ops.upfirdn2d(x, taps.to(x.dtype), up, down, pad, bool(flip), 1.7, impl)
 
         compare(run, {"x": torch.randn(shape)}, dtype, device, last)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("function", [ops.pool2, ops.double], ids=["pool2", "double"])
+def test_the_kernel_of_two_taps_equals_torch_s_pooling_and_doubling(device, function, dtype, last):
+    torch.manual_seed(0)
+    for shape in ((2, 8, 11, 6), (1, 3, 2, 3), (1, 40, 7, 37)):
+        compare(lambda impl, x: function(x, impl), {"x": torch.randn(shape)}, dtype, device, last)
 
 
 def test_long_columns_are_walked_in_bands(device):
@@ -460,12 +471,33 @@ def test_the_kernels_compile_with_nvcc(tmp_path):
 def test_the_self_check_passes_and_finds_a_wrong_kernel(device, monkeypatch, capsys):
     monkeypatch.setattr(ops, "SHAPES", [(2, 16, 5, 4)])
     assert ops.check(device) == 0
-    assert "60 of 60 kernels agree" in capsys.readouterr().out
+    n = 6 * len(ops.operators(2, 16, 5, 4, "cpu"))  # types, memory orders
+    assert f"{n} of {n} cases agree" in capsys.readouterr().out
     monkeypatch.setattr(ops, "SQRT2", 1.0)
     right = ops.fused_act_ref
     monkeypatch.setattr(ops, "fused_act_ref", lambda x, *rest: right(x, *rest[:-2], 1.2, rest[-1]))
     assert ops.check(device) == 18
     assert "WRONG bias_act" in capsys.readouterr().out
+
+
+def test_values_far_beyond_the_clamp_are_not_drawn_anew_for_ever():
+    x = torch.linspace(-3, 3, 601)
+    found = ops.away_from_kinks(x, lambda x: (x + 20 * (torch.arange(601) > 300)).clamp(-1, 1))
+    assert torch.equal(found[301:], x[301:])
+    assert (found[:301].abs() > 0.02).all() and ((found[:301].abs() - 1).abs() > 0.02).all()
+
+
+@pytest.mark.parametrize(("given", "done"), [([], "cm"), (["check"], "c"), (["measure"], "m")])
+def test_either_part_of_the_self_check_runs_alone(monkeypatch, given, done):
+    ran = []
+    monkeypatch.setattr(ops, "check", lambda device: ran.append("c") or 3)
+    monkeypatch.setattr(ops, "measure", lambda device: ran.append("m"))
+    monkeypatch.setattr(ops, "build", lambda capability: "kernels")
+    found = dict(is_available=True, get_device_name="", get_device_capability=())
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(sys, "argv", ["ops_cuda.py", *given])
+    assert ops.main() == ("c" in done) and "".join(ran) == done
 
 
 def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsys):
@@ -476,7 +508,7 @@ def test_the_table_of_speeds_has_a_line_for_each_pass(device, monkeypatch, capsy
         monkeypatch.setattr(torch, "empty", small)
     ops.measure(device, [(1, 16, 8, 8)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 10 * 2 * 2 * 2
+    assert len(rows) == 2 + len(ops.operators(1, 16, 8, 8, "cpu")) * 2 * 2 * 2
 
 
 def test_without_a_gpu_the_self_check_says_so():
@@ -655,3 +687,47 @@ def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, arc
     for name, wanted in exact.items():
         off = (mine[name] - wanted).norm() / wanted.norm()
         assert off <= allowed, f"{name}: off by {off:.2g}"
+
+
+# ---- tests/bench.py ----
+
+
+def test_kernels_that_overlap_keep_a_gpu_busy_once():
+    spans = [("kernel", 0, 4), ("kernel", 2, 4), ("gpu_memset", 3, 1), ("cpu_op", 5, 90)]
+    events = [dict(cat=kind, ts=ts, dur=dur) for kind, ts, dur in [*spans, ("kernel", 8, 2)]]
+    assert bench.busy([*events, {"ph": "M"}], 2) == (pytest.approx(4e-6), 1.5)
+
+
+def test_a_row_of_the_bench_is_compared_with_the_original_if_there_is_one():
+    found = {"images/s": 87.0, "ms": "G 1.0, D 2.0", "busy": 0.987, "kernels": 812.4, "GiB": 7.5}
+    original = "| train | 87.0 | x0.50 | no, 522 | G 1.0, D 2.0 | 99% | 812 | 7.50 (8.0) |"
+    assert bench.row_text("train", found, (174, 8.0, 522)) == original
+    assert "x2.00 | yes, 87 |" in bench.row_text("train", found, (43.5, None, 87))
+    on_cpu = {"images/s": 87.0, "ms": "11.49", "GiB": 0.5}
+    assert bench.row_text("train", on_cpu) == "| train | 87.0 | - | - | 11.49 | - | - | 0.50 |"
+
+
+def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(monkeypatch, capsys):
+    def measured(work, device, repeats):
+        if work[1] == "generate":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+        return {"images/s": 1.0, "ms": "", "GiB": 1.0}
+
+    monkeypatch.setattr(bench, "work_of", lambda *row: row)
+    monkeypatch.setattr(bench, "measured", measured)
+    assert bench.main(["stylegan2", "--device=cpu", "--full", "--rows", "256 px, batch 32"]) == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| style")]
+    assert len(rows) == 3 and all("256 px, batch 32" in row for row in rows)
+    assert [row for row in rows if "generate" in row and "| CUDA out of memory. Tried |" in row]
+
+
+def test_every_row_of_the_bench_has_options_that_its_script_knows(monkeypatch):
+    for name, (paper, _) in bench.OF.items():
+        monkeypatch.setitem(bench.OF, name, (paper, lambda what, args, device: args))
+        for full in (True, False):
+            for what, size, batch, precision, *original in bench.rows_of(name, full):
+                args = bench.work_of(name, what, size, batch, precision, full, "cpu")
+                assert (args.batch, args.precision, len(original) in (0, 3)) == (
+                    batch, precision, True,
+                )  # fmt: skip
+                assert args.data == ("afhq" if full else "toy")  # or the paper's sizes are toys
