@@ -44,6 +44,8 @@ import stylegan
 import stylegan2
 import stylegan2_ada
 
+MIXED = "fp16+tf32"  # the default
+
 # fmt: off
 ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, and the target
     "cyclegan": [
@@ -68,19 +70,19 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
         ("train, half faded in,", 256, 32, "fp32"), ("train at 8 px, of", 256, 32, "fp32"),
     ],
     "stylegan2": [
-        ("train", 64, 32, "fp16"), ("train", 256, 32, "fp32", 76, 12.7, 114),
-        ("train", 256, 32, "fp16", 174, 8.0, 522), ("train", 256, 64, "fp16", 204, 15.2, 612),
-        ("train", 512, 16, "fp16", 56, 11.7, 168), ("train", 1024, 8, "fp16", 24.4, 11.4, 73),
-        ("train", 1024, 16, "fp16", 26.4, 21.8, 79), ("generate", 256, 1, "fp16", 83, None, 500),
-        ("generate", 256, 8, "fp16", 524, None, 2000),
-        ("generate", 256, 32, "fp16", 1750, None, 3500),
-        ("generate", 1024, 1, "fp16", 67, None, 300), ("generate", 1024, 8, "fp16", 269, None, 600),
-        ("generate", 1024, 32, "fp16", 365, None, 730),
+        ("train", 64, 32, MIXED), ("train", 256, 32, "fp32", 76, 12.7, 114),
+        ("train", 256, 32, MIXED, 174, 8.0, 522), ("train", 256, 64, MIXED, 204, 15.2, 612),
+        ("train", 512, 16, MIXED, 56, 11.7, 168), ("train", 1024, 8, MIXED, 24.4, 11.4, 73),
+        ("train", 1024, 16, MIXED, 26.4, 21.8, 79), ("generate", 256, 1, MIXED, 83, None, 500),
+        ("generate", 256, 8, MIXED, 524, None, 2000),
+        ("generate", 256, 32, MIXED, 1750, None, 3500),
+        ("generate", 1024, 1, MIXED, 67, None, 300), ("generate", 1024, 8, MIXED, 269, None, 600),
+        ("generate", 1024, 32, MIXED, 365, None, 730),
     ],
     "stylegan2_ada": [  # bgc at p = 0.3
-        ("train", 64, 32, "fp16", 240, None, 1200), ("train", 256, 32, "fp16", 154, 8.2, 462),
-        ("train", 256, 64, "fp16", 190, 16.2, 570), ("train", 512, 16, "fp16", 50.8, 12.4, 152),
-        ("train", 1024, 8, "fp16", 22.5, 12.9, 67), ("train", 1024, 16, "fp16", 24.2, 24.9, 73),
+        ("train", 64, 32, MIXED, 240, None, 1200), ("train", 256, 32, MIXED, 154, 8.2, 462),
+        ("train", 256, 64, MIXED, 190, 16.2, 570), ("train", 512, 16, MIXED, 50.8, 12.4, 152),
+        ("train", 1024, 8, MIXED, 22.5, 12.9, 67), ("train", 1024, 16, MIXED, 24.2, 24.9, 73),
     ],
 }
 TOY = {  # side and batch of the presets
@@ -155,8 +157,7 @@ class Phases:
 
 def recorded(function, device):
     """function without gradients, as a CUDA graph where there are any."""
-    without = torch.no_grad()(lambda x: function(x))
-    return common.graph(without, device) if hasattr(common, "graph") else without
+    return common.graph(torch.no_grad()(lambda x: function(x)), device)
 
 
 def pictures(batch, size, device):
@@ -283,8 +284,7 @@ def generation(G, batch, device):
 
 def new_pair(paper, args, run, device):
     """G, D and the average of G."""
-    half = {"fp16": "float16", "bf16": "bfloat16"}.get(run.precision)
-    nets = paper.new_networks(args, args.size, 0, half).values()
+    nets = paper.new_networks(args, args.size, 0, run.half).values()
     G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
     return G, D, copy.deepcopy(G).eval().requires_grad_(False)
 
@@ -434,8 +434,7 @@ def main(argv=None):
     p.add_argument("papers", nargs="*", default=list(ROWS), metavar="PAPER", help=", ".join(ROWS))
     p.add_argument("--rows", nargs="+", metavar="TEXT", default=[""], help="those with such a text")
     p.add_argument("--device")
-    choices = ("fp32", "tf32", "fp16", "bf16")
-    p.add_argument("--precision", choices=choices, help="instead of the rows' own")
+    p.add_argument("--precision", help="instead of the rows' own")
     p.add_argument("--repeats", type=int, default=5, help="at least so many calls are timed")
     p.add_argument("--full", action="store_true", help="the papers' sizes on a CPU, too")
     options = p.parse_args(argv)
