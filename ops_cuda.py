@@ -1589,8 +1589,9 @@ def operators(N, C, H, W, device):
         pad = (edge, edge - 1, edge, edge - 1)
         return lambda x, impl, *_: upfirdn2d(x, f.to(x.dtype), padding=pad, impl=impl, **options)
 
+    far = 6 * scale.sub(1).sign().to(device)  # of 0, the kink, for most x
     norms = {
-        "norm_act": (lambda x, impl, s, t: norm_act(x, s, t, "lrelu", impl=impl), [small[0]] * 2),
+        "norm, lrelu": (lambda x, impl, *t: norm_act(x, *t, "lrelu", impl=impl), [small[0], far]),
         "norm, pad": (lambda x, impl, *_: norm_act(x, pad=1, impl=impl), []),
     }
     return (norms if H * W > 1 else {}) | {
@@ -1711,7 +1712,7 @@ def passes(name, function, x, more):
     yield "forward", ms, x.nbytes + y.nbytes
     ms = milliseconds(lambda: torch.autograd.grad(y, inputs, v, retain_graph=True))
     also = {"bias_act": y.nbytes, "fused_act": x.nbytes + y.nbytes, "modulate": x.nbytes}
-    also |= {"norm_act": x.nbytes, "norm, pad": x.nbytes}
+    also |= {"norm, lrelu": x.nbytes, "norm, pad": x.nbytes}
     yield "backward", ms, x.nbytes + y.nbytes + also.get(name, 0)
 
 
