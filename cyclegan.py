@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import ops_cuda as ops
 from common import UserError
 
 # =============================================================================
@@ -67,6 +68,25 @@ def norm2d(norm, C):
     return layers[norm](C) if norm != "none" else nn.Identity()
 
 
+def through(layers, x, residual=None):
+    """x through the layers, then plus the residual. Where there are kernels, an instance norm and
+    what follows of ReLU, reflection padding and that sum are one pass over memory."""
+    layers = list(layers)
+    while layers:
+        layer = layers.pop(0)
+        if not isinstance(layer, nn.InstanceNorm2d) or ops.kernels(x, None) is None:
+            x = layer(x)
+            continue
+        slope, pad = 1.0, 0
+        if layers and isinstance(layers[0], nn.ReLU | nn.LeakyReLU):
+            slope = getattr(layers.pop(0), "negative_slope", 0.0)
+        if layers and isinstance(layers[0], nn.ReflectionPad2d):
+            pad = layers.pop(0).padding[0]
+        last, residual = (None, residual) if layers else (residual, None)
+        x = ops.norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=last, eps=layer.eps)
+    return x if residual is None else x + residual
+
+
 def init_weights(net, std=INIT_STD):
     """Convolution weights ~ N(0, std), biases 0; batch norm weights ~ N(1, std) (appendix 7.1)."""
     for m in net.modules():
@@ -78,7 +98,11 @@ def init_weights(net, std=INIT_STD):
 
 
 class ResnetBlock(nn.Module):
-    """Rk of appendix 7.2: two 3x3 convolutions and a skip, no ReLU after the sum."""
+    """Rk of appendix 7.2: two 3x3 convolutions and a skip, no ReLU after the sum.
+
+    forward_padded(x) and its result are padded by 1. As the padding of a sum is the sum of the
+    paddings, blocks in a row need not pad anew.
+    """
 
     def __init__(self, C, norm, dropout):
         super().__init__()
@@ -90,6 +114,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x):
         return x + self.conv_block(x)
+
+    def forward_padded(self, x):
+        padding, *layers = self.conv_block
+        return through([*layers, padding], x, residual=x)
 
 
 class ResnetGenerator(nn.Module):
@@ -124,7 +152,13 @@ class ResnetGenerator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.model(x).to(x.dtype)
+        if ops.kernels(x, None) is None:
+            return self.model(x).to(x.dtype)
+        layers, end = list(self.model), 10 + self.config["blocks"]
+        y = through([*layers[:10], nn.ReflectionPad2d(1)], x)
+        for block in layers[10:end]:
+            y = block.forward_padded(y)
+        return through(layers[end:], y[:, :, 1:-1, 1:-1]).to(x.dtype)
 
 
 class UnetLevel(nn.Module):
@@ -152,7 +186,8 @@ class UnetLevel(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.model(x) if self.outermost else torch.cat([x, self.model(x)], 1)
+        y = through(self.model, x)
+        return y if self.outermost else torch.cat([x, y], 1)
 
 
 class UnetGenerator(nn.Module):
@@ -203,7 +238,7 @@ class PatchDiscriminator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.model(x).to(x.dtype)
+        return through(self.model, x).to(x.dtype)
 
 
 class PixelDiscriminator(nn.Module):
@@ -221,7 +256,7 @@ class PixelDiscriminator(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(2 * ndf, 1, 1, bias=bias))
 
     def forward(self, x):
-        return self.net(x).to(x.dtype)
+        return through(self.net, x).to(x.dtype)
 
 
 def build(config):

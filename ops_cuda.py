@@ -4,6 +4,7 @@ CUDA kernel, with exact first and second derivatives (R1 and path length differe
 In this file                                what it is
     build                                   compiles the kernels below, once per machine and GPU
     fused_act, bias_act                     clamp(gain * act(x * scale + noise * strength + b))
+    norm_act                                pad(act(instance_norm(x) * scale + shift)) + residual
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
     pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
@@ -186,28 +187,36 @@ __global__ void __launch_bounds__(256) fused_act_kernel(Grid g, Act a, Tensors<T
     }
 }
 
-// Sums over the rows of a block, in a fixed order, to sums[group, chunk, k, channel].
-template <int V, bool CL, int K>
-__device__ __forceinline__ void reduce(const Place<V, CL>& p, const Grid& g, float (*acc)[K],
-                                       float* sums) {
-    __shared__ float shared[256 * K];
-    float* mine = shared + threadIdx.x * K;
-    int wide = CL ? g.C : 1;
-    for (int k = 0; k < 3; k++) {
-        for (int j = 0; j < K; j++) mine[j] = acc[k][j];
+// v[S] summed over the rows of a block, in a fixed order, in all its threads.
+template <int V, bool CL, int S>
+__device__ __forceinline__ void total(const Place<V, CL>& p, const Grid& g, float* v) {
+    __shared__ float shared[S][256];
+#pragma unroll
+    for (int k = 0; k < S; k++) shared[k][threadIdx.x] = v[k];
+    __syncthreads();
+    for (int n = p.rows; n > 1;) {
+        int half = (n + 1) / 2;
+        if (p.row + half < n)
+#pragma unroll
+            for (int k = 0; k < S; k++)
+                shared[k][threadIdx.x] += shared[k][threadIdx.x + half * g.lanes];
         __syncthreads();
-        for (int n = p.rows; n > 1;) {
-            int half = (n + 1) / 2;
-            if (p.row + half < n)
-                for (int j = 0; j < K; j++) mine[j] += mine[half * g.lanes * K + j];
-            __syncthreads();
-            n = half;
-        }
-        if (p.row == 0 && p.inside)
-            for (int j = 0; j < K; j++)
-                sums[(int64_t(blockIdx.x) * 3 + k) * wide + (CL ? p.c : 0) + j] = mine[j];
-        __syncthreads();
+        n = half;
     }
+#pragma unroll
+    for (int k = 0; k < S; k++) v[k] = shared[k][p.lane];
+    __syncthreads();
+}
+// What a block knows of its channels, v[S][K], to sums[group, chunk, k, channel].
+template <int S, int K, int V, bool CL>
+__device__ __forceinline__ void put(const Place<V, CL>& p, const Grid& g, float (*v)[K],
+                                    float* sums) {
+    if (p.row > 0 || !p.inside) return;
+#pragma unroll
+    for (int k = 0; k < S; k++)
+#pragma unroll
+        for (int j = 0; j < K; j++)
+            sums[(int64_t(blockIdx.x) * S + k) * (CL ? g.C : 1) + (CL ? p.c : 0) + j] = v[k][j];
 }
 
 // With s = gy * dy/du:
@@ -268,7 +277,9 @@ __global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tens
         store<V>(t.out + at, gy);
         if (ORDER == 2 && t.gx) store<V>(t.gx + at, gx);
     }
-    if (t.sums) reduce<V, CL, K>(p, g, acc, t.sums);
+    if (!t.sums) return;
+    total<V, CL, 3 * K>(p, g, acc[0]);
+    put<3>(p, g, acc, t.sums);
 }
 
 template <class T, int V, bool CL>
@@ -303,6 +314,293 @@ extern "C" int fused_act(int order, int type, int vector, int cl, int64_t groups
     if (type == 1) f = fused_act_type<__half>;
     if (type == 2) f = fused_act_type<__nv_bfloat16>;
     f(order, vector, cl, grid, threads, (cudaStream_t)stream, g, a, p, noise_step, strength_step);
+    return cudaGetLastError();
+}
+
+// ---- norm_act -------------------------------------------------------------------------------
+// Each pass is two kernels over the same chunks of x: what blocks find out about theirs goes to
+// sums, and every block of the second kernel first puts that of its channels together. Threads
+// load BATCH slots at once: there are few blocks, so that these are short sums.
+
+struct Norm {
+    int H, W, pad, scale_step;  // scale_step: elements between two samples' scales, C or 0
+    float alpha, eps;           // alpha: the activation's slope below 0
+    const float *scale, *shift;  // both may be null: 1 and 0
+    float *mean, *rstd, *gshift, *gscale, *sums;  // (N, C) each, but sums
+};
+template <int V> constexpr int BATCH = V == 4 ? 4 : 2;
+
+// K channels: their moments, scale and shift.
+template <int K> struct Moments {
+    float mean[K] = {}, rstd[K] = {}, scale[K] = {}, shift[K] = {};
+    __device__ __forceinline__ float xhat(int k, float x) const {
+        return (x - mean[k]) * rstd[k];
+    }
+};
+template <int K, int V, bool CL>
+__device__ __forceinline__ void affine(Moments<K>& m, const Norm& n, const Place<V, CL>& p) {
+    int64_t at = p.sample * n.scale_step + p.c;
+    channels<K>(m.scale, n.scale ? n.scale + at : nullptr, 1);
+    channels<K>(m.shift, n.shift ? n.shift + at : nullptr, 0);
+}
+__device__ __forceinline__ float slope_at(const Norm& n, float u) { return u > 0 ? 1 : n.alpha; }
+
+// Pixels of a chunk, and where in sums that of it is.
+template <int V, bool CL> __device__ __forceinline__ float pixels(const Grid& g, int chunk) {
+    int64_t left = (CL ? g.HW : g.HW / V) - int64_t(chunk) * g.slots;
+    return float((left < g.slots ? left : g.slots) * (CL ? 1 : V));
+}
+template <int V, bool CL>
+__device__ __forceinline__ const float* known(const Norm& n, const Grid& of, int chunk,
+                                              const Place<V, CL>& p) {
+    return n.sums + (p.group * of.chunks + chunk) * 2 * (CL ? of.C : 1) + (CL ? p.c : 0);
+}
+
+// Mean and sum of squared deviations of a chunk. A thread's are of x less its first x, which is
+// safe: (first - mean)^2 is at most that sum, so no more than a factor of its pixels is lost. The
+// threads' are put together as the variance of a mixture is, and so are the chunks'.
+template <class T, int V, bool CL>
+__global__ void __launch_bounds__(256, 2) norm_moments_kernel(Grid g, const T* x, float* sums) {
+    Place<V, CL> p(g);
+    constexpr int K = CL ? V : 1;
+    const int64_t hop = int64_t(p.rows) * (CL ? g.C : V);
+    float first[K] = {}, sum[K] = {}, squares[K] = {}, found[2][K] = {}, count = 0;
+    if (p.slot < p.last)
+#pragma unroll
+        for (int k = 0; k < K; k++) first[k] = to_float(x[p.at(g) + k]);
+    for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
+        float v[BATCH<V>][V];
+#pragma unroll
+        for (int i = 0; i < BATCH<V>; i++)
+            if (p.slot + i * p.rows < p.last) load<V>(v[i], x + p.at(g) + i * hop);
+#pragma unroll
+        for (int i = 0; i < BATCH<V>; i++) {
+            if (p.slot + i * p.rows >= p.last) break;
+            count += CL ? 1 : V;
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                float d = v[i][j] - first[CL ? j : 0];
+                sum[CL ? j : 0] += d;
+                squares[CL ? j : 0] += d * d;
+            }
+        }
+    }
+    float share = count > 0 ? 1 / count : 0, all = pixels<V, CL>(g, blockIdx.x % g.chunks);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        squares[k] = fmaxf(squares[k] - sum[k] * sum[k] * share, 0);
+        first[k] += sum[k] * share;  // from here on the mean
+        found[0][k] = count / all * first[k];
+    }
+    total<V, CL, K>(p, g, found[0]);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        float d = first[k] - found[0][k];
+        found[1][k] = squares[k] + count * d * d;
+    }
+    total<V, CL, K>(p, g, found[1]);
+    put<2>(p, g, found, sums);
+}
+
+// y = pad(f(norm(x) * scale + shift)) + residual. g: of y; of: of x, in whose chunks sums are.
+template <class T, int V, bool CL>
+__global__ void __launch_bounds__(256, 2)
+norm_act_kernel(Grid g, Grid of, Norm n, const T* __restrict__ x, const T* __restrict__ residual,
+                T* __restrict__ y) {
+    Place<V, CL> p(g);
+    constexpr int K = CL ? V : 1;
+    Moments<K> m;
+    const float share = 1.0f / of.HW;
+    for (int i = p.row; p.inside && i < of.chunks; i += p.rows)
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            m.mean[k] += pixels<V, CL>(of, i) * share * known(n, of, i, p)[k];
+    total<V, CL, K>(p, g, m.mean);
+    for (int i = p.row; p.inside && i < of.chunks; i += p.rows)
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            float d = known(n, of, i, p)[k] - m.mean[k];
+            m.rstd[k] += known(n, of, i, p)[(CL ? of.C : 1) + k] + pixels<V, CL>(of, i) * d * d;
+        }
+    total<V, CL, K>(p, g, m.rstd);  // the variance, times pixels
+    if (!p.inside) return;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        m.rstd[k] = 1 / sqrtf(m.rstd[k] * share + n.eps);
+        if (p.row > 0 || blockIdx.x % g.chunks > 0) continue;
+        n.mean[p.sample * g.C + p.c + k] = m.mean[k];
+        n.rstd[p.sample * g.C + p.c + k] = m.rstd[k];
+    }
+    affine(m, n, p);
+
+    const int step = CL ? g.C : V;
+    const unsigned wide = n.W + 2 * n.pad;
+    const int64_t hop = int64_t(p.rows) * step;
+    x += CL ? p.group * of.HW * g.C + p.c : p.group * of.HW;
+    for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
+        float v[BATCH<V>][V], r[BATCH<V>][V] = {};
+#pragma unroll
+        for (int i = 0; i < BATCH<V>; i++) {
+            int64_t slot = p.slot + i * p.rows;
+            if (slot >= p.last) break;
+            if (residual) load<V>(r[i], residual + p.at(g) + i * hop);
+            if (n.pad) {  // of the pixel that is mirrored here
+                int iy = int(unsigned(slot) / wide) - n.pad;
+                int ix = int(unsigned(slot) % wide) - n.pad;
+                iy = iy < 0 ? -iy : iy < n.H ? iy : 2 * (n.H - 1) - iy;
+                ix = ix < 0 ? -ix : ix < n.W ? ix : 2 * (n.W - 1) - ix;
+                slot = int64_t(iy) * n.W + ix;
+            }
+            load<V>(v[i], x + slot * step);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH<V>; i++) {
+            if (p.slot + i * p.rows >= p.last) break;
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                int k = CL ? j : 0;
+                float u = m.xhat(k, v[i][j]) * m.scale[k] + m.shift[k];
+                v[i][j] = u * slope_at(n, u) + r[i][j];
+            }
+            store<V>(y + p.at(g) + i * hop, v[i]);
+        }
+    }
+}
+
+// Adds to s what gy is at the mirror images of pixel iy, ix. Coordinate i of n is mirrored, at its
+// first and at its last pixel, to -i and 2 (n - 1) - i.
+template <int V, class T>
+__device__ __forceinline__ void add_mirrored(float* s, const T* gy, const Norm& n, int iy, int ix,
+                                             int step) {
+    const int pad = n.pad, H = n.H, W = n.W;
+    if (iy > pad && iy < H - 1 - pad && ix > pad && ix < W - 1 - pad) return;
+#pragma unroll 1
+    for (int i = 1; i < 9; i++) {
+        int a = i / 3, b = i % 3;
+        int oy = a == 0 ? iy : a == 1 ? -iy : 2 * (H - 1) - iy;
+        int ox = b == 0 ? ix : b == 1 ? -ix : 2 * (W - 1) - ix;
+        if ((a && oy == iy) || oy < -pad || oy >= H + pad) continue;
+        if ((b && ox == ix) || ox < -pad || ox >= W + pad) continue;
+        float more[V];
+        load<V>(more, gy + (int64_t(oy + pad) * (W + 2 * pad) + ox + pad) * step);
+#pragma unroll
+        for (int j = 0; j < V; j++) s[j] += more[j];
+    }
+}
+
+// With s, the sum of gy at a pixel and its mirror images, times the activation's slope:
+//   !APPLY    sums of s and s * xhat
+//   APPLY     gx = scale * rstd * (s - mean of s - xhat * mean of s * xhat), gshift, gscale
+template <class T, int V, bool CL, bool APPLY>
+__global__ void __launch_bounds__(256, 2)
+norm_grad_kernel(Grid g, Norm n, const T* __restrict__ x, const T* __restrict__ gy,
+                 T* __restrict__ gx) {
+    Place<V, CL> p(g);
+    constexpr int K = CL ? V : 1;
+    Moments<K> m;
+    float acc[2][K] = {};
+    if (APPLY) {
+        for (int i = p.row; p.inside && i < g.chunks; i += p.rows)
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                acc[0][k] += known(n, g, i, p)[k];
+                acc[1][k] += known(n, g, i, p)[(CL ? g.C : 1) + k];
+            }
+        total<V, CL, 2 * K>(p, g, acc[0]);
+    }
+    if (p.inside) {
+        affine(m, n, p);
+        channels<K>(m.mean, n.mean + p.sample * g.C + p.c, 0);
+        channels<K>(m.rstd, n.rstd + p.sample * g.C + p.c, 0);
+    }
+    if (APPLY && p.inside && p.row == 0 && blockIdx.x % g.chunks == 0)
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            n.gshift[p.sample * g.C + p.c + k] = acc[0][k];
+            n.gscale[p.sample * g.C + p.c + k] = acc[1][k];
+        }
+
+    const int step = CL ? g.C : V, wide = n.W + 2 * n.pad;
+    const int64_t hop = int64_t(p.rows) * step;
+    const float share = 1.0f / g.HW;
+    if (p.inside)
+        gy += (CL ? p.group * g.C : p.group) * (n.H + 2 * n.pad) * wide + (CL ? p.c : 0);
+    for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
+        float v[BATCH<V>][V], s[BATCH<V>][V];
+#pragma unroll
+        for (int i = 0; i < BATCH<V>; i++) {
+            int64_t slot = p.slot + i * p.rows;
+            if (slot >= p.last) break;
+            load<V>(v[i], x + p.at(g) + i * hop);
+            if (n.pad) slot += int64_t(unsigned(slot) / n.W) * 2 * n.pad + n.pad * (wide + 1);
+            load<V>(s[i], gy + slot * step);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH<V>; i++) {
+            unsigned slot = p.slot + i * p.rows;
+            if (p.slot + i * p.rows >= p.last) break;
+            if (n.pad) add_mirrored<V>(s[i], gy, n, slot / n.W, slot % n.W, step);
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                int k = CL ? j : 0;
+                float xhat = m.xhat(k, v[i][j]);
+                s[i][j] *= slope_at(n, xhat * m.scale[k] + m.shift[k]);
+                if (APPLY) {
+                    float rest = share * (acc[0][k] + xhat * acc[1][k]);
+                    v[i][j] = m.rstd[k] * m.scale[k] * (s[i][j] - rest);
+                } else {
+                    acc[0][k] += s[i][j];
+                    acc[1][k] += s[i][j] * xhat;
+                }
+            }
+            if (APPLY) store<V>(gx + p.at(g) + i * hop, v[i]);
+        }
+    }
+    if (APPLY) return;
+    total<V, CL, 2 * K>(p, g, acc[0]);
+    put<2>(p, g, acc, n.sums);
+}
+
+template <class T, int V, bool CL>
+static void norm_act_launch(int backward, const Grid& of, const Grid& g, const Norm& n,
+                            int64_t groups, int lane_blocks, int threads, cudaStream_t stream,
+                            const T* x, const T* other, T* out) {
+    dim3 over_x((unsigned)(groups * of.chunks), lane_blocks);
+    dim3 over_y((unsigned)(groups * g.chunks), lane_blocks);
+    auto moments = norm_moments_kernel<T, V, CL>;
+    auto apply = norm_act_kernel<T, V, CL>;
+    auto grad_sums = norm_grad_kernel<T, V, CL, false>;
+    auto grad = norm_grad_kernel<T, V, CL, true>;
+    if (backward) {
+        LAUNCH(grad_sums, over_x, threads, 0, stream, of, n, x, other, out);
+        LAUNCH(grad, over_x, threads, 0, stream, of, n, x, other, out);
+    } else {
+        LAUNCH(moments, over_x, threads, 0, stream, of, x, n.sums);
+        LAUNCH(apply, over_y, threads, 0, stream, g, of, n, x, other, out);
+    }
+}
+template <class T>
+static void norm_act_type(int backward, int vector, int cl, const Grid& of, const Grid& g,
+                          const Norm& n, int64_t groups, int lane_blocks, int threads,
+                          cudaStream_t stream, void** p) {
+    constexpr int V = 16 / sizeof(T);
+    auto k = norm_act_launch<T, 1, false>;
+    if (vector && cl) k = norm_act_launch<T, V, true>;
+    else if (vector) k = norm_act_launch<T, V, false>;
+    else if (cl) k = norm_act_launch<T, 1, true>;
+    k(backward, of, g, n, groups, lane_blocks, threads, stream, (T*)p[0], (T*)p[1], (T*)p[2]);
+}
+extern "C" int norm_act(int backward, int type, int vector, int cl, const int64_t* s, float alpha,
+                        float eps, void** p, void* stream) {
+    int C = int(s[1]), H = int(s[2]), W = int(s[3]), pad = int(s[4]), lanes = int(s[6]);
+    Grid of = {int64_t(H) * W, C, int(s[9]), int(s[10]), lanes};
+    Grid g = {int64_t(H + 2 * pad) * (W + 2 * pad), C, int(s[11]), int(s[12]), lanes};
+    float** f = (float**)p;
+    Norm n = {H, W, pad, int(s[5]), alpha, eps, f[3], f[4], f[5], f[6], f[7], f[8], f[9]};
+    auto k = norm_act_type<float>;
+    if (type == 1) k = norm_act_type<__half>;
+    if (type == 2) k = norm_act_type<__nv_bfloat16>;
+    k(backward, vector, cl, of, g, n, s[0], int(s[7]), int(s[8]), (cudaStream_t)stream, p);
     return cudaGetLastError();
 }
 
@@ -699,6 +997,8 @@ def declare(library):
     integer, real = ctypes.c_int, ctypes.c_float
     library.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
     library.fused_act.argtypes += [ctypes.POINTER(pointer), number, integer, pointer]
+    library.norm_act.argtypes = [integer] * 4 + [ctypes.POINTER(number), real, real]
+    library.norm_act.argtypes += [ctypes.POINTER(pointer), pointer]
     library.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
     library.upfirdn2d.argtypes += [pointer] * 4
     library.warp.argtypes = [integer] * 6 + [pointer] * 6
@@ -975,6 +1275,131 @@ def run_fused_act(order, spec, reference, summed=False, **tensors):
         sums = sums.sum(1)
         sums = sums if last else sums.reshape(N, C, 3).transpose(1, 2)
     return sums
+
+
+# =============================================================================
+# norm_act
+# =============================================================================
+#   forward    xhat = (x - mean) / sqrt(var + eps) of each map (n, c),  u = xhat * scale + shift,
+#              y = pad(f(u)) + residual               f: (leaky) ReLU; pad: by reflection
+#   backward   with s = pad'(dL/dy) * f'(u), where pad' sums over a pixel and its mirror images:
+#              dx = scale / sqrt(var + eps) * (s - mean_hw s - xhat * mean_hw (s * xhat)),
+#              dscale = sum_hw s * xhat,   dshift = sum_hw s,   dresidual = dL/dy
+#   second     the reference's: wanted by gradient penalties of networks with norms alone
+# In either direction every tensor is read once for sums over its maps, and once for the result.
+
+
+def norm_act(
+    x, scale=None, shift=None, act="linear", alpha=None, pad=0, residual=None, eps=1e-5, impl=None
+):
+    """y = pad(f(norm(x) * scale + shift)) + residual, with norm the instance norm: every map of
+    every sample to mean 0 and variance 1.
+
+    x: (N, C, H, W), more than one pixel; scale and shift: both (C,), both (N, C) as in AdaIN, or
+    None; act: "linear", "relu" or "lrelu", of gain 1, with alpha the slope below 0 of lrelu, 0.2;
+    pad: by reflection, on all sides; residual: None or of y's shape. Returns the type of x.
+    """
+    N, C, H, W = x.shape
+    alpha = ACTIVATIONS[act][1] if alpha is None else float(alpha)
+    if act not in PIECEWISE or H * W == 1 or not 0 <= pad < min(H, W):
+        raise ValueError(f"act {act!r}, padding {pad} of {tuple(x.shape)}")
+    given = [None if t is None else tuple(t.shape) for t in (scale, shift, residual)]
+    if given[0] != given[1] or given[0] not in (None, (C,), (N, C)):
+        raise ValueError(f"scale {given[0]}, shift {given[1]}: {(N, C)} or {(C,)} is needed")
+    if given[2] not in (None, (N, C, H + 2 * pad, W + 2 * pad)):
+        raise ValueError(f"residual {given[2]} of {tuple(x.shape)}, padding {pad}")
+    if any(t is not None and t.device != x.device for t in (scale, shift, residual)):
+        raise ValueError(f"scale, shift and residual have to be on {x.device}")
+    library = kernels(x, impl)
+    if library is None:
+        return norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps)
+    x, _ = dense(x)
+    scale, shift = (None if t is None else t.float() for t in (scale, shift))
+    residual = None if residual is None else residual.to(x.dtype)
+    return NormAct.apply(x, scale, shift, residual, (library, act, alpha, pad, eps))
+
+
+def norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps):
+    N, C, dtype = *x.shape[:2], x.dtype
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+    scale, shift = (
+        None if t is None else t.to(x.dtype).expand(N, C).flatten() for t in (scale, shift)
+    )
+    # A batch norm of one image with N * C channels: one pass for the moments, one for the rest.
+    maps = x.contiguous().view(1, N * C, *x.shape[2:])
+    y = F.batch_norm(maps, None, None, scale, shift, training=True, eps=eps).view(x.shape)
+    y = ACTIVATIONS[act][0](y, alpha)
+    y = F.pad(y, (pad,) * 4, "reflect") if pad else y
+    return (y if residual is None else y + residual).to(dtype)
+
+
+class NormAct(Function):
+    """x (dense), scale, shift, residual -> y; keeps x, and mean and 1 / deviation of its maps."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, residual, spec):
+        (N, C, H, W), pad, order = x.shape, spec[3], memory_order(x)
+        size = (N, C, H + 2 * pad, W + 2 * pad)
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
+        residual = None if residual is None else residual.contiguous(memory_format=order)
+        moments = torch.empty(2, N, C, device=x.device)
+        run_norm_act(spec, x, residual, y, scale, shift, moments)
+        ctx.save_for_backward(x, scale, shift, moments)
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, scale, shift, moments = ctx.saved_tensors
+        *need, need_residual = ctx.needs_input_grad[:4]
+        gresidual = gy if need_residual else None
+        if torch.is_grad_enabled():  # create_graph: these gradients will have some of their own
+            inputs = [t if t is None else t.view_as(t) for t in (x, scale, shift)]
+            y = norm_act_ref(*inputs, None, *ctx.spec[1:])
+            wanted = [t for t, needed in zip(inputs, need, strict=True) if needed]
+            found = iter(torch.autograd.grad(y, wanted, gy, create_graph=True) if wanted else ())
+            return *[next(found) if needed else None for needed in need], gresidual, None
+        gx, sums = torch.empty_like(x), torch.empty_like(moments)
+        gy = gy.contiguous(memory_format=memory_order(x))
+        run_norm_act(ctx.spec, x, gy, gx, scale, shift, moments, sums)
+        gscale, gshift = (
+            None if t is None else g.sum(0) if t.ndim == 1 else g
+            for t, g in zip((scale, shift), sums.flip(0), strict=True)
+        )
+        return gx, gscale, gshift, gresidual, None
+
+
+def run_norm_act(spec, x, other, out, scale, shift, moments, sums=None):
+    """Launches both kernels of the forward pass, or, with sums, of the backward pass. other: the
+    residual or gy; out: y or gx; sums: (2, N, C), the gradients of shift and scale by samples."""
+    if x.numel() == 0:
+        return
+    library, act, alpha, pad, eps = spec
+    N, C, H, W = x.shape
+    last = not x.is_contiguous()  # channels last
+    V = 16 // x.element_size()
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (x, other, out))
+    V = V if aligned and (C % V == 0 if last else H * W % V == 0 and pad == 0) else 1
+    groups = N if last else N * C
+    lanes = min(C // V, 128 // (V * x.element_size())) if last else 1  # 128 bytes: many rows
+    lane_blocks = -(-C // (V * lanes)) if last else 1
+    slots, out_slots = (n // (1 if last else V) for n in (H * W, (H + 2 * pad) * (W + 2 * pad)))
+    rows = min(256 // lanes, -(-slots // 32) * 32)
+    # Two blocks for each processor of a large GPU; each reads what all blocks of its maps found.
+    most = min(128, max(1, 256 // (groups * lane_blocks)))
+    walk, out_walk = (-(-n // (rows * most)) for n in (slots, out_slots))
+    chunks, out_chunks = -(-slots // (rows * walk)), -(-out_slots // (rows * out_walk))
+    partial = torch.empty(groups, chunks, 2, C if last else 1, device=x.device)
+    small = [None if t is None else t.contiguous() for t in (scale, shift)]
+    step = C if scale is not None and scale.ndim == 2 else 0
+    shape = (groups, C, H, W, pad, step, lanes, lane_blocks, rows * lanes)
+    shape += (chunks, rows * walk, out_chunks, rows * out_walk)
+    held = (x, other, out, *small, *moments, *((None, None) if sums is None else sums), partial)
+    launch(
+        library.norm_act, x, sums is not None, DTYPES[x.dtype], V > 1, last,
+        (ctypes.c_int64 * 13)(*shape), 1.0 if act == "linear" else alpha, eps,
+        (ctypes.c_void_p * 10)(*map(pointer, held)),
+    )  # fmt: skip
 
 
 # =============================================================================
@@ -1452,7 +1877,12 @@ def operators(N, C, H, W, device):
         exact = torch.promote_types(x.dtype, torch.float32)
         return warp(x, G.to(exact), reach, f12, impl)
 
-    return {
+    far = 6 * scale.sub(1).sign().to(device)  # of 0, the kink, for most x
+    norms = {
+        "norm, lrelu": (lambda x, impl, *t: norm_act(x, *t, "lrelu", impl=impl), [small[0], far]),
+        "norm, pad": (lambda x, impl, *_: norm_act(x, pad=1, impl=impl), []),
+    }
+    return (norms if H * W > 1 else {}) | {
         "bias_act": (lambda x, impl, b: bias_act(x, b, act="lrelu", impl=impl), small[3:]),
         "fused_act": (
             lambda x, impl, s, t, b: fused_act(x, s, small[1], t, b, "lrelu", clamp=1, impl=impl),
@@ -1472,12 +1902,14 @@ def operators(N, C, H, W, device):
 
 
 def derivatives(function, impl, tensors, v):
-    """y, the gradients of sum(y v), and those of the sum of their mean squares."""
+    """y, the gradients of sum(y v), and those of the sum of their mean squares. The first ones as
+    training has them: those with a graph of their own can come from elsewhere."""
     tensors = [t.detach().clone().requires_grad_() for t in (*tensors, v.to(tensors[0].dtype))]
     *inputs, v = tensors
     y = function(inputs[0], impl, *inputs[1:])
-    first = torch.autograd.grad(y, inputs, v, create_graph=True)
-    energy = sum(g.double().square().mean() for g in first)
+    first = torch.autograd.grad(y, inputs, v, retain_graph=True)
+    again = torch.autograd.grad(y, inputs, v, create_graph=True)
+    energy = sum(g.double().square().mean() for g in again)
     second = torch.autograd.grad(energy, tensors, allow_unused=True)
     return [
         torch.zeros_like(t) if g is None else g
@@ -1590,6 +2022,7 @@ def passes(name, function, x, more):
     yield "forward", ms, x.nbytes + y.nbytes
     ms = milliseconds(lambda: torch.autograd.grad(y, inputs, v, retain_graph=True))
     also = {"bias_act": y.nbytes, "fused_act": x.nbytes + y.nbytes, "modulate": x.nbytes}
+    also |= {"norm, lrelu": x.nbytes, "norm, pad": x.nbytes}
     yield "backward", ms, x.nbytes + y.nbytes + also.get(name, 0)
 
 

@@ -109,36 +109,43 @@ class Conv2d(nn.Conv2d):
         return x if self.bias is None else ops.bias_act(x, self.bias)
 
 
-def lrelu(x):
-    return functional.leaky_relu(x, 0.2)
+class Norm(nn.InstanceNorm2d):
+    """Instance norm with affine parameters, then leaky ReLU. forward(x): (N, C, H, W) -> same"""
+
+    def __init__(self, C):
+        super().__init__(C, affine=True)
+
+    def forward(self, x):
+        return ops.norm_act(x, self.weight, self.bias, "lrelu")
 
 
 class ResBlock(nn.Module):
     """A pre-activation residual block of unit variance, for G's encoder, E and D.
 
     forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if `down`
-    normalize: instance norm, with affine parameters, before each activation: in G alone.
+    normalize: instance norm before each activation, in G alone; norm1 and norm2 hold both.
     """
 
     def __init__(self, I, O, normalize=False, down=False):
         super().__init__()
         self.conv1 = Conv2d(I, I, 3, 1, resample="down" if down else None)
         self.conv2 = Conv2d(I, O, 3, 1)
-        self.norm1 = nn.InstanceNorm2d(I, affine=True) if normalize else nn.Identity()
-        self.norm2 = nn.InstanceNorm2d(I, affine=True) if normalize else nn.Identity()
+        self.norm1 = Norm(I) if normalize else nn.LeakyReLU(0.2)
+        self.norm2 = Norm(I) if normalize else nn.LeakyReLU(0.2)
         self.conv1x1 = Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
         self.down = down
 
     def forward(self, x):
         # The mean of 2x2 pixels and a 1x1 convolution may change places: here the cheap one first.
         skip = self.conv1x1(ops.pool2(x) if self.down else x)
-        x = self.conv1(lrelu(self.norm1(x)))
-        x = self.conv2(lrelu(self.norm2(x)))
+        x = self.conv1(self.norm1(x))
+        x = self.conv2(self.norm2(x))
         return (skip + x) / math.sqrt(2)
 
 
 class AdaIN(nn.Module):
-    """Adaptive instance norm (Huang and Belongie 2017): the style sets scale and shift.
+    """Adaptive instance norm (Huang and Belongie 2017), whose scale and shift the style sets, then
+    leaky ReLU.
 
     forward(x, s): (N, C, H, W), (N, style_dim) -> (N, C, H, W)
     The scale is 1 + gamma, and gamma is random at first, as the weights of any layer are.
@@ -149,8 +156,8 @@ class AdaIN(nn.Module):
         self.fc = nn.Linear(style_dim, 2 * C)
 
     def forward(self, x, s):
-        gamma, beta = self.fc(s)[:, :, None, None].chunk(2, 1)  # (N, C, 1, 1) each
-        return (1 + gamma) * functional.instance_norm(x) + beta
+        gamma, beta = self.fc(s).chunk(2, 1)  # (N, C) each
+        return ops.norm_act(x, 1 + gamma, beta, "lrelu")
 
 
 class AdainResBlock(nn.Module):
@@ -171,8 +178,8 @@ class AdainResBlock(nn.Module):
         self.w_hpf, self.up = w_hpf, up
 
     def forward(self, x, s):
-        y = self.conv1(lrelu(self.norm1(x, s)))
-        y = self.conv2(lrelu(self.norm2(y, s)))
+        y = self.conv1(self.norm1(x, s))
+        y = self.conv2(self.norm2(y, s))
         if self.w_hpf > 0:
             return y
         skip = self.conv1x1(x)  # before the doubling of pixels, which may change places with it
@@ -232,11 +239,8 @@ class Generator(nn.Module):
         decode = [AdainResBlock(C[-1], C[-1], style_dim, w_hpf) for _ in range(2)]
         decode += [AdainResBlock(I, O, style_dim, w_hpf, up=True) for O, I in pairs[::-1]]
         self.encode, self.decode = nn.ModuleList(encode), nn.ModuleList(decode)
-        self.to_rgb = nn.Sequential(
-            nn.InstanceNorm2d(C[0], affine=True),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(C[0], img_channels, 1),
-        )
+        # The activation, which has no weights, is a layer of its own in official checkpoints.
+        self.to_rgb = nn.Sequential(Norm(C[0]), nn.Identity(), nn.Conv2d(C[0], img_channels, 1))
         if w_hpf > 0:
             self.hpf = HighPass(w_hpf)
 

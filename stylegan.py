@@ -218,13 +218,8 @@ class MappingNetwork(nn.Module):
 
 def instance_norm(x, scale=None, shift=None):
     """Every map of every image to mean 0 and variance 1, then times scale, plus shift, (N, C)
-    each: AdaIN, Eq. (1).
-
-    A batch norm of one image with N * C channels: one pass for the moments and one for the rest.
-    """
-    scale, shift = (None if t is None else t.flatten() for t in (scale, shift))
-    y = x.contiguous().view(1, -1, *x.shape[2:])
-    return F.batch_norm(y, None, None, scale, shift, training=True, eps=1e-8).view(x.shape)
+    each: AdaIN, Eq. (1)."""
+    return ops.norm_act(x, scale, shift, eps=1e-8)
 
 
 class Epilogue(nn.Module):

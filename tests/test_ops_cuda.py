@@ -1,6 +1,7 @@
 """ops_cuda.py: derivatives, the kernels (on a GPU, and emulated on the CPU), their compilation."""
 
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -46,6 +47,31 @@ def test_fused_act_is_twice_differentiable(act, clamp):
     b = double(3, seed=4)
     for strength in (double(seed=3), double(3, seed=3)):  # of all channels, of each
         twice(lambda *t: ops.fused_act(*t, act=act, clamp=clamp), x, scale, noise, strength, b)
+
+
+@pytest.mark.parametrize("act", ["linear", "relu", "lrelu"])
+@pytest.mark.parametrize("shapes", [(), [3], [2, 3]], ids=str)  # of scale and shift
+def test_norm_act_is_torchs_instance_norm_activation_and_padding(act, shapes):
+    x, residual = double(2, 3, 5, 4), double(2, 3, 9, 8, seed=1)
+    scale, shift = (double(*shapes, seed=k) if shapes else None for k in (2, 3))
+    function = {"linear": lambda u: u, "relu": F.relu, "lrelu": lambda u: F.leaky_relu(u, 0.2)}[act]
+
+    def plain(x, residual, scale=None, shift=None):
+        y = F.instance_norm(x)
+        if scale is not None:
+            y = y * scale.expand(2, 3)[:, :, None, None] + shift.expand(2, 3)[:, :, None, None]
+        return F.pad(function(y), (2, 2, 2, 2), "reflect") + residual
+
+    def mine(x, residual, *small):
+        return ops.norm_act(x, *(small or (None, None)), act, pad=2, residual=residual)
+
+    inputs = [t for t in (x, residual, scale, shift) if t is not None]
+    results = []
+    for run in (plain, mine):
+        y = run(*inputs)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    torch.testing.assert_close(*results)
+    twice(mine, *inputs)
 
 
 @pytest.mark.parametrize("options", [{}, {"up": 2}, {"down": 2}, {"up": (2, 1), "down": (1, 2)}])
@@ -181,16 +207,24 @@ def second_order(function, inputs, v):
     return found
 
 
-def compare(function, inputs, dtype, device, last):
+def first_order(function, inputs, v):
+    """y and the gradients of sum(y v), as training has them: not to be differentiated again."""
+    inputs = {k: t.detach().clone().requires_grad_() for k, t in inputs.items()}
+    y = function(**inputs)
+    first = torch.autograd.grad(y, list(inputs.values()), v.to(inputs["x"].dtype))
+    return {"y": y} | {f"d{k}": g for k, g in zip(inputs, first, strict=True)}
+
+
+def compare(function, inputs, dtype, device, last, derivatives=second_order):
     """The kernel against the reference, which computes in float64 from the same rounded x."""
     order = torch.channels_last if last else torch.contiguous_format
     given = {k: t.to(device) for k, t in inputs.items()}
     given["x"] = given["x"].to(dtype).contiguous(memory_format=order)
     with torch.no_grad():
         v = torch.randn(function("ref", **given).shape, device=device).to(dtype)
-    mine = second_order(lambda **t: function("cuda", **t), given, v)
+    mine = derivatives(lambda **t: function("cuda", **t), given, v)
     exact = {k: t.double() for k, t in given.items()}
-    wanted = second_order(lambda **t: function("ref", **t), exact, v)
+    wanted = derivatives(lambda **t: function("ref", **t), exact, v)
     assert mine["y"].dtype == dtype
     if min(given["x"].shape[1:]) > 1:
         assert mine["y"].is_contiguous(memory_format=order)
@@ -276,6 +310,64 @@ def test_bias_act_takes_any_shape_and_dimension(device, shape, dim, act):
     u = x + b
     wanted = {"lrelu": F.leaky_relu(u, 0.2), "swish": F.silu(u)}[act] * 2**0.5
     torch.testing.assert_close(mine, wanted)
+
+
+MAPS = [(2, 16, 9, 8), (3, 5, 7, 4), (1, 8, 1, 6), (2, 1, 3, 5), (2, 300, 3, 2), (2, 24, 40, 37)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_the_kernels_of_norm_act_equal_their_reference(device, shape, dtype, last):
+    torch.manual_seed(0)
+    N, C, H, W = shape
+    x, styles = 2 * torch.randn(shape) + 5, dict(scale=torch.randn(N, C), shift=torch.randn(N, C))
+    weights = {k: t[0] for k, t in styles.items()}
+
+    def run(impl, act="lrelu", pad=0, **t):
+        if "residual" in t:
+            t["residual"] = t["residual"].to(dtype).to(t["x"].dtype)  # of what the kernel reads
+        return ops.norm_act(act=act, pad=pad, impl=impl, **t)
+
+    for pad in range(min(H, W, 4)):
+        residual = torch.randn(N, C, H + 2 * pad, W + 2 * pad)
+        for act, more in (
+            ("lrelu", styles | {"residual": residual}),
+            ("linear", {"residual": residual}),
+            ("relu", {}),
+            ("lrelu", weights),
+        ):
+            padded = functools.partial(run, act=act, pad=pad)
+            compare(padded, {"x": x} | more, dtype, device, last, first_order)
+    everything = {"x": x, "residual": torch.randn(shape)} | styles
+    compare(run, everything, dtype, device, last)  # the second order, by the reference
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+def test_the_moments_of_maps_far_from_0_and_of_one_outlier_are_exact(device, last):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 64, 64)
+    x[0] += 3000  # E[x^2] - E[x]^2 would be wrong by half of the variance
+    x[1, :, 0, 0] = 1e6
+    for offset in (x, x.flip(2, 3)):
+        compare(ops_norm, {"x": offset}, torch.float32, device, last, first_order)
+
+
+def ops_norm(impl, x):
+    return ops.norm_act(x, impl=impl)
+
+
+def test_norm_act_of_no_samples_is_empty_and_of_one_pixel_an_error(device):
+    x, scale = (torch.zeros(0, 4, 3, 3, device=device), torch.ones(4, device=device))
+    x.requires_grad_(), scale.requires_grad_()
+    y = ops.norm_act(x, scale, scale, pad=1, impl="cuda")
+    gx, gscale = torch.autograd.grad(y.sum(), (x, scale))
+    assert y.shape == (0, 4, 5, 5) and gx.shape == x.shape and gscale.abs().sum() == 0
+    for message, wrong in (("residual", {"residual": x}), ("scale", {"scale": scale})):
+        with pytest.raises(ValueError, match=message):
+            ops.norm_act(x, pad=1, **wrong)
+    with pytest.raises(ValueError, match="act"):
+        ops.norm_act(torch.zeros(2, 4, 1, 1, device=device))
 
 
 FILTERS = {
