@@ -841,7 +841,8 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         fake, rec = there_and_back(G, E, x, refs, a, b, masks_of)
         pair = dict(real=x, fake=fake, target=real[b], rec=rec)
         styles = styles_of_latents(F, z, b)
-        many = [translated(G, x[:diverse], s[None], masks) for s in styles]
+        few = masks and [mask[:diverse] for mask in masks]
+        many = [translated(G, x[:diverse], s[None], few) for s in styles]
         diversity.append(common.mean_abs_of_pairs(torch.stack(many)))
         if is_toy:
             images, name = list(tests.values())[a], list(tests)[b]
