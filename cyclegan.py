@@ -290,15 +290,14 @@ def from_official(arrays):
 def adversarial_loss(logits, real, mode="lsgan"):
     """How far D's logits are from calling the pictures `real` (True or False); mean over patches.
 
-    lsgan: squared distance to 1 or 0 (sec. 4); vanilla: Eq. (1) in the non-saturating form, cross
-    entropy; wgangp: minus or plus the mean (Gulrajani et al. 2017).
+    lsgan: squared distance to 1 or 0 (sec. 4); vanilla: Eq. (1) in the non-saturating form, where D
+    is the sigmoid of its logits; wgangp: minus or plus the mean (Gulrajani et al. 2017).
     """
     if mode == "wgangp":
         return -logits.mean() if real else logits.mean()
-    target = torch.full_like(logits, float(real))
     if mode == "lsgan":
-        return F.mse_loss(logits, target)
-    return F.binary_cross_entropy_with_logits(logits, target)
+        return (logits - float(real)).square().mean()
+    return -F.logsigmoid(logits if real else -logits).mean()
 
 
 def gradient_penalty(D, real, fake, alpha):
