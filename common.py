@@ -2102,6 +2102,7 @@ class Run:
 
     log_every = 100  # images between lines of log.jsonl
     fixed = ("batch",)  # options that a resumed run may not change
+    records = True  # phases as CUDA graphs; a loop whose pictures differ in size puts False here
 
     def __init__(self, model, args, script, own_half=False, precision=None):
         self.model, self.args, self.script = model, args, script
@@ -2275,7 +2276,7 @@ class Run:
                     self.step(*optimizers)
                 return result
 
-            if self.world == 1 and not self.scaler.is_enabled():
+            if self.records and self.world == 1 and not self.scaler.is_enabled():
                 phase_and_step = graph(phase_and_step, self.device, [self.generator], self.memory)
             self.graphs[key] = phase_and_step
         return self.graphs[key]
@@ -5153,7 +5154,7 @@ class FAN(nn.Module):
     """The network of Wang et al. 2019 (adaptive wing loss) that finds 98 landmarks of a face.
 
     forward(x) -> (N, 99, 64, 64), a map per landmark, high where it is, and one of the outline
-    masks(x) -> two of (N, 1, 256, 256) in [0, 1], the coarse and the fine mask of StarGAN v2
+    masks(x) -> (2, N, 1, 256, 256) in [0, 1], the coarse and the fine mask of StarGAN v2
         x: (N, 1 or 3, H, W) in [-1, 1], any size; grey counts as three equal channels
     Frozen, and always in evaluation mode.
     """
@@ -5189,8 +5190,9 @@ class FAN(nn.Module):
 
 
 def landmark_masks(maps):
-    """The coarse and the fine mask, (N, 1, 256, 256) in [0, 1], of maps of landmarks (N, 98, 256,
-    256): where StarGAN v2 keeps a face's detail. The fine one leaves out what expression moves.
+    """The coarse and the fine mask, (2, N, 1, 256, 256) in [0, 1], of maps of landmarks (N, 98,
+    256, 256): where StarGAN v2 keeps a face's detail. The fine one leaves out what expression
+    moves.
 
     As in the official code (clovaai/stargan-v2: core/wing.py): maps of some parts are moved off the
     edges that they lie on, and made narrower by a power.
@@ -5207,12 +5209,14 @@ def landmark_masks(maps):
     parts = ((chin, 0, 3), (brows, -7, 2), (nostrils, 8, 4), (upper, -8, 4), (lower, 8, 4))
     for part, rows, power in (*parts, (inner, -2, 3)):
         h[:, part] = up(h[:, part], rows).pow(power)
-    h[:, [*range(8), *range(25, 33), 33, 46, 76, 82]] = 0  # the cheeks, and corners
+    for part in (slice(8), slice(25, 34), 46, 76, 82):  # the cheeks, and corners
+        h[:, part].zero_()
     h[:, 52:55] = up(h[:, 52:55], 4)  # the bridge of the nose
     h[:, eyes] = up(h[:, eyes], -8).pow(3) + up(h[:, eyes], -24)
     fine = h.clone()
-    fine[:, chin] = fine[:, brows] = fine[:, 76:96] = 0
-    return [part.sum(1, keepdim=True).clamp(0, 1) for part in (h, fine)]
+    for part in (chin, brows, slice(76, 96)):
+        fine[:, part].zero_()
+    return torch.stack([part.sum(1, keepdim=True) for part in (h, fine)]).clamp(0, 1)
 
 
 def landmarks_of_maps(maps):

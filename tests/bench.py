@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from eager import Eager
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -47,7 +48,7 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-class Phases:
+class Phases(Eager):
     """Stands in for common.Run in train_step, and times each phase by its step of optimisers."""
 
     def __init__(self, run, device):
@@ -59,10 +60,6 @@ class Phases:
     def begin(self):
         wait(self.device)
         self.spent, self.last = [], time.perf_counter()
-
-    def update(self, opt, loss):
-        self.run.backward(loss)
-        self.step(opt)
 
     def step(self, *optimizers):
         self.run.step(*optimizers)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
+from eager import Eager
 from PIL import Image
 from test_stylegan2 import jsonl, logged_steps, shuffled_weights
 from test_stylegan2_ada import definitions
@@ -158,6 +159,23 @@ def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_weights():
     torch.testing.assert_close(penalty, a.square().sum())
 
 
+class Runner(Eager):
+    """What train_step needs of common.Run."""
+
+    randn = staticmethod(torch.randn)
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, *optimizers):
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad()
+
+
 def one_step(**rates):
     """train_step on tiny networks. Returns {network: (weights before, after)}."""
     torch.manual_seed(0)
@@ -173,16 +191,7 @@ def one_step(**rates):
     x, ref, ref2 = torch.rand(3, 2, 3, 32, 32) * 2 - 1
     batch = (x, ref, ref2, torch.tensor([0, 1]), torch.tensor([1, 1]))
 
-    def step(*optimizers):
-        for opt in optimizers:
-            opt.step()
-            opt.zero_grad()
-
-    run = types.SimpleNamespace(
-        randn=torch.randn, step=step, backward=lambda loss: loss.backward(),
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-    )  # fmt: skip
-    losses = stargan_v2.train_step(nets, ema, opts, batch, 1.0, args, run)
+    losses = stargan_v2.train_step(nets, ema, opts, batch, 1.0, args, Runner())
     assert len(losses) == 14 and all(v.isfinite() for v in losses.values())
     after = {name: list(net.parameters()) for name, net in everything.items()}
     return {name: (before[name], after[name]) for name in everything}
