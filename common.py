@@ -2437,6 +2437,9 @@ class Run:
             for name, opt in self.opts.items():
                 now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
                 opt.load_state_dict(state["opts"][name])
+                for p, held in opt.state.items():  # laid out as p: fused steps pair them by place
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        held[key] = torch.empty_like(p).copy_(held[key])
                 for group, options in zip(opt.param_groups, now, strict=True):
                     group |= options  # those of the command line, which may have changed
         except (KeyError, RuntimeError, ValueError) as e:

@@ -132,7 +132,9 @@ def bench_stargan_v2(options, device):
     stargan_v2.fill_options(args, {})
     run = Phases(common.Run("bench", args, ""), device)
     size, batch, domains = args.size, args.batch, 3
-    nets = {k: net.to(device) for k, net in stargan_v2.new_networks(args, domains).items()}
+    channels_last = torch.channels_last
+    nets = stargan_v2.new_networks(args, domains)
+    nets = {k: net.to(device, memory_format=channels_last) for k, net in nets.items()}
     trained, ema = list(nets.values()), [stargan_v2.average_of(nets[name]) for name in "GFE"]
     rates = (args.lr, args.lr_f, args.lr, args.lr)
     opts = [

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,21 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
         del line["sec"], line["mem_gb"]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 60
     assert jsonl(whole / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
+
+
+def test_a_run_whose_moments_lie_otherwise_in_memory_goes_on_alike(trained):
+    """Those of runs from before weights lay channels last did."""
+    for name in ("new", "old"):
+        shutil.copytree(trained, name)
+    state = torch.load("old/checkpoint.pt", weights_only=True)
+    for opt in state["opts"].values():
+        for held in opt["state"].values():
+            held |= {k: v.contiguous() for k, v in held.items()}
+    torch.save(state, "old/checkpoint.pt")
+    for name in ("new", "old"):
+        main("--resume", name, "--iters", 8)
+    new, old = weights_of(Path("new")), weights_of(Path("old"))
+    assert all(torch.equal(new[k], old[k]) for k in new)
 
 
 def test_a_finished_run_that_is_lengthened_stays_without_the_weight_of_diversity():
