@@ -2034,9 +2034,9 @@ def graph(function, device, generators=(), memory=None):
     A recording repeats the same work on the same memory. What function does may depend on numbers
     in tensors only, none of which it reads; tensors that it changes must be changed in place. Of
     its arguments, tensors are those of the recording from there on: what later calls pass is copied
-    into them. Any other argument must stay the same. Results lie in the recording's memory, until
-    the next call. generators: that function draws from, beside torch's own; memory: a
-    torch.cuda.graph_pool_handle() to share with graphs that never run at the same time.
+    into them. Any other argument must stay the same. generators: that function draws from, beside
+    torch's own; memory: a torch.cuda.graph_pool_handle() to share with graphs that never run at the
+    same time.
 
     Raises ValueError where an argument has changed that cannot; UserError if CUDA records nothing.
     Source: Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs" (pytorch.org).
@@ -2068,12 +2068,22 @@ class Graph:
         for held, given in zip(self.args, args, strict=True):
             if held is given:
                 continue
-            if isinstance(held, torch.Tensor) and held.shape == given.shape:
+            tensors = isinstance(held, torch.Tensor) and isinstance(given, torch.Tensor)
+            if tensors and held.shape == given.shape:
                 held.copy_(given)
             elif isinstance(held, torch.Tensor) or held != given:
                 raise ValueError(f"a CUDA graph cannot change {held!r} into {given!r}")
         self.replay()
-        return self.result
+        return copied(self.result)
+
+
+def copied(result):
+    """A copy of the tensors in nested dicts, lists and tuples."""
+    if isinstance(result, torch.Tensor):
+        return result.clone()
+    if isinstance(result, dict):
+        return {name: copied(value) for name, value in result.items()}
+    return type(result)(map(copied, result)) if isinstance(result, (list, tuple)) else result
 
 
 def record(generators, memory, function):
@@ -2105,6 +2115,7 @@ class Run:
 
     log_every = 100  # images between lines of log.jsonl
     fixed = ("batch",)  # options that a resumed run may not change
+    records = True  # phases as CUDA graphs; a loop whose pictures differ in size puts False here
 
     def __init__(self, model, args, script, own_half=False, precision=None):
         self.model, self.args, self.script = model, args, script
@@ -2280,7 +2291,7 @@ class Run:
                     self.step(*optimizers)
                 return result
 
-            if self.world == 1 and not self.scaler.is_enabled():
+            if self.records and self.world == 1 and not self.scaler.is_enabled():
                 phase_and_step = graph(phase_and_step, self.device, [self.generator], self.memory)
             self.graphs[key] = phase_and_step
         return self.graphs[key]
@@ -2441,6 +2452,9 @@ class Run:
             for name, opt in self.opts.items():
                 now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
                 opt.load_state_dict(state["opts"][name])
+                for p, held in opt.state.items():  # laid out as p: fused steps pair them by place
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        held[key] = torch.empty_like(p).copy_(held[key])
                 for group, options in zip(opt.param_groups, now, strict=True):
                     group |= options  # those of the command line, which may have changed
         except (KeyError, RuntimeError, ValueError) as e:
@@ -5158,7 +5172,7 @@ class FAN(nn.Module):
     """The network of Wang et al. 2019 (adaptive wing loss) that finds 98 landmarks of a face.
 
     forward(x) -> (N, 99, 64, 64), a map per landmark, high where it is, and one of the outline
-    masks(x) -> two of (N, 1, 256, 256) in [0, 1], the coarse and the fine mask of StarGAN v2
+    masks(x) -> (2, N, 1, 256, 256) in [0, 1], the coarse and the fine mask of StarGAN v2
         x: (N, 1 or 3, H, W) in [-1, 1], any size; grey counts as three equal channels
     Frozen, and always in evaluation mode.
     """
@@ -5194,8 +5208,9 @@ class FAN(nn.Module):
 
 
 def landmark_masks(maps):
-    """The coarse and the fine mask, (N, 1, 256, 256) in [0, 1], of maps of landmarks (N, 98, 256,
-    256): where StarGAN v2 keeps a face's detail. The fine one leaves out what expression moves.
+    """The coarse and the fine mask, (2, N, 1, 256, 256) in [0, 1], of maps of landmarks (N, 98,
+    256, 256): where StarGAN v2 keeps a face's detail. The fine one leaves out what expression
+    moves.
 
     As in the official code (clovaai/stargan-v2: core/wing.py): maps of some parts are moved off the
     edges that they lie on, and made narrower by a power.
@@ -5212,12 +5227,14 @@ def landmark_masks(maps):
     parts = ((chin, 0, 3), (brows, -7, 2), (nostrils, 8, 4), (upper, -8, 4), (lower, 8, 4))
     for part, rows, power in (*parts, (inner, -2, 3)):
         h[:, part] = up(h[:, part], rows).pow(power)
-    h[:, [*range(8), *range(25, 33), 33, 46, 76, 82]] = 0  # the cheeks, and corners
+    for part in (slice(8), slice(25, 34), 46, 76, 82):  # the cheeks, and corners
+        h[:, part].zero_()
     h[:, 52:55] = up(h[:, 52:55], 4)  # the bridge of the nose
     h[:, eyes] = up(h[:, eyes], -8).pow(3) + up(h[:, eyes], -24)
     fine = h.clone()
-    fine[:, chin] = fine[:, brows] = fine[:, 76:96] = 0
-    return [part.sum(1, keepdim=True).clamp(0, 1) for part in (h, fine)]
+    for part in (chin, brows, slice(76, 96)):
+        fine[:, part].zero_()
+    return torch.stack([part.sum(1, keepdim=True) for part in (h, fine)]).clamp(0, 1)
 
 
 def landmarks_of_maps(maps):
@@ -5457,8 +5474,7 @@ def in_batches(function, device, batch, *inputs, generators=()):
     recorded, results = graph(function, device, generators), []
     for k in range(0, len(inputs[0]), batch):
         part = [None if x is None else x[k : k + batch].to(device) for x in inputs]
-        result = (recorded if len(part[0]) == batch else function)(*part)
-        results.append(result.to("cpu", copy=True))
+        results.append((recorded if len(part[0]) == batch else function)(*part).cpu())
     return torch.cat(results)
 
 

@@ -325,15 +325,14 @@ def from_official(arrays):
 def adversarial_loss(logits, real, mode="lsgan"):
     """How far D's logits are from calling the pictures `real` (True or False); mean over patches.
 
-    lsgan: squared distance to 1 or 0 (sec. 4); vanilla: Eq. (1) in the non-saturating form, cross
-    entropy; wgangp: minus or plus the mean (Gulrajani et al. 2017).
+    lsgan: squared distance to 1 or 0 (sec. 4); vanilla: Eq. (1) in the non-saturating form, where D
+    is the sigmoid of its logits; wgangp: minus or plus the mean (Gulrajani et al. 2017).
     """
     if mode == "wgangp":
         return -logits.mean() if real else logits.mean()
-    target = torch.full_like(logits, float(real))
     if mode == "lsgan":
-        return F.mse_loss(logits, target)
-    return F.binary_cross_entropy_with_logits(logits, target)
+        return (logits - float(real)).square().mean()
+    return -F.logsigmoid(logits if real else -logits).mean()
 
 
 def gradient_penalty(D, real, fake, alpha):
@@ -366,7 +365,7 @@ class ImagePool:
 
     Until `size` images are stored every image is stored and returned. From then on each is, with
     probability 1/2, exchanged for a random stored one, else returned and not stored.
-    Everything is a tensor operation, so that nothing waits for the GPU.
+    Everything is a tensor operation, in place, so that nothing waits for the GPU.
     """
 
     def __init__(self, size=POOL_SIZE):
@@ -424,19 +423,9 @@ def lr_factor(epoch, policy="linear", epochs=EPOCHS, epochs_decay=None, every=50
     return (1 + math.cos(math.pi * (epoch - 1) / max(flat, 1))) / 2
 
 
-def train_step(nets, opts, pools, real_A, real_B, args, run):
-    """One iteration: one update of both generators, then one of both discriminators.
-
-    nets: G_AB, G_BA, D_A, D_B; opts: Adam of the generators, Adam of the discriminators; pools:
-    past fake_A, past fake_B; real_A, real_B: (N, C, H, W) in [-1, 1]. Returns {name: loss}, before
-    weighting. `run` gives autocast(), rand(n) uniform in [0, 1), and update(opt, loss).
-    """
-    (G_AB, G_BA, D_A, D_B), (opt_G, opt_D), (pool_A, pool_B) = nets, opts, pools
+def generator_phase(G_AB, G_BA, D_A, D_B, real_A, real_B, args, run):
+    """Gradients of both generators. Returns {name: loss}, before weighting, fake_A, and fake_B."""
     losses = {}
-
-    # ---- G_AB and G_BA; the discriminators only pass gradients on -----------------------------
-    D_A.requires_grad_(False)
-    D_B.requires_grad_(False)
     with run.autocast():
         if args.lambda_id > 0:  # each generator sees both domains in one pass
             fake_B, idt_B = forward_both(G_AB, real_A, real_B)
@@ -455,14 +444,16 @@ def train_step(nets, opts, pools, real_A, real_B, args, run):
         losses["G_BA"] = adversarial_loss(D_A(fake_A), True, args.gan_mode)
     loss_A = args.lambda_A * (losses["cycle_A"] + args.lambda_id * losses.get("idt_A", 0))
     loss_B = args.lambda_B * (losses["cycle_B"] + args.lambda_id * losses.get("idt_B", 0))
-    run.update(opt_G, losses["G_AB"] + losses["G_BA"] + loss_A + loss_B)  # Eq. (3)
+    run.backward(losses["G_AB"] + losses["G_BA"] + loss_A + loss_B)  # Eq. (3)
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    return losses, fake_A.detach(), fake_B.detach()
 
-    # ---- D_A and D_B, on the fakes made before that update, some exchanged for older ones -----
-    D_A.requires_grad_(True)
-    D_B.requires_grad_(True)
-    N = len(real_A)
-    fake_B = pool_B.query(fake_B.detach(), run.rand(N), run.rand(N))
-    fake_A = pool_A.query(fake_A.detach(), run.rand(N), run.rand(N))
+
+def discriminator_phase(D_A, D_B, pool_A, pool_B, real_A, real_B, fake_A, fake_B, args, run):
+    """Gradients of both discriminators, on fakes out of the pools. Returns {name: loss}."""
+    losses, N = {}, len(real_A)
+    fake_B = pool_B.query(fake_B, run.rand(N), run.rand(N))
+    fake_A = pool_A.query(fake_A, run.rand(N), run.rand(N))
     with run.autocast():
         losses["D_A"] = discriminator_loss(D_A, real_A, fake_A, args.gan_mode)
         losses["D_B"] = discriminator_loss(D_B, real_B, fake_B, args.gan_mode)
@@ -471,8 +462,31 @@ def train_step(nets, opts, pools, real_A, real_B, args, run):
             losses["reg/gp_A"] = gradient_penalty(D_A, real_A, fake_A, run.rand(N)[:, None])
             losses["reg/gp_B"] = gradient_penalty(D_B, real_B, fake_B, run.rand(N)[:, None])
             loss_D = loss_D + LAMBDA_GP * (losses["reg/gp_A"] + losses["reg/gp_B"])
-    run.update(opt_D, loss_D)
-    return losses
+    run.backward(loss_D)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def train_step(nets, opts, pools, real_A, real_B, args, run):
+    """One iteration: one update of both generators, then one of both discriminators.
+
+    nets: G_AB, G_BA, D_A, D_B; opts: Adam of the generators, Adam of the discriminators; pools:
+    past fake_A, past fake_B; real_A, real_B: (N, C, H, W) in [-1, 1]. Returns {name: loss}, before
+    weighting. `run` gives autocast(), rand(n) uniform in [0, 1), backward(loss), and graph(phase,
+    optimizer): the phase and an update with the gradients that it left.
+    """
+    (G_AB, G_BA, D_A, D_B), (opt_G, opt_D), (pool_A, pool_B) = nets, opts, pools
+
+    # ---- G_AB and G_BA; the discriminators only pass gradients on -----------------------------
+    D_A.requires_grad_(False)
+    D_B.requires_grad_(False)
+    phase = run.graph(generator_phase, opt_G)
+    losses, fake_A, fake_B = phase(G_AB, G_BA, D_A, D_B, real_A, real_B, args, run)
+
+    # ---- D_A and D_B, on the fakes made before that update and older ones ---------------------
+    D_A.requires_grad_(True)
+    D_B.requires_grad_(True)
+    phase = run.graph(discriminator_phase, opt_D)
+    return losses | phase(D_A, D_B, pool_A, pool_B, real_A, real_B, fake_A, fake_B, args, run)
 
 
 def new_networks(args):
@@ -531,6 +545,7 @@ def pil_mode(args, part):
 
 def train(args):
     run = common.Run("cyclegan", args, script=__file__)
+    run.records = args.preprocess.endswith("crop")  # otherwise pictures may differ in size
     source = common.open_data(args.data, size=args.load_size)
 
     # ---- networks, optimisers, pools ----------------------------------------------------------

@@ -474,14 +474,15 @@ def discriminator_losses(D, real, y, fake, y_fake):
     }
 
 
-def generator_losses(G, E, D, real, y, s, y_fake, other, masks_of):
+def generator_losses(G, E, D, real, y, s, y_fake, other, masks, masks_of):
     """{name: loss} of G, and of the networks that made the style s, (N, style_dim) of domains
     y_fake.
 
     real: (N, C, size, size) of domains y; other: G(real) of another style, which is not learned
-    from: styles are driven apart by this picture alone. masks_of(picture): G's masks, or None.
+    from: styles are driven apart by this picture alone. masks: G's of real, or None;
+    masks_of(picture): those of the fakes.
     """
-    fake = G(real, s, masks_of(real))
+    fake = G(real, s, masks)
     back = G(fake, E(real, y), masks_of(fake))
     return {
         "adv": adversarial_loss(D(fake, y_fake), True),  # Eq. (1)
@@ -519,65 +520,73 @@ def no_masks(img):
     return None
 
 
-def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
-    """One iteration: two steps of D, two of G, the first of them with F and E. Returns {name:
-    loss}, unweighted, of the phases "latent" and "ref".
-
-    nets, opts: of G, F, E, D; ema: the averages of G, F, E; batch: pictures (N, C, size, size) in
-    [-1, 1], two references of one domain for each, their domains y and y_ref (N,); lambda_ds: as
-    of this step; masks_of(picture): G's masks. `run` gives randn, autocast, backward and step.
-    """
-    (G, F, E, D), (opt_G, opt_F, opt_E, opt_D) = nets, opts
-    real, ref, ref2, y, y_ref = batch
-    z, z2 = (run.randn(len(real), F.config["z_dim"]) for _ in range(2))
-    masks = masks_of(real)
-    found = {}
-
-    def known_masks(img):
-        return masks if img is real else masks_of(img)
-
-    def total(losses, phase):
-        """Eq. (5), of G."""
-        found.update({f"{name}_{phase}": loss.detach() for name, loss in losses.items()})
-        total = losses["adv"] + args.lambda_sty * losses["sty"] + args.lambda_cyc * losses["cyc"]
-        return total - lambda_ds * losses["ds"]
-
-    # ---- D, with R1 in every step: fakes in the style of a latent, then of a reference ---------
-    D.requires_grad_(True)
-    for phase in ("latent", "ref"):
+def discriminator_phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run):
+    """Two steps of D, with R1 in each, on fakes in the style of latents z, then of references."""
+    (G, F, E, D), found = nets, {}
+    for guide, style_of, x in (("latent", F, z), ("ref", E, ref)):
         with torch.no_grad(), run.autocast():
-            s = F(z, y_ref) if phase == "latent" else E(ref, y_ref)
-            fake = G(real, s, masks)
+            fake = G(real, style_of(x, y_ref), masks)
         with run.autocast():
             losses = discriminator_losses(D, real, y, fake, y_ref)
         run.backward(losses["D_real"] + losses["D_fake"] + args.r1_gamma / 2 * losses["reg/r1"])
         run.step(opt_D)
-        found |= {f"{name}_{phase}": loss.detach() for name, loss in losses.items()}
+        found |= {f"{name}_{guide}": loss.detach() for name, loss in losses.items()}
+    return found
 
-    # ---- G, F and E, in the style of a latent; D only passes gradients on ----------------------
-    D.requires_grad_(False)
+
+def generator_phase(guide, nets, real, y, x, x2, y_ref, masks, masks_of, lambda_ds, args, run):
+    """Gradients of Eq. (5) for those of G, F and E that learn now, of fakes in the style of x.
+
+    guide: "latent" or "ref", which x and x2 are, one for each picture; lambda_ds: ().
+    """
+    G, F, E, D = nets
+    style_of = F if guide == "latent" else E
     with torch.no_grad(), run.autocast():  # on its own: autocast would keep weights cast here
-        other = G(real, F(z2, y_ref), masks)
+        other = G(real, style_of(x2, y_ref), masks)
     with run.autocast():
-        losses = generator_losses(G, E, D, real, y, F(z, y_ref), y_ref, other, known_masks)
-    run.backward(total(losses, "latent"))
-    run.step(opt_G, opt_F, opt_E)
+        s = style_of(x, y_ref)
+        losses = generator_losses(G, E, D, real, y, s, y_ref, other, masks, masks_of)
+    total = losses["adv"] + args.lambda_sty * losses["sty"] + args.lambda_cyc * losses["cyc"]
+    run.backward(total - lambda_ds * losses["ds"])
+    return {f"{name}_{guide}": loss.detach() for name, loss in losses.items()}
+
+
+def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
+    """One iteration: two steps of D, two of G, the first of them with F and E. Returns {name:
+    loss}, unweighted, by what guided G: NAME_latent, NAME_ref.
+
+    nets, opts: of G, F, E, D; ema: the averages of G, F, E; batch: pictures (N, C, size, size) in
+    [-1, 1], two references of one domain for each, their domains y and y_ref (N,); lambda_ds: as
+    of this step; masks_of(picture): G's masks. `run` gives randn, autocast, backward, step, and
+    graph(phase, *optimizers): the phase and a step with the gradients that it left.
+    """
+    (G, F, E, D), (opt_G, opt_F, opt_E, opt_D) = nets, opts
+    real, ref, ref2, y, y_ref = batch
+    z, z2 = (run.randn(len(real), F.config["z_dim"]) for _ in range(2))
+    masks = masks_of(real)  # once for all phases
+    lambda_ds = real.new_full((), lambda_ds)  # a tensor: other steps have other weights
+    rest = (y_ref, masks, masks_of, lambda_ds, args, run)
+
+    # ---- D, in the style of a latent, then of a reference -------------------------------------
+    D.requires_grad_(True)
+    phase = run.graph(discriminator_phase)
+    losses = phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run)
+
+    # ---- G, F and E, in the style of a latent; D only passes gradients on ---------------------
+    D.requires_grad_(False)
+    phase = run.graph(generator_phase, opt_G, opt_F, opt_E)
+    losses |= phase("latent", nets, real, y, z, z2, *rest)
 
     # ---- G alone, in the style of a reference -------------------------------------------------
     # E learns to read styles off pictures in the phase above only; its author found results worse
     # when it also learns from this one (clovaai/stargan-v2, issue 44). So it passes gradients on.
     E.requires_grad_(False)
-    with torch.no_grad(), run.autocast():
-        other = G(real, E(ref2, y_ref), masks)
-    with run.autocast():
-        losses = generator_losses(G, E, D, real, y, E(ref, y_ref), y_ref, other, known_masks)
-    run.backward(total(losses, "ref"))
-    run.step(opt_G)
+    losses |= run.graph(generator_phase, opt_G)("ref", nets, real, y, ref, ref2, *rest)
     E.requires_grad_(True)
 
     # ---- the averages, with which samples, scores and translations are made -------------------
     update_ema(ema, (G, F, E), args.ema_beta)
-    return found
+    return losses
 
 
 def new_networks(args, domains):
@@ -680,7 +689,8 @@ def train(args):
     if args.w_hpf > 0:
         resumed = run.weights is not None and run.weights != args.checkpoint
         nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
-    nets = {name: net.to(run.device) for name, net in nets.items()}
+    order = torch.channels_last
+    nets = {name: net.to(run.device, memory_format=order) for name, net in nets.items()}
     masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks
     trained, ema = [nets[name] for name in "GFED"], [nets[f"{name}_ema"] for name in "GFE"]
     rates = dict(G=args.lr, F=args.lr_f, E=args.lr, D=args.lr)
@@ -844,7 +854,8 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         fake, rec = there_and_back(G, E, x, refs, a, b, masks_of)
         pair = dict(real=x, fake=fake, target=real[b], rec=rec)
         styles = styles_of_latents(F, z, b)
-        many = [translated(G, x[:diverse], s[None], masks) for s in styles]
+        few = masks and [mask[:diverse] for mask in masks]
+        many = [translated(G, x[:diverse], s[None], few) for s in styles]
         diversity.append(common.mean_abs_of_pairs(torch.stack(many)))
         if is_toy:
             images, name = list(tests.values())[a], list(tests)[b]

@@ -224,7 +224,8 @@ def of_loader(what, size, n):
 def of_stargan_v2(what, args, device):
     stargan_v2.fill_options(args, {})
     run, batch, domains = Phases(args), args.batch, 3
-    nets = {k: net.to(device) for k, net in stargan_v2.new_networks(args, domains).items()}
+    nets = stargan_v2.new_networks(args, domains)
+    nets = {k: net.to(device, memory_format=torch.channels_last) for k, net in nets.items()}
     trained, ema = list(nets.values()), [stargan_v2.average_of(nets[name]) for name in "GFE"]
     real, *refs = (pictures(batch, args.size, device) for _ in range(3))
     if what.startswith("translate"):  # as the commands and the web page do it
@@ -248,7 +249,7 @@ def of_stargan_v2(what, args, device):
     def step(k):
         stargan_v2.train_step(trained, ema, opts, (real, *refs, y, y_ref), 1.0, args, run)
 
-    names = ("D by latents", "by references", "G, F, E by latents", "G by references")
+    names = ("D", "G, F, E by latents", "G by references")
     return Work(step, batch, run, names)
 
 

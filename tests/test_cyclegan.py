@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eager import Eager
 from PIL import Image
 
 import common
@@ -160,6 +161,22 @@ def test_gradient_penalty_of_a_linear_discriminator_is_that_of_its_weights():
     torch.testing.assert_close(gp, (a.norm() - 1).square())
 
 
+class Runner(Eager):
+    """What train_step needs of common.Run."""
+
+    rand = staticmethod(torch.rand)
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, opt):
+        opt.step()
+        opt.zero_grad()
+
+
 def tiny_step(lr_G=0.0, lr_D=0.0, norm="instance", **options):
     """train_step on tiny networks; returns (losses, {network: has it moved})."""
     torch.manual_seed(0)
@@ -173,19 +190,11 @@ def tiny_step(lr_G=0.0, lr_D=0.0, norm="instance", **options):
         for pair, lr in ((nets[:2], lr_G), (nets[2:], lr_D))
     ]
 
-    def update(opt, loss):
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-
-    runner = types.SimpleNamespace(
-        rand=torch.rand, update=update, autocast=lambda: torch.autocast("cpu", enabled=False)
-    )
     defaults = {"gan_mode": "lsgan", "lambda_A": 10.0, "lambda_B": 10.0, "lambda_id": 0.5}
     args = types.SimpleNamespace(**defaults | options)
     pools = [cyclegan.ImagePool(4), cyclegan.ImagePool(4)]
     real_A, real_B = torch.rand(2, 2, 3, 16, 16) * 2 - 1
-    losses = cyclegan.train_step(nets, opts, pools, real_A, real_B, args, runner)
+    losses = cyclegan.train_step(nets, opts, pools, real_A, real_B, args, Runner())
     pairs = zip(nets, before, strict=True)
     moved = [
         any(not torch.equal(p, q) for p, q in zip(n.parameters(), b, strict=True)) for n, b in pairs

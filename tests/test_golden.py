@@ -20,6 +20,7 @@ import golden_stylegan2
 import numpy as np
 import pytest
 import torch
+from eager import Eager
 
 import common
 import cyclegan
@@ -248,11 +249,11 @@ def check_network(case, label):
             case.equal(f"{label}/buf/{name}", buffer)
 
 
-class Recorder:
+class Recorder(Eager):
     """Stands in for common.Run in train_step: recorded draws in, losses and gradients out."""
 
     def __init__(self, draws=()):
-        self.draws = list(draws)
+        self.draws, self.losses = list(draws), []
 
     def autocast(self):
         return torch.autocast("cpu", enabled=False)
@@ -260,11 +261,13 @@ class Recorder:
     def rand(self, n):
         return torch.as_tensor(self.draws.pop(0)) if self.draws else torch.zeros(n)
 
-    def update(self, opt, loss):
-        opt.zero_grad(set_to_none=True)
+    def backward(self, loss):
         loss.backward()
-        self.__dict__.setdefault("losses", []).append(loss.detach())
+        self.losses.append(loss.detach())
+
+    def step(self, opt):
         opt.step()
+        opt.zero_grad(set_to_none=True)
 
 
 def options(opt):
@@ -299,15 +302,13 @@ def check_losses(case):
     given = inputs(meta["inputs"])
     real_A, real_B = given["real_A"], given["real_B"]
 
-    still = torch.optim.SGD(nets[0].parameters(), lr=0.0)  # updates nothing: gradients stay
     run = Recorder()
-    run.update = lambda _, loss: (run.losses.append(loss.detach()), loss.backward())
-    run.losses = []
+    run.step = lambda opt: None  # gradients stay
     pools = [
         types.SimpleNamespace(query=lambda *_, k=k: given[k])
         for k in ("pool_fake_A", "pool_fake_B")
     ]
-    losses = official_step(nets, [still, still], pools, real_A, real_B, options(opt), run)
+    losses = official_step(nets, [None, None], pools, real_A, real_B, options(opt), run)
     for name in ("G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B"):
         case.equal(f"loss/{name}", weighted(name, losses, opt))
     case.equal("loss/G", run.losses[0])

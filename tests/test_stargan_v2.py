@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
+from eager import Eager
 from PIL import Image
 from test_stylegan2 import jsonl, logged_steps, shuffled_weights
 from test_stylegan2_ada import definitions
@@ -158,6 +160,23 @@ def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_weights():
     torch.testing.assert_close(penalty, a.square().sum())
 
 
+class Runner(Eager):
+    """What train_step needs of common.Run."""
+
+    randn = staticmethod(torch.randn)
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, *optimizers):
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad()
+
+
 def one_step(**rates):
     """train_step on tiny networks. Returns {network: (weights before, after)}."""
     torch.manual_seed(0)
@@ -173,16 +192,7 @@ def one_step(**rates):
     x, ref, ref2 = torch.rand(3, 2, 3, 32, 32) * 2 - 1
     batch = (x, ref, ref2, torch.tensor([0, 1]), torch.tensor([1, 1]))
 
-    def step(*optimizers):
-        for opt in optimizers:
-            opt.step()
-            opt.zero_grad()
-
-    run = types.SimpleNamespace(
-        randn=torch.randn, step=step, backward=lambda loss: loss.backward(),
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-    )  # fmt: skip
-    losses = stargan_v2.train_step(nets, ema, opts, batch, 1.0, args, run)
+    losses = stargan_v2.train_step(nets, ema, opts, batch, 1.0, args, Runner())
     assert len(losses) == 14 and all(v.isfinite() for v in losses.values())
     after = {name: list(net.parameters()) for name, net in everything.items()}
     return {name: (before[name], after[name]) for name in everything}
@@ -307,6 +317,21 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
         del line["sec"], line["mem_gb"]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 60
     assert jsonl(whole / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
+
+
+def test_a_run_whose_moments_lie_otherwise_in_memory_goes_on_alike(trained):
+    """Those of runs from before weights lay channels last did."""
+    for name in ("new", "old"):
+        shutil.copytree(trained, name)
+    state = torch.load("old/checkpoint.pt", weights_only=True)
+    for opt in state["opts"].values():
+        for held in opt["state"].values():
+            held |= {k: v.contiguous() for k, v in held.items()}
+    torch.save(state, "old/checkpoint.pt")
+    for name in ("new", "old"):
+        main("--resume", name, "--iters", 8)
+    new, old = weights_of(Path("new")), weights_of(Path("old"))
+    assert all(torch.equal(new[k], old[k]) for k in new)
 
 
 def test_a_finished_run_that_is_lengthened_stays_without_the_weight_of_diversity():

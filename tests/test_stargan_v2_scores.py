@@ -225,6 +225,15 @@ def test_on_toy_what_changes_nothing_has_the_error_of_doing_nothing(trained, mon
     assert result["latent"]["human to robot"]["error"] == pytest.approx(wanted)
 
 
+def test_scores_during_training_give_each_picture_its_masks():
+    nets = tiny_networks(64, w_hpf=1.0)
+    three = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    tests = dict.fromkeys("ab", types.SimpleNamespace(all=lambda n: three))
+    ema = [nets[name].eval() for name in "GFE"]
+    row = stargan_v2.scores(ema, tests, False, lambda x: [x[:, :1].abs()] * 2, diverse=2)
+    assert row["n_fake"] == 6 and row["diversity"] > 0
+
+
 def toy_scores(*options):
     """{mode: mean scores} on the test faces, which are not trained on, of a run on toy data."""
     run(*options, "--out", ".")
