@@ -279,9 +279,8 @@ def fusion_weights(depth, shown=None, see_through=()):
         m = m / (m.sum(1, keepdim=True) + 1e-8)
     if not see_through:
         return m, m
-    clear = torch.zeros(m.shape[1], dtype=torch.bool, device=m.device)
-    clear[list(see_through)] = True
-    clear = clear.view(-1, *[1] * (m.ndim - 2))
+    places = torch.arange(m.shape[1], device=m.device).view(-1, *[1] * (m.ndim - 2))
+    clear = sum(places == k for k in see_through) > 0
     solid = torch.where(clear, 0, m)
     return m, torch.where(clear, m, solid / (solid.sum(1, keepdim=True) + 1e-8))
 
@@ -417,18 +416,19 @@ class Generator(nn.Module):
         self.render = RenderNet(
             K, coarse_channels, size, coarse_size, min_size, channels, residual_refine, use_noise
         )
-        # For each layer of each region, which of the ws it follows.
-        rows = []
-        for k in range(K):
-            structure, texture = base_layers + 2 * k, base_layers + 2 * k + 1
-            base = list(range(base_layers)) if k else [structure] * base_layers
-            rows += base + [structure] * (depth_layers - base_layers)
-            rows += [texture] * (layers - depth_layers)
-        self.rows = rows
 
     def expand(self, ws):
         """(N, num_ws, w_dim) -> codes (N, K * layers, w_dim), a row for each layer."""
-        return ws[:, self.rows]
+        base_layers, depth_layers, layers = (
+            self.config[name] for name in ("base_layers", "depth_layers", "layers")
+        )
+        base, regions = ws[:, None, :base_layers], ws[:, base_layers:, None].unflatten(1, (-1, 2))
+        structure, texture = regions.unbind(2)  # (N, K, 1, w_dim)
+        own = structure[:, :1].expand(-1, -1, base_layers, -1)  # the background has no base
+        first = torch.cat([own, base.expand(-1, structure.shape[1] - 1, -1, -1)], 1)
+        structure = structure.expand(-1, -1, depth_layers - base_layers, -1)
+        texture = texture.expand(-1, -1, layers - depth_layers, -1)
+        return torch.cat([first, structure, texture], 2).flatten(1, 2)
 
     def synthesis(self, ws, noise="random", shown=None):
         config = self.config
@@ -711,57 +711,82 @@ def mix(G, n, args, run):
     return G.expand(ws)
 
 
+def discriminator_phase(G, D, real, seg, args, run, noise):
+    """Gradients of D: -log D(x) - log(1 - D(G(z))). Returns both losses and mean logits (4,)."""
+    with torch.no_grad():
+        fake = G.synthesis(mix(G, len(real), args, run), noise)
+    on_real = D(real, seg)
+    on_fake = D(fake.img, None if seg is None else fake.seg)
+    of_real = logistic_loss(on_real, real=True).mean()
+    of_fake = logistic_loss(on_fake, real=False).mean()
+    run.backward(of_real + of_fake)
+    return torch.stack([of_real, of_fake, on_real.mean(), on_fake.mean()]).detach()
+
+
+def r1_phase(D, real, seg, args, run):
+    """Gradients of D for R1 on the real images. Returns R1 of images and of segmentations."""
+    reals = [x.detach().requires_grad_(True) for x in (real, seg) if x is not None]
+    found = [penalty.mean() for penalty in r1_penalties(D(*reals), *reals)]
+    weights = (args.r1_img, args.r1_seg)
+    r1 = sum(weight / 2 * x for weight, x in zip(weights, found, strict=False))
+    run.backward(r1 * args.r1_every)
+    return torch.stack(found).detach()
+
+
+def generator_phase(G, D, n, labelled, args, run, noise):
+    """Gradients of G for n fakes: -log D(G(z)), and the mask loss. Returns both."""
+    fake = G.synthesis(mix(G, n, args, run), noise)
+    loss = logistic_loss(D(fake.img, fake.seg if labelled else None), real=True).mean()
+    mask = mask_loss(fake.seg, fake.coarse)
+    run.backward(loss + args.lambda_mask * mask)
+    return torch.stack([loss, mask]).detach()
+
+
+def path_length_phase(G, pl_mean, n, args, run, noise):
+    """Gradients of G, but for its mapping network, for the path lengths of n fakes. Returns the
+    penalty and the mean length."""
+    with torch.no_grad():
+        codes = mix(G, n, args, run)
+    img = G.synthesis(codes.requires_grad_(True), noise).img
+    lengths = path_lengths(img, codes, run.randn(*img.shape))
+    # The running mean includes these lengths and passes their gradients on, as officially.
+    mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
+    penalty = (lengths - mean).square().mean()
+    run.backward(penalty * args.pl_weight * args.pl_every)
+    pl_mean.copy_(mean.detach())
+    return torch.stack([penalty, lengths.mean()]).detach()
+
+
 def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
     """One iteration: D, every --r1-every steps R1, G, every --pl-every steps path length, each with
     an Adam step of its own (lazy regularization). Returns {name: loss}, unweighted.
 
     opts: of G's mapping network, of the rest of G, and of D; pl_mean: (), moved in place; real:
     (N, 3, size, size) in [-1, 1]; seg: (N, K, size, size), 1 where the region is, else -1, or None:
-    D sees images alone (adaptation, sec. 4.4). `run` gives rand, randn, mean, backward and step.
+    D sees images alone (adaptation, sec. 4.4). `run` gives rand, randn, mean, backward, and
+    graph(phase, *optimizers): the phase and an update with the gradients that it left.
     """
     losses, n, (opt_mapping, opt_G, opt_D) = {}, len(real), opts
 
-    def seen(img, seg_of_img):
-        return (img,) if seg is None else (img, seg_of_img)
-
     # ---- D: images with their segmentations ----------------------------------------------------
     D.requires_grad_(True)
-    with torch.no_grad():
-        fake = G.synthesis(mix(G, n, args, run), noise)
-    on_real, on_fake = D(*seen(real, seg)), D(*seen(fake.img, fake.seg))
-    losses["D_real"] = logistic_loss(on_real, real=True).mean()
-    losses["D_fake"] = logistic_loss(on_fake, real=False).mean()
-    losses |= {"D/real": on_real.mean(), "D/fake": on_fake.mean()}
-    run.backward(losses["D_real"] + losses["D_fake"])
-    run.step(opt_D)
+    phase = run.graph(discriminator_phase, opt_D)
+    found = phase(G, D, real, seg, args, run, noise).clone()  # the next phase may write over it
+    losses |= zip(("D_real", "D_fake", "D/real", "D/fake"), found, strict=True)
     if step % args.r1_every == 0 and (args.r1_img or args.r1_seg):
-        reals = [x.detach().requires_grad_(True) for x in seen(real, seg)]
-        found = [penalty.mean() for penalty in r1_penalties(D(*reals), *reals)]
-        losses |= dict(zip(("reg/r1_img", "reg/r1_seg"), found, strict=False))
-        weights = (args.r1_img, args.r1_seg)
-        r1 = sum(weight / 2 * x for weight, x in zip(weights, found, strict=False))
-        run.backward(r1 * args.r1_every)
-        run.step(opt_D)
+        found = run.graph(r1_phase, opt_D)(D, real, seg, args, run).clone()
+        losses |= zip(("reg/r1_img", "reg/r1_seg"), found, strict=False)
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    fake = G.synthesis(mix(G, n, args, run), noise)
-    losses["G"] = logistic_loss(D(*seen(fake.img, fake.seg)), real=True).mean()
-    losses["mask"] = mask_loss(fake.seg, fake.coarse)
-    run.backward(losses["G"] + args.lambda_mask * losses["mask"])
-    run.step(opt_mapping, opt_G)
+    phase = run.graph(generator_phase, opt_mapping, opt_G)
+    losses["G"], losses["mask"] = phase(G, D, n, seg is not None, args, run, noise).clone()
     if step % args.pl_every == 0 and args.pl_weight:
-        with torch.no_grad():
-            codes = mix(G, max(1, n // PL_SHRINK), args, run)
-        img = G.synthesis(codes.requires_grad_(True), noise).img
-        lengths = path_lengths(img, codes, run.randn(*img.shape))
-        # The running mean includes these lengths and passes their gradients on, as officially.
-        mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
-        losses["reg/pl"] = (lengths - mean).square().mean()
-        run.backward(losses["reg/pl"] * args.pl_weight * args.pl_every)
-        pl_mean.copy_(mean.detach())
-        losses |= {"reg/pl_length": lengths.mean(), "reg/pl_mean": pl_mean.clone()}
-        run.step(opt_G)  # the codes are given: the mapping network has no part in this
+        # The codes are given: the mapping network has no part in this.
+        phase = run.graph(path_length_phase, opt_G)
+        found = phase(G, pl_mean, max(1, n // PL_SHRINK), args, run, noise).clone()
+        losses["reg/pl"], losses["reg/pl_length"] = found
+        losses["reg/pl_mean"] = pl_mean.clone()
     return losses
 
 

@@ -11,6 +11,7 @@ import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 
 import common
+import semantic_stylegan
 import stylegan2
 
 CUDA = torch.cuda.is_available()
@@ -114,6 +115,9 @@ def test_a_phase_that_waits_for_the_gpu_cannot_be_recorded(device, phase):
 TINY = {  # enough steps for every phase to be recorded and replayed
     stylegan2: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
     " --batch 8 --mbstd-group 2 --kimg 1 --every 1 --pl-every 2 --r1-every 3",
+    semantic_stylegan: "--size 16 --coarse-size 8 --min-size 4 --layers 3 --base-layers 1"
+    " --depth-layers 2 --local-channels 8 --coarse-channels 16 --channel-base 128 --w-dim 8"
+    " --map-layers 2 --batch 4 --iters 24 --every 24 --pl-every 2 --r1-every 3 --noise-inputs",
 }
 
 
@@ -153,3 +157,14 @@ def test_recorded_steps_give_the_weights_of_eager_ones(paper, device, monkeypatc
                 torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     assert recorded["ranks"][0]["pools"].keys() == eager["ranks"][0]["pools"].keys()
     assert all(map(torch.equal, recorded["ranks"][0]["rng"][:2], eager["ranks"][0]["rng"][:2]))
+
+
+def test_recorded_steps_of_an_adaptation_without_labels(device, monkeypatch, tmp_path):
+    options = f"{TINY[semantic_stylegan]} --device {device.type} --out {tmp_path / 'first'}".split()
+    semantic_stylegan.main([*options, "--iters", "1"])
+    adapt = " --adapt --freeze --lambda-mask 1 --mixing 0.5 --checkpoint "
+    adapted = TINY[semantic_stylegan] + adapt + str(*Path(tmp_path / "first").iterdir())
+    monkeypatch.setitem(TINY, semantic_stylegan, adapted)
+    test_recorded_steps_give_the_weights_of_eager_ones(
+        semantic_stylegan, device, monkeypatch, tmp_path
+    )
