@@ -84,11 +84,12 @@ class Linear(nn.Module):
         self.act, self.gain, self.lr_mul = act, lr_mul / math.sqrt(I), lr_mul
 
     def forward(self, x):
-        w = self.weight.to(x.dtype) * self.gain
-        b = None if self.bias is None else self.bias.to(x.dtype) * self.lr_mul
-        if self.act == "linear":
-            return F.linear(x, w, b)
-        return ops.bias_act(F.linear(x, w), b, act=self.act)
+        w = self.weight.to(x.dtype).mT
+        if self.bias is None:
+            x = x @ w * self.gain
+        else:  # scaled within the product: training is a thousand such small steps
+            x = torch.addmm(self.bias.to(x.dtype), x, w, beta=self.lr_mul, alpha=self.gain)
+        return x if self.act == "linear" else ops.bias_act(x, act=self.act)
 
 
 class Conv2d(nn.Module):
@@ -106,12 +107,13 @@ class Conv2d(nn.Module):
         self.up, self.down, self.pad = up, down, k // 2
 
     def forward(self, x, gain=1.0):
-        w = (self.weight * self.gain).to(x.dtype)
+        plain = self.bias is None and self.act == "linear" and self.clamp is None
+        w = (self.weight * (self.gain * gain if plain else self.gain)).to(x.dtype)
         # Like the official code, convolve where it upsamples and correlate elsewhere.
         x = ops.conv2d_resample(
             x, w, self.fir, self.up, self.down, self.pad, flip_weight=self.up == 1
         )
-        if self.bias is None and self.act == "linear" and gain == 1 and self.clamp is None:
+        if plain:
             return x
         clamp = None if self.clamp is None else self.clamp * gain
         act_gain = ops.ACTIVATIONS[self.act][2] * gain
