@@ -205,11 +205,13 @@ class LocalLayer(nn.Module):
 
     def forward(self, x, w):
         N, (K, O, I) = len(w), self.weight.shape
-        affine = self.affine_weight.mT / math.sqrt(w.shape[2])  # (K, w_dim, I)
-        style = torch.baddbmm(self.affine_bias[:, None], w.transpose(0, 1), affine)  # (K, N, I)
-        weight = self.weight[:, None] * (style / math.sqrt(I))[:, :, None]  # (K, N, O, I)
+        style = torch.baddbmm(
+            self.affine_bias[:, None], w.transpose(0, 1), self.affine_weight.mT,
+            beta=1 / math.sqrt(I), alpha=1 / math.sqrt(I * w.shape[2]),
+        ).transpose(0, 1)  # (N, K, I), with the scale of an equalized weight  # fmt: skip
+        weight = self.weight * style.contiguous()[:, :, None]  # (N, K, O, I)
         weight = weight * (weight.square().sum(3, keepdim=True) + 1e-8).rsqrt()
-        weight = weight.transpose(0, 1).reshape(N * K, O, I)
+        weight = weight.flatten(0, 1)  # (N * K, O, I)
         if x.ndim == 2:
             x = (weight.flatten(0, 1) @ x).view(N, K * O, -1, 1)
         else:
@@ -253,19 +255,18 @@ class LocalGenerators(nn.Module):
         for i, (layer, w) in enumerate(zip(self.layers, codes.unbind(2), strict=True), 1):
             x = layer(x, w)
             if i == self.depth_layers:
-                depth = (self.to_depth.weights() @ x[:, 1:] + self.to_depth.bias[:, :, None])[
-                    :, :, 0
-                ]
-                depth = F.pad(depth, (0, 0, 1, 0))  # of the background: 0 everywhere
+                weight = F.pad(self.to_depth.weights(), (0, 0, 0, 0, 1, 0))  # (K, 1, C)
+                bias = F.pad(self.to_depth.bias, (0, 0, 1, 0))  # of the background: 0 everywhere
+                depth = (weight @ x)[:, :, 0] + bias
                 x = x.detach() if self.detach_texture else x
         return x, depth
 
     def features(self, h, a):
         # Linear in h, so that the sum is one product, and K maps of O channels never exist.
         weight = self.to_feature.weights().transpose(0, 1).flatten(1)  # (O, K * C)
-        bias = (self.to_feature.bias.T).expand(len(h), -1, -1) @ a  # (N, O, P)
         h = (h * a[:, :, None]).flatten(1, 2)  # (N, K * C, P)
-        return torch.baddbmm(bias, weight.expand(len(h), -1, -1), h)
+        bias = (a.mT @ self.to_feature.bias).mT  # (N, O, P); in memory, as the sum, channels last
+        return bias + torch.bmm(weight.expand(len(h), -1, -1), h)
 
 
 def fusion_weights(depth, shown=None, see_through=()):
@@ -360,7 +361,7 @@ class RenderNet(nn.Module):
             out = y if out is None else y + ops.upsample2d(out, self.fir)
             if self.residual_refine and x.shape[2] == self.coarse_size:
                 out = out + F.pad(coarse, (0, 0, 0, 0, 3, 0))
-        return out[:, :3], out[:, 3:]
+        return out.split([3, out.shape[1] - 3], 1)
 
 
 def channel_table(base=32768, most=512, size=1024):
@@ -709,8 +710,8 @@ def mix(G, n, args, run):
     z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
     mixes = run.rand(1, shared=True) < args.mixing
     r = (3 * run.rand(n, len(G.config["regions"]))).floor()
-    ws = mixed_ws(G.mapping(z), G.mapping(z2), torch.where(mixes, r, 0))
-    return G.expand(ws)
+    ws, ws2 = G.mapping(torch.cat([z, z2])).chunk(2)
+    return G.expand(mixed_ws(ws, ws2, torch.where(mixes, r, 0)))
 
 
 def discriminator_phase(G, D, real, seg, args, run, noise):
@@ -872,7 +873,8 @@ def train(args):
     nets = new_networks(args, size, regions)
     if given:
         common.copy_matching(nets, given, run.say)
-    G, D, G_ema = (net.to(run.device) for net in nets.values())
+    order = torch.channels_last
+    G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
     learned, averaged = [G.position, G.local, G.render], [(G_ema, G)]
     if args.freeze_local or args.freeze:
         averaged = [(G_ema.mapping, G.mapping), (G_ema.render, G.render)]
@@ -1032,7 +1034,8 @@ def load_generator(args):
     G = nets.get("G_ema") or nets.get("G")
     if G is None:
         raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
-    G = G.to(common.pick_device(args.device)).eval().requires_grad_(False)
+    G = G.to(common.pick_device(args.device), memory_format=torch.channels_last)
+    G.eval().requires_grad_(False)
     update_w_avg(G)
     return G, saved
 
