@@ -272,7 +272,8 @@ class LocalGenerators(nn.Module):
 def fusion_weights(depth, shown=None, see_through=()):
     """m (N, K, ...), each region's mask, and a, its weight among the features (sec. 3.2).
 
-    depth: (N, K, ...), larger is nearer; shown: (N, K) of 0 and 1, regions to draw, None for all
+    depth: (N, K, ...), larger is nearer; shown: (N, K), or (K,) for all samples, of 0 and 1:
+    regions to draw; None: all of them
     see_through: numbers of regions that do not hide what is behind them: their weights come on top
     of those of the others, which add up to 1 by themselves. The masks add up to 1 in any case.
     """
@@ -379,7 +380,7 @@ class Generator(nn.Module):
     mapping(z, psi=1) -> ws (N, num_ws, w_dim); see MappingNetwork, expand and synthesis
     synthesis(ws, noise="random", shown=None) -> Picture
         ws: (N, num_ws, w_dim), or (N, K * layers, w_dim), the codes of `expand`
-        noise: see RenderLayer; shown: (N, K), regions to draw, None for all
+        noise: see RenderLayer; shown: see fusion_weights
     Picture: img (N, 3, size, size), about [-1, 1], seg (N, K, size, size), whose largest number is
         the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], and depth, of
         the same shape, larger is nearer, 0 for the background
@@ -1079,11 +1080,14 @@ def pictures(G, ws, shown=None, batch=16):
     coarse the region of each pixel, uint8 (N, size, size) and of the masks, depth as it is.
     shown: (K,) of 0 and 1, regions to draw, None for all."""
     device, parts = G.mapping.w_avg.device, []
+    recorded = common.graph(G.synthesis, device)
+    shown = None if shown is None else shown.to(device)
     for w in ws.split(batch):
-        some = None if shown is None else shown.to(device).expand(len(w), -1)
-        p = G.synthesis(w.to(device), "const", some)
+        synthesis = recorded if len(w) == batch else G.synthesis
+        p = synthesis(w.to(device), "const", shown)
         labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
-        parts.append([x.cpu() for x in (common.to_uint8(p.img), *labels, p.depth)])
+        found = (common.to_uint8(p.img), *labels, p.depth)
+        parts.append([x.to("cpu", copy=True) for x in found])
     return Picture(*map(torch.cat, zip(*parts, strict=True)))
 
 
