@@ -200,6 +200,22 @@ def test_texture_teaches_structure_unless_it_is_detached():
         assert reached.tolist() == [not detach] * 2 + [True] * 2
 
 
+def test_what_convolutions_read_is_channels_last():
+    order = torch.channels_last
+    G, D = (net.to(memory_format=order) for net in (small_G(), small_D()))
+    seen = []
+
+    def look(layer, inputs):
+        seen.append(inputs[0].is_contiguous(memory_format=order))
+
+    for layer in (*G.render.layers, *D.of_img, *D.of_seg):
+        layer.register_forward_pre_hook(look)
+    G(torch.randn(2, 8))
+    real = torch.zeros(2, 16, 16, 3).permute(0, 3, 1, 2)  # as the loader makes them
+    D(real, common.one_hot_seg(torch.zeros(2, 16, 16), 3))
+    assert len(seen) > 8 and all(seen)
+
+
 def test_psi_0_and_constant_noise_give_one_picture_for_all_z():
     G = small_G()
     pictures = G(torch.randn(2, 8), psi=0.0, noise="const").img
