@@ -1881,10 +1881,10 @@ def augment_pair(image, label, rng, flip=True, affine=True):
 
 
 def one_hot_seg(labels, K):
-    """Labels (N, H, W), integers, -> floats (N, K, H, W): 1 in the plane of the class, -1 in the
-    others; -1 in all where the label is K or more, as NO_CLASS."""
-    classes = torch.arange(K, device=labels.device)[:, None, None]
-    return (labels[:, None] == classes).float() * 2 - 1
+    """Labels (N, H, W), integers, -> floats (N, K, H, W), channels last: 1 in the plane of the
+    class, -1 in the others; -1 in all where the label is K or more, as NO_CLASS."""
+    classes = torch.arange(K, device=labels.device)
+    return torch.where(labels[..., None] == classes, 1.0, -1.0).movedim(3, 1)
 
 
 def split(n, subset, seed):

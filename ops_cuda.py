@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(256) fused_act_grad_kernel(Grid g, Act a, Tens
 #pragma unroll 2
     for (; p.slot < p.last; p.slot += p.rows) {
         int64_t at = p.at(g);
-        float gy[V], x[V] = {}, y[V] = {}, gdx[V] = {}, gx[V];
-        load<V>(gy, t.gy + at);
+        float gy[V] = {}, x[V] = {}, y[V] = {}, gdx[V] = {}, gx[V];
+        if (ORDER == 1 || t.x) load<V>(gy, t.gy + at);
         if (t.y) load<V>(y, t.y + at);
         if (t.x) load<V>(x, t.x + at);
         if (ORDER == 2 && t.gdx) load<V>(gdx, t.gdx + at);

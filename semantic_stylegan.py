@@ -107,11 +107,12 @@ class Linear(nn.Module):
         self.act, self.gain, self.lr_mul = act, lr_mul / math.sqrt(I), lr_mul
 
     def forward(self, x):
-        w = self.weight.to(x.dtype) * self.gain
-        b = None if self.bias is None else self.bias.to(x.dtype) * self.lr_mul
-        if self.act == "linear":
-            return F.linear(x, w, b)
-        return ops.bias_act(F.linear(x, w), b, act=self.act)
+        w = self.weight.to(x.dtype).mT
+        if self.bias is None:
+            x = x @ w * self.gain
+        else:  # scaled within the product: training is a thousand such small steps
+            x = torch.addmm(self.bias.to(x.dtype), x, w, beta=self.lr_mul, alpha=self.gain)
+        return x if self.act == "linear" else ops.bias_act(x, act=self.act)
 
 
 class Conv2d(nn.Module):
@@ -129,12 +130,13 @@ class Conv2d(nn.Module):
         self.up, self.down, self.pad = up, down, k // 2
 
     def forward(self, x, gain=1.0):
-        w = (self.weight * self.gain).to(x.dtype)
+        plain = self.bias is None and self.act == "linear" and self.clamp is None
+        w = (self.weight * (self.gain * gain if plain else self.gain)).to(x.dtype)
         # Like the official code, convolve where it upsamples and correlate elsewhere.
         x = ops.conv2d_resample(
             x, w, self.fir, self.up, self.down, self.pad, flip_weight=self.up == 1
         )
-        if self.bias is None and self.act == "linear" and gain == 1 and self.clamp is None:
+        if plain:
             return x
         clamp = None if self.clamp is None else self.clamp * gain
         act_gain = ops.ACTIVATIONS[self.act][2] * gain
@@ -203,11 +205,13 @@ class LocalLayer(nn.Module):
 
     def forward(self, x, w):
         N, (K, O, I) = len(w), self.weight.shape
-        affine = self.affine_weight.mT / math.sqrt(w.shape[2])  # (K, w_dim, I)
-        style = torch.baddbmm(self.affine_bias[:, None], w.transpose(0, 1), affine)  # (K, N, I)
-        weight = self.weight[:, None] * (style / math.sqrt(I))[:, :, None]  # (K, N, O, I)
+        style = torch.baddbmm(
+            self.affine_bias[:, None], w.transpose(0, 1), self.affine_weight.mT,
+            beta=1 / math.sqrt(I), alpha=1 / math.sqrt(I * w.shape[2]),
+        ).transpose(0, 1)  # (N, K, I), with the scale of an equalized weight  # fmt: skip
+        weight = self.weight * style.contiguous()[:, :, None]  # (N, K, O, I)
         weight = weight * (weight.square().sum(3, keepdim=True) + 1e-8).rsqrt()
-        weight = weight.transpose(0, 1).reshape(N * K, O, I)
+        weight = weight.flatten(0, 1)  # (N * K, O, I)
         if x.ndim == 2:
             x = (weight.flatten(0, 1) @ x).view(N, K * O, -1, 1)
         else:
@@ -251,25 +255,25 @@ class LocalGenerators(nn.Module):
         for i, (layer, w) in enumerate(zip(self.layers, codes.unbind(2), strict=True), 1):
             x = layer(x, w)
             if i == self.depth_layers:
-                depth = (self.to_depth.weights() @ x[:, 1:] + self.to_depth.bias[:, :, None])[
-                    :, :, 0
-                ]
-                depth = F.pad(depth, (0, 0, 1, 0))  # of the background: 0 everywhere
+                weight = F.pad(self.to_depth.weights(), (0, 0, 0, 0, 1, 0))  # (K, 1, C)
+                bias = F.pad(self.to_depth.bias, (0, 0, 1, 0))  # of the background: 0 everywhere
+                depth = (weight @ x)[:, :, 0] + bias
                 x = x.detach() if self.detach_texture else x
         return x, depth
 
     def features(self, h, a):
         # Linear in h, so that the sum is one product, and K maps of O channels never exist.
         weight = self.to_feature.weights().transpose(0, 1).flatten(1)  # (O, K * C)
-        bias = (self.to_feature.bias.T).expand(len(h), -1, -1) @ a  # (N, O, P)
         h = (h * a[:, :, None]).flatten(1, 2)  # (N, K * C, P)
-        return torch.baddbmm(bias, weight.expand(len(h), -1, -1), h)
+        bias = (a.mT @ self.to_feature.bias).mT  # (N, O, P); in memory, as the sum, channels last
+        return bias + torch.bmm(weight.expand(len(h), -1, -1), h)
 
 
 def fusion_weights(depth, shown=None, see_through=()):
     """m (N, K, ...), each region's mask, and a, its weight among the features (sec. 3.2).
 
-    depth: (N, K, ...), larger is nearer; shown: (N, K) of 0 and 1, regions to draw, None for all
+    depth: (N, K, ...), larger is nearer; shown: (N, K), or (K,) for all samples, of 0 and 1:
+    regions to draw; None: all of them
     see_through: numbers of regions that do not hide what is behind them: their weights come on top
     of those of the others, which add up to 1 by themselves. The masks add up to 1 in any case.
     """
@@ -279,9 +283,8 @@ def fusion_weights(depth, shown=None, see_through=()):
         m = m / (m.sum(1, keepdim=True) + 1e-8)
     if not see_through:
         return m, m
-    clear = torch.zeros(m.shape[1], dtype=torch.bool, device=m.device)
-    clear[list(see_through)] = True
-    clear = clear.view(-1, *[1] * (m.ndim - 2))
+    places = torch.arange(m.shape[1], device=m.device).view(-1, *[1] * (m.ndim - 2))
+    clear = sum(places == k for k in see_through) > 0
     solid = torch.where(clear, 0, m)
     return m, torch.where(clear, m, solid / (solid.sum(1, keepdim=True) + 1e-8))
 
@@ -359,7 +362,7 @@ class RenderNet(nn.Module):
             out = y if out is None else y + ops.upsample2d(out, self.fir)
             if self.residual_refine and x.shape[2] == self.coarse_size:
                 out = out + F.pad(coarse, (0, 0, 0, 0, 3, 0))
-        return out[:, :3], out[:, 3:]
+        return out.split([3, out.shape[1] - 3], 1)
 
 
 def channel_table(base=32768, most=512, size=1024):
@@ -377,7 +380,7 @@ class Generator(nn.Module):
     mapping(z, psi=1) -> ws (N, num_ws, w_dim); see MappingNetwork, expand and synthesis
     synthesis(ws, noise="random", shown=None) -> Picture
         ws: (N, num_ws, w_dim), or (N, K * layers, w_dim), the codes of `expand`
-        noise: see RenderLayer; shown: (N, K), regions to draw, None for all
+        noise: see RenderLayer; shown: see fusion_weights
     Picture: img (N, 3, size, size), about [-1, 1], seg (N, K, size, size), whose largest number is
         the region, coarse (N, K, coarse_size, coarse_size), the masks in [-1, 1], and depth, of
         the same shape, larger is nearer, 0 for the background
@@ -417,18 +420,19 @@ class Generator(nn.Module):
         self.render = RenderNet(
             K, coarse_channels, size, coarse_size, min_size, channels, residual_refine, use_noise
         )
-        # For each layer of each region, which of the ws it follows.
-        rows = []
-        for k in range(K):
-            structure, texture = base_layers + 2 * k, base_layers + 2 * k + 1
-            base = list(range(base_layers)) if k else [structure] * base_layers
-            rows += base + [structure] * (depth_layers - base_layers)
-            rows += [texture] * (layers - depth_layers)
-        self.rows = rows
 
     def expand(self, ws):
         """(N, num_ws, w_dim) -> codes (N, K * layers, w_dim), a row for each layer."""
-        return ws[:, self.rows]
+        base_layers, depth_layers, layers = (
+            self.config[name] for name in ("base_layers", "depth_layers", "layers")
+        )
+        base, regions = ws[:, None, :base_layers], ws[:, base_layers:, None].unflatten(1, (-1, 2))
+        structure, texture = regions.unbind(2)  # (N, K, 1, w_dim)
+        own = structure[:, :1].expand(-1, -1, base_layers, -1)  # the background has no base
+        first = torch.cat([own, base.expand(-1, structure.shape[1] - 1, -1, -1)], 1)
+        structure = structure.expand(-1, -1, depth_layers - base_layers, -1)
+        texture = texture.expand(-1, -1, layers - depth_layers, -1)
+        return torch.cat([first, structure, texture], 2).flatten(1, 2)
 
     def synthesis(self, ws, noise="random", shown=None):
         config = self.config
@@ -707,8 +711,54 @@ def mix(G, n, args, run):
     z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
     mixes = run.rand(1, shared=True) < args.mixing
     r = (3 * run.rand(n, len(G.config["regions"]))).floor()
-    ws = mixed_ws(G.mapping(z), G.mapping(z2), torch.where(mixes, r, 0))
-    return G.expand(ws)
+    ws, ws2 = G.mapping(torch.cat([z, z2])).chunk(2)
+    return G.expand(mixed_ws(ws, ws2, torch.where(mixes, r, 0)))
+
+
+def discriminator_phase(G, D, real, seg, args, run, noise):
+    """Gradients of D: -log D(x) - log(1 - D(G(z))). Returns both losses and mean logits (4,)."""
+    with torch.no_grad():
+        fake = G.synthesis(mix(G, len(real), args, run), noise)
+    on_real = D(real, seg)
+    on_fake = D(fake.img, None if seg is None else fake.seg)
+    of_real = logistic_loss(on_real, real=True).mean()
+    of_fake = logistic_loss(on_fake, real=False).mean()
+    run.backward(of_real + of_fake)
+    return torch.stack([of_real, of_fake, on_real.mean(), on_fake.mean()]).detach()
+
+
+def r1_phase(D, real, seg, args, run):
+    """Gradients of D for R1 on the real images. Returns R1 of images and of segmentations."""
+    reals = [x.detach().requires_grad_(True) for x in (real, seg) if x is not None]
+    found = [penalty.mean() for penalty in r1_penalties(D(*reals), *reals)]
+    weights = (args.r1_img, args.r1_seg)
+    r1 = sum(weight / 2 * x for weight, x in zip(weights, found, strict=False))
+    run.backward(r1 * args.r1_every)
+    return torch.stack(found).detach()
+
+
+def generator_phase(G, D, n, labelled, args, run, noise):
+    """Gradients of G for n fakes: -log D(G(z)), and the mask loss. Returns both."""
+    fake = G.synthesis(mix(G, n, args, run), noise)
+    loss = logistic_loss(D(fake.img, fake.seg if labelled else None), real=True).mean()
+    mask = mask_loss(fake.seg, fake.coarse)
+    run.backward(loss + args.lambda_mask * mask)
+    return torch.stack([loss, mask]).detach()
+
+
+def path_length_phase(G, pl_mean, n, args, run, noise):
+    """Gradients of G, but for its mapping network, for the path lengths of n fakes. Returns the
+    penalty and the mean length."""
+    with torch.no_grad():
+        codes = mix(G, n, args, run)
+    img = G.synthesis(codes.requires_grad_(True), noise).img
+    lengths = path_lengths(img, codes, run.randn(*img.shape))
+    # The running mean includes these lengths and passes their gradients on, as officially.
+    mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
+    penalty = (lengths - mean).square().mean()
+    run.backward(penalty * args.pl_weight * args.pl_every)
+    pl_mean.copy_(mean.detach())
+    return torch.stack([penalty, lengths.mean()]).detach()
 
 
 def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
@@ -717,51 +767,30 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
 
     opts: of G's mapping network, of the rest of G, and of D; pl_mean: (), moved in place; real:
     (N, 3, size, size) in [-1, 1]; seg: (N, K, size, size), 1 where the region is, else -1, or None:
-    D sees images alone (adaptation, sec. 4.4). `run` gives rand, randn, mean, backward and step.
+    D sees images alone (adaptation, sec. 4.4). `run` gives rand, randn, mean, backward, and
+    graph(phase, *optimizers): the phase and an update with the gradients that it left.
     """
     losses, n, (opt_mapping, opt_G, opt_D) = {}, len(real), opts
 
-    def seen(img, seg_of_img):
-        return (img,) if seg is None else (img, seg_of_img)
-
     # ---- D: images with their segmentations ----------------------------------------------------
     D.requires_grad_(True)
-    with torch.no_grad():
-        fake = G.synthesis(mix(G, n, args, run), noise)
-    on_real, on_fake = D(*seen(real, seg)), D(*seen(fake.img, fake.seg))
-    losses["D_real"] = logistic_loss(on_real, real=True).mean()
-    losses["D_fake"] = logistic_loss(on_fake, real=False).mean()
-    losses |= {"D/real": on_real.mean(), "D/fake": on_fake.mean()}
-    run.backward(losses["D_real"] + losses["D_fake"])
-    run.step(opt_D)
+    phase = run.graph(discriminator_phase, opt_D)
+    found = phase(G, D, real, seg, args, run, noise).clone()  # the next phase may write over it
+    losses |= zip(("D_real", "D_fake", "D/real", "D/fake"), found, strict=True)
     if step % args.r1_every == 0 and (args.r1_img or args.r1_seg):
-        reals = [x.detach().requires_grad_(True) for x in seen(real, seg)]
-        found = [penalty.mean() for penalty in r1_penalties(D(*reals), *reals)]
-        losses |= dict(zip(("reg/r1_img", "reg/r1_seg"), found, strict=False))
-        weights = (args.r1_img, args.r1_seg)
-        r1 = sum(weight / 2 * x for weight, x in zip(weights, found, strict=False))
-        run.backward(r1 * args.r1_every)
-        run.step(opt_D)
+        found = run.graph(r1_phase, opt_D)(D, real, seg, args, run).clone()
+        losses |= zip(("reg/r1_img", "reg/r1_seg"), found, strict=False)
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    fake = G.synthesis(mix(G, n, args, run), noise)
-    losses["G"] = logistic_loss(D(*seen(fake.img, fake.seg)), real=True).mean()
-    losses["mask"] = mask_loss(fake.seg, fake.coarse)
-    run.backward(losses["G"] + args.lambda_mask * losses["mask"])
-    run.step(opt_mapping, opt_G)
+    phase = run.graph(generator_phase, opt_mapping, opt_G)
+    losses["G"], losses["mask"] = phase(G, D, n, seg is not None, args, run, noise).clone()
     if step % args.pl_every == 0 and args.pl_weight:
-        with torch.no_grad():
-            codes = mix(G, max(1, n // PL_SHRINK), args, run)
-        img = G.synthesis(codes.requires_grad_(True), noise).img
-        lengths = path_lengths(img, codes, run.randn(*img.shape))
-        # The running mean includes these lengths and passes their gradients on, as officially.
-        mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
-        losses["reg/pl"] = (lengths - mean).square().mean()
-        run.backward(losses["reg/pl"] * args.pl_weight * args.pl_every)
-        pl_mean.copy_(mean.detach())
-        losses |= {"reg/pl_length": lengths.mean(), "reg/pl_mean": pl_mean.clone()}
-        run.step(opt_G)  # the codes are given: the mapping network has no part in this
+        # The codes are given: the mapping network has no part in this.
+        phase = run.graph(path_length_phase, opt_G)
+        found = phase(G, pl_mean, max(1, n // PL_SHRINK), args, run, noise).clone()
+        losses["reg/pl"], losses["reg/pl_length"] = found
+        losses["reg/pl_mean"] = pl_mean.clone()
     return losses
 
 
@@ -845,7 +874,8 @@ def train(args):
     nets = new_networks(args, size, regions)
     if given:
         common.copy_matching(nets, given, run.say)
-    G, D, G_ema = (net.to(run.device) for net in nets.values())
+    order = torch.channels_last
+    G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
     learned, averaged = [G.position, G.local, G.render], [(G_ema, G)]
     if args.freeze_local or args.freeze:
         averaged = [(G_ema.mapping, G.mapping), (G_ema.render, G.render)]
@@ -1005,7 +1035,8 @@ def load_generator(args):
     G = nets.get("G_ema") or nets.get("G")
     if G is None:
         raise UserError(f"--checkpoint {args.checkpoint} holds no generator.")
-    G = G.to(common.pick_device(args.device)).eval().requires_grad_(False)
+    G = G.to(common.pick_device(args.device), memory_format=torch.channels_last)
+    G.eval().requires_grad_(False)
     update_w_avg(G)
     return G, saved
 
@@ -1049,11 +1080,14 @@ def pictures(G, ws, shown=None, batch=16):
     coarse the region of each pixel, uint8 (N, size, size) and of the masks, depth as it is.
     shown: (K,) of 0 and 1, regions to draw, None for all."""
     device, parts = G.mapping.w_avg.device, []
+    recorded = common.graph(G.synthesis, device)
+    shown = None if shown is None else shown.to(device)
     for w in ws.split(batch):
-        some = None if shown is None else shown.to(device).expand(len(w), -1)
-        p = G.synthesis(w.to(device), "const", some)
+        synthesis = recorded if len(w) == batch else G.synthesis
+        p = synthesis(w.to(device), "const", shown)
         labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
-        parts.append([x.cpu() for x in (common.to_uint8(p.img), *labels, p.depth)])
+        found = (common.to_uint8(p.img), *labels, p.depth)
+        parts.append([x.to("cpu", copy=True) for x in found])
     return Picture(*map(torch.cat, zip(*parts, strict=True)))
 
 

@@ -138,12 +138,13 @@ class Conv2d(nn.Module):
         self.up, self.down, self.pad = up, down, k // 2
 
     def forward(self, x, gain=1.0):
-        w = (self.weight * self.gain).to(x.dtype)
+        plain = self.bias is None and self.act == "linear" and self.clamp is None
+        w = (self.weight * (self.gain * gain if plain else self.gain)).to(x.dtype)
         # Like the official code, convolve where it upsamples and correlate elsewhere.
         x = ops.conv2d_resample(
             x, w, self.fir, self.up, self.down, self.pad, flip_weight=self.up == 1
         )
-        if self.bias is None and self.act == "linear" and gain == 1 and self.clamp is None:
+        if plain:
             return x
         clamp = None if self.clamp is None else self.clamp * gain
         act_gain = ops.ACTIVATIONS[self.act][2] * gain

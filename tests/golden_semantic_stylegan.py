@@ -9,6 +9,7 @@ import numpy as np
 import test_golden as golden  # which imports this file: its names are looked up when called
 import torch
 import torch.nn.functional as F
+from eager import Eager
 
 import ops_cuda as ops
 import semantic_stylegan as ours
@@ -379,7 +380,7 @@ def check_losses(case):
 # ---- a trajectory ----
 
 
-class Recorded:
+class Recorded(Eager):
     """Stands in for common.Run in train_step, with the draws that the file lists in order: whether
     to mix, one or two latents, which codes, then noise, which the renderer asks for itself."""
 

@@ -15,6 +15,7 @@ from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 import common
 import cyclegan
 import ops_cuda as ops
+import semantic_stylegan
 import stargan_v2
 import stylegan2
 import stylegan2_ada
@@ -138,6 +139,9 @@ TINY = {  # enough steps for every phase to be replayed some times
     " --n-layers 1 --batch 2 --epochs 1 --pool-size 6 --dropout",
     stargan_v2: "--data faces --size 32 --channel-base 128 --channel-max 8 --hidden-dim 8 --z-dim 4"
     " --style-dim 4 --batch 2 --iters 12 --every 12",
+    semantic_stylegan: "--size 16 --coarse-size 8 --min-size 4 --layers 3 --base-layers 1"
+    " --depth-layers 2 --local-channels 8 --coarse-channels 16 --channel-base 128 --w-dim 8"
+    " --map-layers 2 --batch 4 --iters 24 --every 24 --pl-every 2 --r1-every 3 --noise-inputs",
 }
 MORE = [
     (cyclegan, "--gan-mode wgangp --lambda-id 0"),
@@ -155,7 +159,9 @@ def test_steps_are_not_recorded_where_pictures_differ_in_size(device):
     cyclegan.main(f"{options} --epochs 1 --device {device.type} --out r".split())
 
 
-PHASES = {stylegan2: 4, stylegan2_ada: 4, cyclegan: 2, stargan_v2: 3}
+PHASES = {
+    stylegan2: 4, stylegan2_ada: 4, cyclegan: 2, stargan_v2: 3, semantic_stylegan: 4
+}  # fmt: skip
 
 
 def quick_masks(fan, x):
@@ -210,6 +216,16 @@ def test_recorded_steps_give_the_weights_of_eager_ones(
             found = recorded["ranks"][0]["pools"][name][key]
             assert device.type != "cpu" or found is wanted or torch.equal(found, wanted)
     assert all(map(torch.equal, recorded["ranks"][0]["rng"][:2], eager["ranks"][0]["rng"][:2]))
+
+
+def test_recorded_steps_of_an_adaptation_without_labels(device, monkeypatch, tmp_path):
+    options = f"{TINY[semantic_stylegan]} --device {device.type} --out {tmp_path / 'first'}".split()
+    semantic_stylegan.main([*options, "--iters", "1"])
+    (first,) = Path(tmp_path / "first").iterdir()
+    options = f"--adapt --freeze --lambda-mask 1 --mixing 0.5 --checkpoint {first}"
+    test_recorded_steps_give_the_weights_of_eager_ones(
+        semantic_stylegan, options, device, monkeypatch, tmp_path
+    )
 
 
 # ---- memory ----

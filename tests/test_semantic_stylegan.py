@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
+from eager import Eager
 from PIL import Image
 from test_stylegan2 import jsonl, labelled_faces, logged_steps
 from test_stylegan2_ada import definitions
@@ -199,6 +200,22 @@ def test_texture_teaches_structure_unless_it_is_detached():
         assert reached.tolist() == [not detach] * 2 + [True] * 2
 
 
+def test_what_convolutions_read_is_channels_last():
+    order = torch.channels_last
+    G, D = (net.to(memory_format=order) for net in (small_G(), small_D()))
+    seen = []
+
+    def look(layer, inputs):
+        seen.append(inputs[0].is_contiguous(memory_format=order))
+
+    for layer in (*G.render.layers, *D.of_img, *D.of_seg):
+        layer.register_forward_pre_hook(look)
+    G(torch.randn(2, 8))
+    real = torch.zeros(2, 16, 16, 3).permute(0, 3, 1, 2)  # as the loader makes them
+    D(real, common.one_hot_seg(torch.zeros(2, 16, 16), 3))
+    assert len(seen) > 8 and all(seen)
+
+
 def test_psi_0_and_constant_noise_give_one_picture_for_all_z():
     G = small_G()
     pictures = G(torch.randn(2, 8), psi=0.0, noise="const").img
@@ -287,24 +304,32 @@ def test_mixed_faces_keep_their_base_and_never_have_a_foreign_structure_with_the
     assert torch.equal(texture, (r >= 1).float()) and torch.equal(structure, (r == 2).float())
 
 
-def draws(seed=0):
+class Draws(Eager):
     """What train_step needs of common.Run."""
-    generator = torch.Generator().manual_seed(seed)
 
-    def step(*optimizers):
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def rand(self, n, *shape, shared=False):
+        return torch.rand(n, *shape, generator=self.generator)
+
+    def randn(self, n, *shape):
+        return torch.randn(n, *shape, generator=self.generator)
+
+    def mean(self, x):
+        return x
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, *optimizers):
         for opt in optimizers:
             opt.step()
             opt.zero_grad()
 
-    return types.SimpleNamespace(
-        rand=lambda n, *shape, shared=False: torch.rand(n, *shape, generator=generator),
-        randn=lambda n, *shape: torch.randn(n, *shape, generator=generator),
-        mean=lambda x: x, backward=lambda loss: loss.backward(), step=step,
-    )  # fmt: skip
-
 
 def test_batches_are_mixed_as_a_whole_and_as_often_as_asked():
-    G, runner = small_G(base_layers=1), draws()
+    G, runner = small_G(base_layers=1), Draws()
     args = types.SimpleNamespace(mixing=0.3)
     mixed, takes = 0, torch.zeros(3)
     for _ in range(400):
@@ -342,7 +367,7 @@ def one_step(step, labelled=True, rates=(1e-3, 1e-3, 1e-3), **options):
     args = types.SimpleNamespace(**args | dict(lambda_mask=100.0) | options)
     real, labels = torch.rand(4, 3, 16, 16) * 2 - 1, torch.randint(3, (4, 16, 16))
     seg, pl_mean = common.one_hot_seg(labels, 3) if labelled else None, torch.zeros(())
-    losses = semantic_stylegan.train_step(G, D, opts, pl_mean, real, seg, step, args, draws())
+    losses = semantic_stylegan.train_step(G, D, opts, pl_mean, real, seg, step, args, Draws())
     weights = {name: (before[name], list(net.parameters())) for name, net in nets.items()}
     return losses, weights, pl_mean
 
@@ -374,7 +399,7 @@ def test_without_labels_D_sees_images_alone(monkeypatch):
     seen, forward = [], semantic_stylegan.Discriminator.forward
 
     def watch(D, *images):
-        seen.append(len(images))
+        seen.append(sum(x is not None for x in images))
         return forward(D, *images)
 
     monkeypatch.setattr(semantic_stylegan.Discriminator, "forward", watch)
