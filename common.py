@@ -2227,12 +2227,12 @@ class Run:
             raise KeyboardInterrupt
         self.stopped = True
 
-    def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0):
-        """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr)."""
+    def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0, capturable=True):
+        """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr).
+        capturable: its other numbers stay the same, so that a CUDA graph can hold its step."""
         params = [p for net in nets for p in net.parameters()]
-        lr = torch.tensor(lr, device=self.device)
-        on_gpu = self.device.type == "cuda"
-        return torch.optim.Adam(params, lr, betas, eps, weight_decay, fused=True, capturable=on_gpu)
+        lr, how = torch.tensor(lr, device=self.device), dict(fused=True, capturable=capturable)
+        return torch.optim.Adam(params, lr, betas, eps, weight_decay, **how)
 
     def set_lr(self, optimizers, lr):
         for opt in optimizers:
@@ -2269,19 +2269,27 @@ class Run:
 
     def graph(self, phase, *optimizers):
         """phase, and a step of each optimiser with the gradients that it left, as one function of
-        phase's arguments, with its result. On a single GPU it becomes a CUDA graph: see `graph` for
-        what phase may do. Made once for the same phase and optimisers."""
+        phase's arguments, with its result. On a single GPU it becomes a CUDA graph, but for steps
+        of optimisers that are not capturable: see `graph` for what phase may do. Made once for the
+        same phase and optimisers."""
         key = (phase, *optimizers)
         if key not in self.graphs:
 
+            def phase_and_gradients(*args):
+                return phase(*args), self.gradients(optimizers)
+
             def phase_and_step(*args):
-                result = phase(*args)
+                result, gradients = phase_and_gradients(*args)
                 if optimizers:
-                    self.step(*optimizers)
+                    self.step_with(gradients, optimizers)
                 return result
 
             if self.world == 1 and not self.scaler.is_enabled():
-                phase_and_step = graph(phase_and_step, self.device, [self.generator], self.memory)
+                how = self.device, [self.generator], self.memory
+                if all(opt.defaults["capturable"] for opt in optimizers):
+                    phase_and_step = graph(phase_and_step, *how)
+                else:
+                    phase_and_gradients = graph(phase_and_gradients, *how)
             self.graphs[key] = phase_and_step
         return self.graphs[key]
 
@@ -2300,14 +2308,16 @@ class Run:
         self.scaler.scale(loss).backward()
 
     def step(self, *optimizers):
-        """One step of each with the gradients, which are then gone. A parameter that requires one
-        but has none has gradient 0: its moments move with those of the others."""
+        """One step of each with the gradients, which are then gone."""
+        self.step_with(self.gradients(optimizers), optimizers)
+
+    def gradients(self, optimizers):
+        """[(parameter, gradient)] as steps take them: means over all ranks. A parameter that
+        requires one but has none has gradient 0: its moments move with those of the others."""
         params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
         params = [p for p in params if p.requires_grad]
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in params]
-        if self.world > 1:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        if self.world > 1 and grads:
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
             flat /= self.world
@@ -2316,6 +2326,12 @@ class Run:
         if self.own_half:
             for g in grads:  # an overflow in half precision must not end the run
                 torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
+        return list(zip(params, grads, strict=True))
+
+    def step_with(self, gradients, optimizers):
+        """One step of each with [(parameter, gradient)]."""
+        for p, grad in gradients:
+            p.grad = grad
         for opt in optimizers:
             self.scaler.step(opt)
         self.scaler.update()
@@ -2439,7 +2455,8 @@ class Run:
             for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])
             for name, opt in self.opts.items():
-                now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
+                own = ("lr", "betas", "eps", "capturable")
+                now = [{k: g[k] for k in own} for g in opt.param_groups]
                 opt.load_state_dict(state["opts"][name])
                 for group, options in zip(opt.param_groups, now, strict=True):
                     group |= options  # those of the command line, which may have changed

@@ -14,6 +14,7 @@ from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 
 import common
 import ops_cuda as ops
+import stylegan
 import stylegan2
 import stylegan2_ada
 
@@ -121,6 +122,9 @@ def test_a_phase_that_waits_for_the_gpu_cannot_be_recorded(device, phase):
 # ---- the papers ----
 
 TINY = {  # enough steps for every phase to be replayed some times
+    stylegan: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
+    " --batch 100 --mbstd-group 2 --kimg 3 --every 3 --start-size 4 --train-kimg 1 --fade-kimg 1"
+    " --batches=",
     stylegan2: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
     " --batch 8 --mbstd-group 2 --kimg 1 --every 1 --pl-every 2 --r1-every 3",
     stylegan2_ada: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
@@ -128,11 +132,14 @@ TINY = {  # enough steps for every phase to be replayed some times
 }
 
 
-PHASES = {stylegan2: 4, stylegan2_ada: 4}
+PHASES = {stylegan: 6, stylegan2: 4, stylegan2_ada: 4}  # of StyleGAN: before, in, after a fade
+CASES = [*TINY.items(), (stylegan, f"{TINY[stylegan]} --loss wgan-gp --batch-gpu 50 --cond")]
 
 
-@pytest.mark.parametrize("paper", TINY, ids=lambda paper: paper.__name__)
-def test_recorded_steps_give_the_weights_of_eager_ones(paper, device, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("paper", "options"), CASES)
+def test_recorded_steps_give_the_weights_of_eager_ones(
+    paper, options, device, monkeypatch, tmp_path
+):
     monkeypatch.setattr(common.Run, "log_every", 1)
     replays, record = [], common.record
 
@@ -152,7 +159,7 @@ def test_recorded_steps_give_the_weights_of_eager_ones(paper, device, monkeypatc
     for graphs in ("off", "on"):
         monkeypatch.setenv("GAN_GRAPHS", graphs)
         out = str(tmp_path / graphs)
-        paper.main([*TINY[paper].split(), "--device", device.type, "--out", out])
+        paper.main([*options.split(), "--device", device.type, "--out", out])
         states.append(torch.load(next(Path(out).glob("*/checkpoint.pt")), weights_only=True))
         assert bool(replays) == (graphs == "on")
     assert sum(n >= 5 for n in replays) >= PHASES[paper]
