@@ -2034,9 +2034,10 @@ def graph(function, device, generators=(), memory=None):
     A recording repeats the same work on the same memory. What function does may depend on numbers
     in tensors only, none of which it reads; tensors that it changes must be changed in place. Of
     its arguments, tensors are those of the recording from there on: what later calls pass is copied
-    into them. Any other argument must stay the same. generators: that function draws from, beside
-    torch's own; memory: a torch.cuda.graph_pool_handle() to share with graphs that never run at the
-    same time.
+    into them. Any other argument must stay the same. Results, tensors without gradients in any nest
+    of dicts and lists, are overwritten by the next call. generators: that function draws from,
+    beside torch's own; memory: a torch.cuda.graph_pool_handle() to share with graphs that never run
+    at the same time.
 
     Raises ValueError where an argument has changed that cannot; UserError if CUDA records nothing.
     Source: Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs" (pytorch.org).
@@ -2059,12 +2060,12 @@ class Graph:
         if self.calls <= WARM_UP:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.function(*args)
+                self.result = self.function(*args)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return result
+            return self.result
         if self.replay is None:
             self.args = args
-            self.replay, self.result = self.record(lambda: self.function(*args))
+            self.replay = self.record(lambda: overwrite(self.result, self.function(*args)))
         for held, given in zip(self.args, args, strict=True):
             if held is given:
                 continue
@@ -2074,32 +2075,34 @@ class Graph:
             elif isinstance(held, torch.Tensor) or held != given:
                 raise ValueError(f"a CUDA graph cannot change {held!r} into {given!r}")
         self.replay()
-        return copied(self.result)
+        return self.result
 
 
-def copied(result):
-    """A copy of the tensors in nested dicts, lists and tuples."""
-    if isinstance(result, torch.Tensor):
-        return result.clone()
-    if isinstance(result, dict):
-        return {name: copied(value) for name, value in result.items()}
-    return type(result)(map(copied, result)) if isinstance(result, (list, tuple)) else result
+@torch.no_grad()
+def overwrite(held, new):
+    """The tensors in nested dicts, lists and tuples with those of another, of the same shapes."""
+    if isinstance(held, torch.Tensor):
+        held.copy_(new)
+    elif isinstance(held, dict):
+        overwrite(list(held.values()), list(new.values()))
+    else:
+        for a, b in zip(held, new, strict=True):
+            overwrite(a, b)
 
 
 def record(generators, memory, function):
-    """(replay, result): what function() launches on a GPU, none of which runs now, as a function
-    that starts it, and the tensors that it fills."""
+    """What function() launches on a GPU, none of which runs now, as a function that starts it."""
     recording = torch.cuda.CUDAGraph()
     for generator in generators:
         recording.register_generator_state(generator)
     try:
         # thread_local: threads that load pictures may pin memory meanwhile.
         with torch.cuda.graph(recording, memory, capture_error_mode="thread_local"):
-            result = function()
+            function()
     except RuntimeError as e:
         problem = str(e).splitlines()[0]
         raise UserError(f"no CUDA graph could be recorded ({problem}): set GAN_GRAPHS=off.") from e
-    return recording.replay, result
+    return recording.replay
 
 
 class Run:
@@ -2238,12 +2241,12 @@ class Run:
             raise KeyboardInterrupt
         self.stopped = True
 
-    def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0):
-        """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr)."""
+    def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0, capturable=True):
+        """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr).
+        capturable: its other numbers stay the same, so that a CUDA graph can hold its step."""
         params = [p for net in nets for p in net.parameters()]
-        lr = torch.tensor(lr, device=self.device)
-        on_gpu = self.device.type == "cuda"
-        return torch.optim.Adam(params, lr, betas, eps, weight_decay, fused=True, capturable=on_gpu)
+        lr, how = torch.tensor(lr, device=self.device), dict(fused=True, capturable=capturable)
+        return torch.optim.Adam(params, lr, betas, eps, weight_decay, **how)
 
     def set_lr(self, optimizers, lr):
         for opt in optimizers:
@@ -2280,19 +2283,27 @@ class Run:
 
     def graph(self, phase, *optimizers):
         """phase, and a step of each optimiser with the gradients that it left, as one function of
-        phase's arguments, with its result. On a single GPU it becomes a CUDA graph: see `graph` for
-        what phase may do. Made once for the same phase and optimisers."""
+        phase's arguments, with its result. On a single GPU it becomes a CUDA graph, but for steps
+        of optimisers that are not capturable: see `graph` for what phase may do. Made once for the
+        same phase and optimisers."""
         key = (phase, *optimizers)
         if key not in self.graphs:
 
+            def phase_and_gradients(*args):
+                return phase(*args), self.gradients(optimizers)
+
             def phase_and_step(*args):
-                result = phase(*args)
+                result, gradients = phase_and_gradients(*args)
                 if optimizers:
-                    self.step(*optimizers)
+                    self.step_with(gradients, optimizers)
                 return result
 
             if self.records and self.world == 1 and not self.scaler.is_enabled():
-                phase_and_step = graph(phase_and_step, self.device, [self.generator], self.memory)
+                how = self.device, [self.generator], self.memory
+                if all(opt.defaults["capturable"] for opt in optimizers):
+                    phase_and_step = graph(phase_and_step, *how)
+                else:
+                    phase_and_gradients = graph(phase_and_gradients, *how)
             self.graphs[key] = phase_and_step
         return self.graphs[key]
 
@@ -2311,14 +2322,20 @@ class Run:
         self.scaler.scale(loss).backward()
 
     def step(self, *optimizers):
-        """One step of each with the gradients, which are then gone. A parameter that requires one
-        but has none has gradient 0: its moments move with those of the others."""
-        params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
-        params = [p for p in params if p.requires_grad]
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in params]
-        if self.world > 1:
+        """One step of each with the gradients, which are then gone."""
+        self.step_with(self.gradients(optimizers), optimizers)
+
+    def trained(self, optimizers):
+        """The parameters of the optimisers that require gradients."""
+        params = (p for opt in optimizers for group in opt.param_groups for p in group["params"])
+        return [p for p in params if p.requires_grad]
+
+    def gradients(self, optimizers):
+        """Those of `trained`, as steps take them: means over all ranks. A parameter that has none
+        has gradient 0: its moments move with those of the others."""
+        params = self.trained(optimizers)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        if self.world > 1 and grads:
             flat = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(flat)
             flat /= self.world
@@ -2327,6 +2344,12 @@ class Run:
         if self.own_half:
             for g in grads:  # an overflow in half precision must not end the run
                 torch.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5, out=g)
+        return grads
+
+    def step_with(self, gradients, optimizers):
+        """One step of each with such gradients, which are then gone."""
+        for p, grad in zip(self.trained(optimizers), gradients, strict=True):
+            p.grad = grad
         for opt in optimizers:
             self.scaler.step(opt)
         self.scaler.update()
@@ -2450,7 +2473,8 @@ class Run:
             for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])
             for name, opt in self.opts.items():
-                now = [{k: g[k] for k in ("lr", "betas", "eps")} for g in opt.param_groups]
+                own = ("lr", "betas", "eps", "capturable")
+                now = [{k: g[k] for k in own} for g in opt.param_groups]
                 opt.load_state_dict(state["opts"][name])
                 for p, held in opt.state.items():  # laid out as p: fused steps pair them by place
                     for key in ("exp_avg", "exp_avg_sq"):
@@ -5474,7 +5498,8 @@ def in_batches(function, device, batch, *inputs, generators=()):
     recorded, results = graph(function, device, generators), []
     for k in range(0, len(inputs[0]), batch):
         part = [None if x is None else x[k : k + batch].to(device) for x in inputs]
-        results.append((recorded if len(part[0]) == batch else function)(*part).cpu())
+        result = (recorded if len(part[0]) == batch else function)(*part)
+        results.append(result.to("cpu", copy=True))  # the next one would overwrite it
     return torch.cat(results)
 
 

@@ -347,6 +347,7 @@ class SynthesisNetwork(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.resolutions, self.lod = resolutions(img_resolution), lod
+        self.register_buffer("fade", torch.tensor(lod % 1.0), persistent=False)
         self.num_ws = 2 * len(self.resolutions) if use_styles else 1
         epilogue = dict(use_noise=use_noise, use_styles=use_styles)
         epilogue |= dict(pixel_norm=pixel_norm, instance_norm=instance_norm)
@@ -363,15 +364,19 @@ class SynthesisNetwork(nn.Module):
             I = O
 
     def grown(self, ws, noise="random"):
-        missing, t = int(self.lod), self.lod % 1
         x, ws = None, ws.unbind(1)
-        for i, res in enumerate(self.resolutions[: len(self.resolutions) - missing]):
+        for i, res in enumerate(self.resolutions[: len(self.resolutions) - int(self.lod)]):
             block, before = getattr(self, f"b{res}"), x
             x = block(x, ws[2 * i : 2 * i + 2] if len(ws) > 1 else ws, noise)
         img = block.rgb(x)
-        if t:  # fade in the last resolution (Karras et al. 2017, Fig. 2)
-            img = img.lerp(upscale(getattr(self, f"b{res // 2}").rgb(before)), t)
+        if self.lod % 1:  # fade in the last resolution (Karras et al. 2017, Fig. 2)
+            img = img.lerp(upscale(getattr(self, f"b{res // 2}").rgb(before)), self.fade)
         return img
+
+    def grow(self, lod):
+        """Sets the level of detail, and as a tensor, for CUDA graphs, what is still to fade in."""
+        self.lod = lod
+        self.fade.fill_(lod % 1)
 
     def forward(self, ws, noise="random"):
         return upscale(self.grown(ws, noise), 2 ** int(self.lod))
@@ -404,7 +409,8 @@ class Generator(nn.Module):
 
     def grow(self, lod):
         """Sets the level of detail."""
-        self.config["lod"] = self.synthesis.lod = lod
+        self.config["lod"] = lod
+        self.synthesis.grow(lod)
 
     def forward(self, z, c=None, psi=1.0, cutoff=None, noise="random"):
         return self.synthesis(self.mapping(z, c, psi, cutoff), noise)
@@ -489,6 +495,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = {"kind": "D"} | {k: given[k] for k in given if k not in ("self", "__class__")}
         self.resolutions, self.lod = resolutions(img_resolution)[::-1], lod  # res, ..., 4
+        self.register_buffer("fade", torch.tensor(lod % 1.0), persistent=False)
         widths = {r: channels(r, channel_base, channel_max) for r in self.resolutions}
         for res in self.resolutions[:-1]:
             kind = half_type(res, img_resolution, half_res, half)
@@ -501,18 +508,19 @@ class Discriminator(nn.Module):
     def grow(self, lod):
         """Sets the level of detail."""
         self.config["lod"] = self.lod = lod
+        self.fade.fill_(lod % 1)
 
     def forward(self, img, c=None):
         if self.config["c_dim"] and c is None:
             raise ValueError(f"this model is conditional: c (N, {self.config['c_dim']}) is missing")
-        missing, t = int(self.lod), self.lod % 1
-        first, *rest = self.resolutions[missing:]
+        first, *rest = self.resolutions[int(self.lod) :]
         img = downscale(img, img.shape[2] // first)
         x = getattr(self, f"b{first}").features(img)
         for res, below in zip([first, *rest], rest, strict=False):
             x = getattr(self, f"b{res}")(x)
-            if t and res == first:  # fade in the first resolution
-                x = x.lerp(getattr(self, f"b{below}").features(downscale(img)).to(x.dtype), t)
+            if self.lod % 1 and res == first:  # fade in the first resolution
+                coarse = getattr(self, f"b{below}").features(downscale(img))
+                x = x.lerp(coarse.to(x.dtype), self.fade.to(x.dtype))
         return self.b4(x, c if self.config["c_dim"] else None)
 
 
@@ -670,7 +678,7 @@ def mix(G, z, c, args, run):
 
 
 def discriminator_phase(G, D, real, real_c, args, run, noise):
-    """Gradients of D, with its penalties in every step. Returns {name: loss of each round}."""
+    """Gradients of D, with its penalties in every step. Returns {name: loss}, unweighted."""
     losses, z = {}, run.randn(len(real), G.config["z_dim"])
     for (z_k, c), (x, _) in zip(
         rounds(args.batch_gpu, z, real_c), rounds(args.batch_gpu, real, None), strict=True
@@ -695,18 +703,18 @@ def discriminator_phase(G, D, real, real_c, args, run, noise):
             run.backward(args.gp_lambda * found["reg/gp"] * (len(x) / len(real)))
         for name, loss in found.items():
             losses.setdefault(name, []).append(loss.detach())
-    return losses
+    return {name: torch.stack(of_rounds).mean() for name, of_rounds in losses.items()}
 
 
 def generator_phase(G, D, n, sample_c, args, run, noise):
-    """Gradients of G for n fakes. Returns the loss of each round."""
+    """Gradients of G for n fakes. Returns its loss."""
     losses = []
     for z, c in rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n)):
         fake = G.synthesis.grown(mix(G, z, c, args, run), noise)
         loss = generator_loss(D(fake, c), args.loss).mean()
         run.backward(loss * (len(z) / n))
         losses.append(loss.detach())
-    return losses
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -721,23 +729,23 @@ def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, n
 
     opts: of G and D; real: (N, C, res, res) in [-1, 1] at the resolution that was grown to;
     real_c: (N, c_dim), of the fakes that D sees, too, or None; sample_c(n): labels of n fakes.
-    `run` gives rand, randn, backward and step.
+    `run` gives rand, randn, backward, and graph(phase, optimizer): the phase and an update with the
+    gradients that it left.
     """
     opt_G, opt_D = opts
 
     # ---- D, with R1 or WGAN-GP in every step --------------------------------------------------
     D.requires_grad_(True)
-    losses = discriminator_phase(G, D, real, real_c, args, run, noise)
-    run.step(opt_D)
+    phase = run.graph(discriminator_phase, opt_D)
+    losses = phase(G, D, real, real_c, args, run, noise)
 
     # ---- the average of G, of which samples and scores are made: G as it was before this step --
     update_ema(G_ema, G, ema_beta)
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    losses["G"] = generator_phase(G, D, len(real), sample_c, args, run, noise)
-    run.step(opt_G)
-    return {name: torch.stack(rows).mean() for name, rows in losses.items()}
+    phase = run.graph(generator_phase, opt_G)
+    return losses | {"G": phase(G, D, len(real), sample_c, args, run, noise)}
 
 
 def new_networks(args, size, c_dim, half):
@@ -790,7 +798,8 @@ def train(args):
         common.copy_matching(nets, given, run.say)
     order = torch.channels_last
     G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
-    opts = {name: run.adam([nets[name]], LR, BETAS, EPS) for name in "GD"}
+    # Their epsilon moves (tensorflow_eps), which it cannot in a CUDA graph.
+    opts = {name: run.adam([nets[name]], LR, BETAS, EPS, capturable=False) for name in "GD"}
     if labels is not None:
         all_labels = torch.from_numpy(labels).to(run.device)
 
@@ -810,9 +819,11 @@ def train(args):
         _, age, stage = stages[step // REPEATS]
         age += step % REPEATS + 1
 
-        # ---- growth: where a fade begins or ends Adam forgets ---------------------------------
+        # ---- growth: where a fade begins or ends Adam forgets, and other layers are trained -----
         for net in nets.values():
             net.grow(stage.lod)
+        if age == 1:
+            run.forget_graphs()
         if age == 1 and stage.res > min(levels):
             levels[stage.res // 2].forget()
         for opt in opts.values():

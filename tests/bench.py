@@ -296,7 +296,8 @@ def of_stylegan(what, args, device):
     G, D, G_ema = new_pair(stylegan, args, run, device)
     if what == "generate":
         return generation(G, args.batch, device)
-    opts = [run.adam([net], args.lr, stylegan.BETAS, stylegan.EPS) for net in (G, D)]
+    adam = dict(betas=stylegan.BETAS, eps=stylegan.EPS, capturable=False)
+    opts = [run.adam([net], args.lr, **adam) for net in (G, D)]
     lod = 0.5 if "faded" in what else math.log2(args.size) - 3 if "8 px" in what else 0.0
     for net in (G, D, G_ema):
         net.grow(lod)

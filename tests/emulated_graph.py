@@ -51,7 +51,7 @@ def record(generators, memory, function):
     """In the place of common.record. Recording runs the function here: that counts as the first
     replay."""
     with Recording() as recording:
-        result = function()
+        function()
     once = [True]
 
     def replay():
@@ -60,4 +60,4 @@ def record(generators, memory, function):
                 recording.replay()
         once.clear()
 
-    return replay, result
+    return replay

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from eager import Eager
 from golden_stylegan2 import Vectors, grads
 from torch.func import functional_call
 
@@ -243,7 +244,7 @@ def tf_synthesis(case):
     gradients(case, "net", arrays)
 
 
-class Recorded:
+class Recorded(Eager):
     """Stands in for common.Run: recorded draws in, gradients out."""
 
     def __init__(self, case, layers=None):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
+from eager import Eager
 from PIL import Image
 from test_stylegan2 import faces, jsonl, labelled_zip, logged_steps, shuffled_weights
 from test_stylegan2_ada import definitions
@@ -215,7 +216,7 @@ def options_of_a_step(**more):
     return types.SimpleNamespace(**options | dict(gp_target=1.0, batch_gpu=None) | more)
 
 
-class Runner:
+class Runner(Eager):
     """Stands in for common.Run: draws, and optimisers that are told to step."""
 
     def __init__(self, on_step=lambda opt: None):
