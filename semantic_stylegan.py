@@ -775,20 +775,20 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
     # ---- D: images with their segmentations ----------------------------------------------------
     D.requires_grad_(True)
     phase = run.graph(discriminator_phase, opt_D)
-    found = phase(G, D, real, seg, args, run, noise).clone()  # the next phase may write over it
+    found = phase(G, D, real, seg, args, run, noise)
     losses |= zip(("D_real", "D_fake", "D/real", "D/fake"), found, strict=True)
     if step % args.r1_every == 0 and (args.r1_img or args.r1_seg):
-        found = run.graph(r1_phase, opt_D)(D, real, seg, args, run).clone()
+        found = run.graph(r1_phase, opt_D)(D, real, seg, args, run)
         losses |= zip(("reg/r1_img", "reg/r1_seg"), found, strict=False)
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
     phase = run.graph(generator_phase, opt_mapping, opt_G)
-    losses["G"], losses["mask"] = phase(G, D, n, seg is not None, args, run, noise).clone()
+    losses["G"], losses["mask"] = phase(G, D, n, seg is not None, args, run, noise)
     if step % args.pl_every == 0 and args.pl_weight:
         # The codes are given: the mapping network has no part in this.
         phase = run.graph(path_length_phase, opt_G)
-        found = phase(G, pl_mean, max(1, n // PL_SHRINK), args, run, noise).clone()
+        found = phase(G, pl_mean, max(1, n // PL_SHRINK), args, run, noise)
         losses["reg/pl"], losses["reg/pl_length"] = found
         losses["reg/pl_mean"] = pl_mean.clone()
     return losses

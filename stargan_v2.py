@@ -570,7 +570,7 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
     # ---- D, in the style of a latent, then of a reference -------------------------------------
     D.requires_grad_(True)
     phase = run.graph(discriminator_phase)
-    losses = phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run)
+    losses = dict(phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run))
 
     # ---- G, F and E, in the style of a latent; D only passes gradients on ---------------------
     D.requires_grad_(False)

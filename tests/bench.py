@@ -258,7 +258,8 @@ def of_semantic_stylegan(what, args, device):
     paper.fill_options(args, {})
     run = Phases(args)
     regions = common.TOY_REGIONS if args.data == "toy" else paper.FACES
-    G, D, G_ema = (net.to(device) for net in paper.new_networks(args, size, regions).values())
+    nets = paper.new_networks(args, size, regions).values()
+    G, D, G_ema = (net.to(device, memory_format=torch.channels_last) for net in nets)
     if what == "generate":
         ws = paper.ws_of(G_ema, range(batch))
         return Work(lambda k: paper.pictures(G_ema, ws), batch)
