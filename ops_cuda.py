@@ -782,11 +782,17 @@ extern "C" int upfirdn2d(int type, int cl, int taps, int64_t groups, const int* 
 // ---- warp -----------------------------------------------------------------------------------
 
 struct Images { int C, H, W, OH, OW; };  // x: (N, C, H, W), y: (N, C, OH, OW)
-struct Axis { int side, first, end; };  // within reach: the pixels [first, end), reflected at 0 ...
+struct Axis { int side, first, count; };  // the pixels within reach: first <= 0 and following
 struct Reading { int j; float here, next; };  // here u[j] + next u[j + 1]
+constexpr int CHANNELS = 4;  // at a time
+
 __device__ __forceinline__ Axis axis(const float* reach, int k, int side) {
     int before = int(fminf(fmaxf(reach[k], 0), side - 1));
-    return {side, -before, side + int(fminf(fmaxf(reach[2 + k], 0), side - 1))};
+    int after = int(fminf(fmaxf(reach[2 + k], 0), side - 1));
+    return {side, -before, before + side + after};
+}
+__device__ __forceinline__ bool within(const Axis& s, int i, int scale = 1) {
+    return unsigned(i - s.first * scale) < unsigned(s.count * scale);
 }
 
 // The map of a sample: output (a, b), counted from the centre, is read at x(a, row_x(b)) and
@@ -805,22 +811,35 @@ struct Map {
 
 // Bilinear reading at q, which becomes a place where all is 0 if it is far off or not a number.
 __device__ __forceinline__ Reading reading(const Axis& s, float q) {
-    q = fminf(fmaxf(q, 2 * s.first - 2), 2 * s.end);
-    float floor = floorf(q), t = q - floor;
-    int j = int(floor);
-    return {j, j >= 2 * s.first && j < 2 * s.end ? 1 - t : 0,
-            j + 1 >= 2 * s.first && j + 1 < 2 * s.end ? t : 0};
+    q = fminf(fmaxf(q, 2 * s.first - 2), 2 * (s.first + s.count));
+    float whole = floorf(q), t = q - whole;
+    int j = int(whole);
+    return {j, within(s, j, 2) ? 1 - t : 0, within(s, j + 1, 2) ? t : 0};
 }
-// What pixel i contributes to it. f: the 12 taps of 2 f, between zeros.
-__device__ __forceinline__ float contribution(const Axis& s, const Reading& r, const float* f,
+// What pixel i contributes to it. taps: two zeros, 2 f, two zeros.
+__device__ __forceinline__ float contribution(const Axis& s, const Reading& r, const float* taps,
                                               int i) {
-    int k = r.j - 2 * i + 5;
-    if (k < -1 || k > 11 || i < s.first || i >= s.end) return 0;
-    return r.here * f[k + 1] + r.next * f[k + 2];
+    int k = within(s, i) ? min(max(r.j - 2 * i + 7, 0), 14) : 0;
+    return r.here * taps[k] + r.next * taps[k + 1];
+}
+__device__ __forceinline__ void load_taps(float* taps, const float* f) {
+    int k = threadIdx.y * 8 + threadIdx.x;
+    if (k < 16) taps[k] = k >= 2 && k < 14 ? 2 * f[k - 2] : 0;
+    __syncthreads();
 }
 __device__ __forceinline__ int reflected(const Axis& s, int i) {
     i = i < 0 ? -i : i >= s.side ? 2 * (s.side - 1) - i : i;
-    return min(max(i, 0), s.side - 1);  // what is beyond reach has coefficient 0
+    return min(max(i, 0), s.side - 1);  // what is beyond reach counts nothing
+}
+
+// The sum of 7 pixels of a row, which are neighbours in memory or not.
+template <bool NEAR, class T>
+__device__ __forceinline__ float weighted(const T* row, const float* cx, const int* ix) {
+    if (NEAR) row += ix[0];
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 7; k++) sum += cx[k] * to_float(row[NEAR ? k : ix[k]]);
+    return sum;
 }
 
 // A thread has one pixel, all channels; a warp has 4 rows of 8, which stay neighbours when turned.
@@ -833,16 +852,11 @@ struct Pixel {
         y = tile / wide * 16 + threadIdx.y;
     }
 };
-__device__ __forceinline__ void load_taps(float* to, const float* f) {
-    int k = threadIdx.y * 8 + threadIdx.x;
-    if (k < 14) to[k] = k > 0 && k < 13 ? 2 * f[k - 1] : 0;
-    __syncthreads();
-}
 
 template <class T>
 __global__ void __launch_bounds__(128) warp_kernel(Images p, const T* x, const float* G,
                                                    const float* reach, const float* f, T* y) {
-    __shared__ float taps[14];
+    __shared__ float taps[16];
     load_taps(taps, f);
     Pixel o(p.OH, p.OW);
     if (o.x >= p.OW || o.y >= p.OH) return;
@@ -851,28 +865,36 @@ __global__ void __launch_bounds__(128) warp_kernel(Images p, const T* x, const f
     float a = o.x + 1 - p.OW / 2, b = o.y + 1 - p.OH / 2;
     Reading rx = reading(across, map.x(a, map.row_x(b)));
     Reading ry = reading(down, map.y(a, map.row_y(b)));
-    int left = (rx.j + (rx.j & 1)) / 2 - 3, top = (ry.j + (ry.j & 1)) / 2 - 3;
-    float cx[7], cy[7];
-    int ix[7], iy[7];
+    // Odd and even j alike have their 6 or 7 pixels around these. Where they are mirrored, they go
+    // the other way across, so that nearly always they are neighbours in memory.
+    int mid = (rx.j + (rx.j & 1)) / 2, top = (ry.j + (ry.j & 1)) / 2 - 3;
+    int step = mid < 0 || mid >= p.W ? -1 : 1;
+    float cx[7];
+    int ix[7];
 #pragma unroll
     for (int k = 0; k < 7; k++) {
-        cx[k] = contribution(across, rx, taps, left + k);
-        cy[k] = contribution(down, ry, taps, top + k);
-        ix[k] = reflected(across, left + k);
-        iy[k] = reflected(down, top + k) * p.W;
+        cx[k] = contribution(across, rx, taps, mid + (k - 3) * step);
+        ix[k] = reflected(across, mid + (k - 3) * step);
     }
-    x += int64_t(o.n) * p.C * p.H * p.W;
-    y += (int64_t(o.n) * p.C * p.OH + o.y) * p.OW + o.x;
-    for (int c = 0; c < p.C; c++, x += int64_t(p.H) * p.W, y += int64_t(p.OH) * p.OW) {
-        float sum = 0;
+    bool near = ix[6] - ix[0] == 6;
+    int64_t size = int64_t(p.H) * p.W, out = int64_t(p.OH) * p.OW;
+    x += o.n * p.C * size;
+    y += o.n * p.C * out + int64_t(o.y) * p.OW + o.x;
+    for (int c0 = 0; c0 < p.C; c0 += CHANNELS) {
+        float sum[CHANNELS] = {};
+#pragma unroll 1
+        for (int i = top; i < top + 7; i++) {
+            float cy = contribution(down, ry, taps, i);
+            const T* row = x + c0 * size + reflected(down, i) * p.W;
 #pragma unroll
-        for (int ky = 0; ky < 7; ky++) {
-            float row = 0;
-#pragma unroll
-            for (int kx = 0; kx < 7; kx++) row += cx[kx] * to_float(x[iy[ky] + ix[kx]]);
-            sum += cy[ky] * row;
+            for (int c = 0; c < CHANNELS; c++, row += size) {
+                if (c0 + c >= p.C) break;
+                sum[c] += cy * (near ? weighted<true>(row, cx, ix) : weighted<false>(row, cx, ix));
+            }
         }
-        *y = from_float<T>(sum);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; c++)
+            if (c0 + c < p.C) y[(c0 + c) * out] = from_float<T>(sum[c]);
     }
 }
 
@@ -885,54 +907,54 @@ template <class T>
 __global__ void __launch_bounds__(128) warp_adjoint_kernel(Images p, const T* y, const float* G,
                                                            const float* reach, const float* f,
                                                            T* x) {
-    constexpr int CHANNELS = 4;  // at a time
-    constexpr float NEAR = 7;
-    __shared__ float taps[14];
+    constexpr float FAR = 7;
+    __shared__ float taps[16];
     load_taps(taps, f);
     Pixel i(p.H, p.W);
     if (i.x >= p.W || i.y >= p.H) return;
     Axis across = axis(reach, 0, p.W), down = axis(reach, 1, p.H);
     Map map(G + i.n * 6, p);
     float det = float(double(map.xx) * map.yy - double(map.xy) * map.yx);
-    float bx = -map.yx / det, by = map.xx / det, high = NEAR * (fabsf(bx) + fabsf(by));
+    float bx = -map.yx / det, by = map.xx / det, high = FAR * (fabsf(bx) + fabsf(by));
     float ax = 1 / map.xx, ay = 1 / map.yx;
     float a0 = 1 - p.OW / 2, a1 = p.OW / 2, b0 = 1 - p.OH / 2, b1 = p.OH / 2;  // first and last
-    int64_t size = int64_t(p.OH) * p.OW;
-    x += int64_t(i.n) * p.C * p.H * p.W + i.y * p.W + i.x;
+    int mirrors = isfinite(det + map.x0 + map.y0) ? 9 : 0;
+    int64_t size = int64_t(p.H) * p.W, out = int64_t(p.OH) * p.OW;
+    x += i.n * p.C * size + int64_t(i.y) * p.W + i.x;
     for (int c0 = 0; c0 < p.C; c0 += CHANNELS) {
-        const T* from = y + (int64_t(i.n) * p.C + c0) * size;
+        const T* from = y + (i.n * int64_t(p.C) + c0) * out;
         float sum[CHANNELS] = {};
-        for (int mirror = 0; mirror < (isfinite(det + map.x0 + map.y0) ? 9 : 0); mirror++) {
+        for (int mirror = 0; mirror < mirrors; mirror++) {
             int kx = mirror % 3, ky = mirror / 3;
             int mx = kx == 0 ? i.x : kx == 1 ? -i.x : 2 * (p.W - 1) - i.x;
             int my = ky == 0 ? i.y : ky == 1 ? -i.y : 2 * (p.H - 1) - i.y;
             if ((kx && mx == i.x) || (ky && my == i.y)) continue;  // on the mirror itself
-            if (mx < across.first || mx >= across.end) continue;
-            if (my < down.first || my >= down.end) continue;
+            if (!within(across, mx) || !within(down, my)) continue;
             float qx = 2 * mx + 0.5f, qy = 2 * my + 0.5f;
             float middle = bx * (qx - map.x0) + by * (qy - map.y0);
             float low = fmaxf(ceilf(middle - high), b0), top = fminf(floorf(middle + high), b1);
             for (float b = low; b <= top; b++) {
                 float rx = map.row_x(b), ry = map.row_y(b);
-                float x0 = (qx - NEAR - rx) * ax, x1 = (qx + NEAR - rx) * ax;
-                float y0 = (qy - NEAR - ry) * ay, y1 = (qy + NEAR - ry) * ay;
+                float x0 = (qx - FAR - rx) * ax, x1 = (qx + FAR - rx) * ax;
+                float y0 = (qy - FAR - ry) * ay, y1 = (qy + FAR - ry) * ay;
                 float left = fmaxf(fminf(x0, x1), fminf(y0, y1));
                 float right = fminf(fmaxf(x0, x1), fmaxf(y0, y1));
                 left = fmaxf(ceilf(left), a0);
-                right = fminf(floorf(right), a1);
-                const T* row = from + int(b - b0) * p.OW - int(a0);
-                for (float a = left; a <= right; a++) {
+                right = fminf(right, a1);
+                if (!(left <= right)) continue;
+                const T* at = from + int64_t(b - b0) * p.OW + int(left - a0);
+                for (float a = left; a <= right; a++, at++) {
                     float w = contribution(across, reading(across, map.x(a, rx)), taps, mx) *
                               contribution(down, reading(down, map.y(a, ry)), taps, my);
 #pragma unroll
                     for (int c = 0; c < CHANNELS; c++)
-                        if (c0 + c < p.C) sum[c] += w * to_float(row[c * size + int(a)]);
+                        if (c0 + c < p.C) sum[c] += w * to_float(at[c * out]);
                 }
             }
         }
 #pragma unroll
         for (int c = 0; c < CHANNELS; c++)
-            if (c0 + c < p.C) x[int64_t(c0 + c) * p.H * p.W] = from_float<T>(sum[c]);
+            if (c0 + c < p.C) x[(c0 + c) * size] = from_float<T>(sum[c]);
     }
 }
 
