@@ -88,12 +88,13 @@ class Conv2d(nn.Conv2d):
     """A convolution of stride 1 whose second derivative, which R1 needs, is cheap.
 
     resample: "up": of x with doubled pixels; "down": followed by averages of 2x2 pixels. Either is
-    one 4x4 convolution of stride 2, with less than half the work.
+    one 4x4 convolution of stride 2, with less than half the work. act and gain of the result come
+    in one pass with the bias.
     """
 
-    def __init__(self, I, O, k, padding=0, resample=None, bias=True):
+    def __init__(self, I, O, k, padding=0, resample=None, bias=True, act="linear", gain=1.0):
         super().__init__(I, O, k, padding=padding, bias=bias)
-        self.resample = resample
+        self.resample, self.act, self.gain = resample, act, gain
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
@@ -106,7 +107,7 @@ class Conv2d(nn.Conv2d):
             x = ops.conv2d(x, widened(w) / 4, stride=2, padding=1)
         else:
             x = ops.conv2d(x, w, padding=self.padding)
-        return x if self.bias is None else ops.bias_act(x, self.bias)
+        return x if self.bias is None else ops.bias_act(x, self.bias, act=self.act, gain=self.gain)
 
 
 class Norm(nn.InstanceNorm2d):
@@ -128,19 +129,20 @@ class ResBlock(nn.Module):
 
     def __init__(self, I, O, normalize=False, down=False):
         super().__init__()
-        self.conv1 = Conv2d(I, I, 3, 1, resample="down" if down else None)
-        self.conv2 = Conv2d(I, O, 3, 1)
+        act = "linear" if normalize else "lrelu"
+        self.conv1 = Conv2d(I, I, 3, 1, resample="down" if down else None, act=act)
+        self.conv2 = Conv2d(I, O, 3, 1, gain=math.sqrt(0.5))
         self.norm1 = Norm(I) if normalize else nn.LeakyReLU(0.2)
-        self.norm2 = Norm(I) if normalize else nn.LeakyReLU(0.2)
+        self.norm2 = Norm(I) if normalize else nn.Identity()  # conv1 has the activation
         self.conv1x1 = Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
         self.down = down
 
     def forward(self, x):
         # The mean of 2x2 pixels and a 1x1 convolution may change places: here the cheap one first.
         skip = self.conv1x1(ops.pool2(x) if self.down else x)
-        x = self.conv1(self.norm1(x))
-        x = self.conv2(self.norm2(x))
-        return (skip + x) / math.sqrt(2)
+        y = self.conv1(self.norm1(x))
+        y = self.conv2(self.norm2(y))  # times sqrt(1/2), as the skip is
+        return torch.add(y, skip, alpha=math.sqrt(0.5))
 
 
 class AdaIN(nn.Module):
@@ -171,7 +173,7 @@ class AdainResBlock(nn.Module):
     def __init__(self, I, O, style_dim, w_hpf, up=False):
         super().__init__()
         self.conv1 = Conv2d(I, O, 3, 1, resample="up" if up else None)
-        self.conv2 = Conv2d(O, O, 3, 1)
+        self.conv2 = Conv2d(O, O, 3, 1, gain=1 if w_hpf > 0 else math.sqrt(0.5))
         self.norm1, self.norm2 = AdaIN(style_dim, I), AdaIN(style_dim, O)
         self.conv1x1 = nn.Conv2d(I, O, 1, bias=False) if I != O else nn.Identity()
         self.conv1x1.requires_grad_(w_hpf == 0)
@@ -185,7 +187,7 @@ class AdainResBlock(nn.Module):
         skip = self.conv1x1(x)  # before the doubling of pixels, which may change places with it
         if self.up:
             skip = ops.double(skip)
-        return (skip + y) / math.sqrt(2)
+        return torch.add(y, skip, alpha=math.sqrt(0.5))
 
 
 class HighPass(nn.Module):
