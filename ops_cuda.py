@@ -761,6 +761,7 @@ template <class T>
 static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void* x, const float* f,
                      void* y) {
     if (taps == 2) return fir_factors<T, 2>(p, cl, s, (const T*)x, f, (T*)y);
+    if (taps == 3) return fir_factors<T, 3>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 4) return fir_factors<T, 4>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 12) return fir_factors<T, 12>(p, cl, s, (const T*)x, f, (T*)y);
     int64_t blocks = (p.groups * p.OH * p.OW * (cl ? p.C : 1) + 255) / 256;
@@ -1533,7 +1534,7 @@ class Upfirdn2d(Function):
         # The fast kernel: separable, equal factors on both axes, one of them 1.
         taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
         V = 16 // x.element_size() if taps <= 4 else 4
-        fast = f.ndim == 1 and taps in (2, 4, 12) and len(factors) == 1
+        fast = f.ndim == 1 and taps in (2, 3, 4, 12) and len(factors) == 1
         fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
         fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
         full = f if fast or f.ndim == 2 else f.outer(f)

@@ -372,10 +372,11 @@ def test_norm_act_of_no_samples_is_empty_and_of_one_pixel_an_error(device):
 
 FILTERS = {
     "2 taps": ([1.0, 2.5], True),
+    "3 taps": ([1.0, 2.0, 3.0], True),
     "4 taps": ([1.0, 3.0, 3.5, 1.0], True),
     "12 taps": ([0.5, 1, 2, 3, 4, 5, 6, 5, 3, 2, 1, -1.0], None),
     "4x4": ([1, 3, 3, 1], None),
-    "3 taps": ([1.0, 2.0, 3.0], True),
+    "5 taps": ([1.0, 2.0, 3.0, 0.5, -1.0], True),
     "2x3": ([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]], None),
 }
 FACTORS = [(1, 1), (2, 1), (1, 2), ((2, 1), (1, 3)), (2, 2)]
