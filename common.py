@@ -2244,6 +2244,8 @@ class Run:
     def adam(self, nets, lr, betas, eps=1e-8, weight_decay=0.0, capturable=True):
         """One Adam over the parameters of all `nets`; its rate is a tensor (see set_lr).
         capturable: its other numbers stay the same, so that a CUDA graph can hold its step."""
+        # torch warns of steps outside of graphs, where that is slower: the first few are.
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable")
         params = [p for net in nets for p in net.parameters()]
         lr, how = torch.tensor(lr, device=self.device), dict(fused=True, capturable=capturable)
         return torch.optim.Adam(params, lr, betas, eps, weight_decay, **how)
