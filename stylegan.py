@@ -1164,14 +1164,9 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p,
-        data="toy",
-        batch=32,
-        every="kimg",
-        default_every=None,
-        gpu_precision="fp32",
+        p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp32",
         own_half=True,
-    )
+    )  # fmt: skip
     p.add("--config", choices=list(CONFIGS), help="row of Table 1: F, or that of --checkpoint")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")

@@ -889,14 +889,9 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p,
-        data="toy",
-        batch=32,
-        every="kimg",
-        default_every=200,
-        gpu_precision="fp16+tf32",
-        own_half=True,
-    )
+        p, data="toy", batch=32, every="kimg", default_every=200,
+        gpu_precision="fp16+tf32", own_half=True,
+    )  # fmt: skip
     p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
     p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")

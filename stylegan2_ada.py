@@ -1338,14 +1338,9 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p,
-        data="toy",
-        batch=None,
-        every="kimg",
-        default_every=200,
-        gpu_precision="fp16+tf32",
-        own_half=True,
-    )
+        p, data="toy", batch=None, every="kimg", default_every=200,
+        gpu_precision="fp16+tf32", own_half=True,
+    )  # fmt: skip
     configs = ("auto", *CONFIGS)
     p.add("--config", "--cfg", choices=configs, default="auto", help="auto: by size and GPUs")
     augs = ("ada", "noaug", "fixed", "bcr")
