@@ -82,8 +82,8 @@ def through(layers, x, residual=None):
             slope = getattr(layers.pop(0), "negative_slope", 0.0)
         if layers and isinstance(layers[0], nn.ReflectionPad2d):
             pad = layers.pop(0).padding[0]
-        last, residual = (None, residual) if layers else (residual, None)
-        x = ops.norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=last, eps=layer.eps)
+        added, residual = (None, residual) if layers else (residual, None)
+        x = ops.norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
     return x if residual is None else x + residual
 
 
@@ -98,11 +98,7 @@ def init_weights(net, std=INIT_STD):
 
 
 class ResnetBlock(nn.Module):
-    """Rk of appendix 7.2: two 3x3 convolutions and a skip, no ReLU after the sum.
-
-    forward_padded(x) and its result are padded by 1. As the padding of a sum is the sum of the
-    paddings, blocks in a row need not pad anew.
-    """
+    """Rk of appendix 7.2: two 3x3 convolutions and a skip, no ReLU after the sum."""
 
     def __init__(self, C, norm, dropout):
         super().__init__()
@@ -114,10 +110,6 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x):
         return x + self.conv_block(x)
-
-    def forward_padded(self, x):
-        padding, *layers = self.conv_block
-        return through([*layers, padding], x, residual=x)
 
 
 class ResnetGenerator(nn.Module):
@@ -154,10 +146,13 @@ class ResnetGenerator(nn.Module):
     def forward(self, x):
         if ops.kernels(x, None) is None:
             return self.model(x).to(x.dtype)
+        # Blocks begin with a padding. As that of a sum is the sum of the paddings, all that goes
+        # from block to block can stay padded.
         layers, end = list(self.model), 10 + self.config["blocks"]
         y = through([*layers[:10], nn.ReflectionPad2d(1)], x)
         for block in layers[10:end]:
-            y = block.forward_padded(y)
+            padding, *rest = block.conv_block
+            y = through([*rest, padding], y, residual=y)
         return through(layers[end:], y[:, :, 1:-1, 1:-1]).to(x.dtype)
 
 

@@ -63,7 +63,7 @@ def test_golden(path):
 def test_golden_on_a_gpu_in_float32(path, impl, monkeypatch):
     no_kernels = path.parent.name not in (*STYLEGANS, "semantic_stylegan", "stargan_v2")
     if no_kernels or path.stem.startswith(("trajectory", "ada_controller", "schedule")):
-        pytest.skip("its networks use no kernels, or float32 drifts away in eight steps")
+        pytest.skip("its layers, one by one, use no kernels, or float32 drifts in eight steps")
     monkeypatch.setenv("GAN_OPS", impl)  # for networks; operators are given impl
     torch.set_default_dtype(torch.float32)
     with common.exact_float32(torch.device("cuda")):

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import common
+import cyclegan
 import ops_cuda as ops
+import stargan_v2
 import stylegan2
 
 ROOT = Path(__file__).parent.parent
@@ -780,6 +782,50 @@ def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, arc
     for name, wanted in exact.items():
         off = (mine[name] - wanted).norm() / wanted.norm()
         assert off <= allowed, f"{name}: off by {off:.2g}"
+
+
+TRANSLATORS = [
+    *({"kind": "resnet", "blocks": 2, "ngf": 4, "norm": norm} for norm in ("instance", "batch")),
+    {"kind": "resnet", "blocks": 1, "ngf": 4, "dropout": True},
+    {"kind": "unet", "downs": 3, "ngf": 4},
+    *({"kind": "patch", "ndf": 4, "norm": norm} for norm in ("instance", "none")),
+    {"kind": "pixel", "ndf": 4},
+    {"kind": "G", "size": 32, "channel_base": 256, "channel_max": 16, "style_dim": 4},
+]
+
+
+@pytest.mark.parametrize("config", TRANSLATORS, ids=lambda c: "-".join(map(str, c.values())))
+def test_translators_train_on_the_kernels(device, monkeypatch, config):
+    torch.manual_seed(0)
+    module = stargan_v2 if config["kind"] == "G" else cyclegan
+    net = module.build(config).to(device, memory_format=torch.channels_last)
+    net.train(not config.get("dropout"))  # or its draws differ
+    x, s = torch.randn(2, 3, 32, 32, device=device), torch.randn(2, 4, device=device)
+    norms = sum(isinstance(m, torch.nn.InstanceNorm2d | stargan_v2.AdaIN) for m in net.modules())
+    called, launch = [], ops.launch
+
+    def counted(function, *rest):
+        called.append(function.__name__)
+        launch(function, *rest)
+
+    monkeypatch.setattr(ops, "launch", counted)
+
+    def gradients():
+        y = net(x, s) if config["kind"] == "G" else net(x)
+        loss = (y * y.detach().cos()).mean()
+        if "ndf" in config:  # differentiates twice
+            alpha = torch.full((2, 1), 0.3, device=device)
+            loss = loss + cyclegan.gradient_penalty(net, x, x.flip(0), alpha)
+        found = torch.autograd.grad(loss, list(net.parameters()))
+        return y, torch.cat([g.flatten() for g in found])
+
+    with common.exact_float32(device):
+        mine = gradients()
+        assert called.count("norm_act") >= 2 * norms and bool(called) == bool(norms)
+        monkeypatch.setattr(ops, "kernels", lambda x, impl: None)
+        exact = gradients()
+    for a, b in zip(mine, exact, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
 
 
 # ---- tests/bench.py ----
