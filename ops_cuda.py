@@ -319,18 +319,19 @@ extern "C" int fused_act(int order, int type, int vector, int cl, int64_t groups
 
 // ---- norm_act -------------------------------------------------------------------------------
 // Each pass is two kernels over the same chunks of x: what blocks find out about theirs goes to
-// sums, and every block of the second kernel first puts that of its channels together. Threads
-// load BATCH slots at once: there are few blocks, so that these are short sums.
+// sums, and every block of the second kernel first puts that of its channels together. To keep this
+// short there are few blocks; so that memory is busy even so, a thread loads BATCH slots at once.
 
 struct Norm {
     int H, W, pad, scale_step;  // scale_step: elements between two samples' scales, C or 0
     float alpha, eps;           // alpha: the activation's slope below 0
     const float *scale, *shift;  // both may be null: 1 and 0
-    float *mean, *rstd, *gshift, *gscale, *sums;  // (N, C) each, but sums
+    float *mean, *rstd, *gshift, *gscale;  // (N, C) each
+    float* sums;  // [group, chunk, 2, channel]
 };
 template <int V> constexpr int BATCH = V == 4 ? 4 : 2;
 
-// K channels: their moments, scale and shift.
+// The moments, scale and shift of K channels.
 template <int K> struct Moments {
     float mean[K] = {}, rstd[K] = {}, scale[K] = {}, shift[K] = {};
     __device__ __forceinline__ float xhat(int k, float x) const {
@@ -356,9 +357,9 @@ __device__ __forceinline__ const float* known(const Norm& n, const Grid& of, int
     return n.sums + (p.group * of.chunks + chunk) * 2 * (CL ? of.C : 1) + (CL ? p.c : 0);
 }
 
-// Mean and sum of squared deviations of a chunk. A thread's are of x less its first x, which is
-// safe: (first - mean)^2 is at most that sum, so no more than a factor of its pixels is lost. The
-// threads' are put together as the variance of a mixture is, and so are the chunks'.
+// Mean and sum of squared deviations of a chunk. A thread computes with x less its first x, which
+// is safe: that one's squared deviation is a term of the sum, so that of n pixels a factor of n in
+// precision can be lost at most. Threads' and chunks' are put together as those of a mixture are.
 template <class T, int V, bool CL>
 __global__ void __launch_bounds__(256, 2) norm_moments_kernel(Grid g, const T* x, float* sums) {
     Place<V, CL> p(g);
@@ -1308,8 +1309,9 @@ def run_fused_act(order, spec, reference, summed=False, **tensors):
 #   backward   with s = pad'(dL/dy) * f'(u), where pad' sums over a pixel and its mirror images:
 #              dx = scale / sqrt(var + eps) * (s - mean_hw s - xhat * mean_hw (s * xhat)),
 #              dscale = sum_hw s * xhat,   dshift = sum_hw s,   dresidual = dL/dy
-#   second     the reference's: wanted by gradient penalties of networks with norms alone
-# In either direction every tensor is read once for sums over its maps, and once for the result.
+#   second     of the reference, which a backward pass with create_graph=True turns to: wanted only
+#              by gradient penalties of networks with norms
+# Either pass reads its tensors twice: for sums over their maps, and for the result.
 
 
 def norm_act(
@@ -1385,9 +1387,9 @@ class NormAct(Function):
         gx, sums = torch.empty_like(x), torch.empty_like(moments)
         gy = gy.contiguous(memory_format=memory_order(x))
         run_norm_act(ctx.spec, x, gy, gx, scale, shift, moments, sums)
-        gscale, gshift = (
+        gshift, gscale = (
             None if t is None else g.sum(0) if t.ndim == 1 else g
-            for t, g in zip((scale, shift), sums.flip(0), strict=True)
+            for t, g in zip((shift, scale), sums, strict=True)
         )
         return gx, gscale, gshift, gresidual, None
 
