@@ -2021,23 +2021,27 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-WARM_UP = 3  # calls before the recording: cuDNN chooses algorithms, Adam makes its state
+@functools.cache
+def side_stream(device):
+    """The stream of all first calls and recordings: what is made once for a stream is there."""
+    return torch.cuda.Stream(device)
 
 
 def graph(function, device, generators=(), memory=None):
     """function as a CUDA graph, on a GPU; on any other device, or where GAN_GRAPHS=off is in the
     environment, function itself.
 
-    The first calls run as written. The next is recorded, and from there on a call starts the
-    recording: one launch instead of thousands, which small networks spend most of their time with.
+    The first call runs as written: in it cuDNN chooses algorithms, and optimisers make their state.
+    The second is recorded, and from there on a call starts the recording: one launch instead of
+    thousands, which small networks spend most of their time with.
 
     A recording repeats the same work on the same memory. What function does may depend on numbers
     in tensors only, none of which it reads; tensors that it changes must be changed in place. Of
     its arguments, tensors are those of the recording from there on: what later calls pass is copied
-    into them. Any other argument must stay the same. Results, tensors without gradients in any nest
-    of dicts and lists, are overwritten by the next call. generators: that function draws from,
-    beside torch's own; memory: a torch.cuda.graph_pool_handle() to share with graphs that never run
-    at the same time.
+    into them. Any other argument must stay the same, and hold no tensors that do not. Results,
+    tensors without gradients in any nest of dicts and lists, are overwritten by the next call.
+    generators: that function draws from, beside torch's own; memory: of
+    torch.cuda.graph_pool_handle(), to share with graphs that never run at the same time.
 
     Raises ValueError where an argument has changed that cannot; UserError if CUDA records nothing.
     Source: Ng et al. 2021, "Accelerating PyTorch with CUDA Graphs" (pytorch.org).
@@ -2051,17 +2055,17 @@ class Graph:
     """See `graph`."""
 
     def __init__(self, function, device, generators, memory):
-        self.function = function
-        self.record = functools.partial(record, generators, memory)
-        self.stream, self.calls, self.replay = torch.cuda.Stream(device), 0, None
+        self.function, self.stream = function, side_stream(device)
+        self.record = functools.partial(record, self.stream, generators, memory)
+        self.called, self.replay = False, None
 
     def __call__(self, *args):
-        self.calls += 1
-        if self.calls <= WARM_UP:
+        if not self.called:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.result = self.function(*args)
             torch.cuda.current_stream().wait_stream(self.stream)
+            self.called = True
             return self.result
         if self.replay is None:
             self.args = args
@@ -2070,7 +2074,7 @@ class Graph:
             if held is given:
                 continue
             tensors = isinstance(held, torch.Tensor) and isinstance(given, torch.Tensor)
-            if tensors and held.shape == given.shape:
+            if tensors and (held.shape, held.dtype) == (given.shape, given.dtype):
                 held.copy_(given)
             elif isinstance(held, torch.Tensor) or held != given:
                 raise ValueError(f"a CUDA graph cannot change {held!r} into {given!r}")
@@ -2090,17 +2094,20 @@ def overwrite(held, new):
             overwrite(a, b)
 
 
-def record(generators, memory, function):
-    """What function() launches on a GPU, none of which runs now, as a function that starts it."""
+def record(stream, generators, memory, function):
+    """What function() launches on a GPU, none of which runs now, as a function that starts it.
+    Raises UserError where that fails, which leaves torch unusable: the process should end."""
     recording = torch.cuda.CUDAGraph()
     for generator in generators:
         recording.register_generator_state(generator)
     try:
         # thread_local: threads that load pictures may pin memory meanwhile.
-        with torch.cuda.graph(recording, memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(recording, memory, stream, capture_error_mode="thread_local"):
             function()
     except RuntimeError as e:
-        problem = str(e).splitlines()[0]
+        problem = str(e.__context__ or e).splitlines()[
+            0
+        ]  # the end of a broken recording fails, too
         raise UserError(f"no CUDA graph could be recorded ({problem}): set GAN_GRAPHS=off.") from e
     return recording.replay
 
@@ -2475,7 +2482,7 @@ class Run:
             for name, net in self.nets.items():
                 net.load_state_dict(state["nets"][name])
             for name, opt in self.opts.items():
-                own = ("lr", "betas", "eps", "capturable")
+                own = ("lr", "betas", "eps", "capturable", "fused")
                 now = [{k: g[k] for k in own} for g in opt.param_groups]
                 opt.load_state_dict(state["opts"][name])
                 for p, held in opt.state.items():  # laid out as p: fused steps pair them by place
@@ -5498,8 +5505,10 @@ def in_batches(function, device, batch, *inputs, generators=()):
     """function(*inputs) of tensors, on the device but `batch` rows at a time, gathered on the CPU.
     None among the inputs stays None. Whole batches are one CUDA graph; generators: see there."""
     recorded, results = graph(function, device, generators), []
+    recorded = recorded if len(inputs[0]) >= 2 * batch else function
     for k in range(0, len(inputs[0]), batch):
-        part = [None if x is None else x[k : k + batch].to(device) for x in inputs]
+        # Copies: those of the recording are written over.
+        part = [None if x is None else x[k : k + batch].to(device, copy=True) for x in inputs]
         result = (recorded if len(part[0]) == batch else function)(*part)
         results.append(result.to("cpu", copy=True))  # the next one would overwrite it
     return torch.cat(results)

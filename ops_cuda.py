@@ -68,8 +68,11 @@ template <> __device__ __forceinline__ __half from_float<__half>(float x) {
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
+template <int V, class T> __device__ __forceinline__ Pack<T, V> fetch(const T* from) {
+    return *reinterpret_cast<const Pack<T, V>*>(from);
+}
 template <int V, class T> __device__ __forceinline__ void load(float* to, const T* from) {
-    Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(from);
+    Pack<T, V> p = fetch<V>(from);
 #pragma unroll
     for (int j = 0; j < V; j++) to[j] = to_float(p.v[j]);
 }
@@ -329,7 +332,7 @@ struct Norm {
     float *mean, *rstd, *gshift, *gscale;  // (N, C) each
     float* sums;  // [group, chunk, 2, channel]
 };
-template <int V> constexpr int BATCH = V == 4 ? 4 : 2;
+template <int V> constexpr int BATCH = V == 8 ? 2 : 4;
 
 // The moments, scale and shift of K channels.
 template <int K> struct Moments {
@@ -366,9 +369,7 @@ __global__ void __launch_bounds__(256, 2) norm_moments_kernel(Grid g, const T* x
     constexpr int K = CL ? V : 1;
     const int64_t hop = int64_t(p.rows) * (CL ? g.C : V);
     float first[K] = {}, sum[K] = {}, squares[K] = {}, found[2][K] = {}, count = 0;
-    if (p.slot < p.last)
-#pragma unroll
-        for (int k = 0; k < K; k++) first[k] = to_float(x[p.at(g) + k]);
+    if (p.slot < p.last) load<K>(first, x + p.at(g));
     for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
         float v[BATCH<V>][V];
 #pragma unroll
@@ -439,12 +440,11 @@ norm_act_kernel(Grid g, Grid of, Norm n, const T* __restrict__ x, const T* __res
     const int64_t hop = int64_t(p.rows) * step;
     x += CL ? p.group * of.HW * g.C + p.c : p.group * of.HW;
     for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
-        float v[BATCH<V>][V], r[BATCH<V>][V] = {};
+        Pack<T, V> xs[BATCH<V>], rs[BATCH<V>] = {};
 #pragma unroll
-        for (int i = 0; i < BATCH<V>; i++) {
-            int64_t slot = p.slot + i * p.rows;
-            if (slot >= p.last) break;
-            if (residual) load<V>(r[i], residual + p.at(g) + i * hop);
+        for (int i = 0; i < BATCH<V>; i++) {  // without branches, or each load waits for the last
+            int64_t slot = min(p.slot + i * p.rows, p.last - 1);
+            if (residual) rs[i] = fetch<V>(residual + p.base + slot * step);
             if (n.pad) {  // of the pixel that is mirrored here
                 int iy = int(unsigned(slot) / wide) - n.pad;
                 int ix = int(unsigned(slot) % wide) - n.pad;
@@ -452,18 +452,19 @@ norm_act_kernel(Grid g, Grid of, Norm n, const T* __restrict__ x, const T* __res
                 ix = ix < 0 ? -ix : ix < n.W ? ix : 2 * (n.W - 1) - ix;
                 slot = int64_t(iy) * n.W + ix;
             }
-            load<V>(v[i], x + slot * step);
+            xs[i] = fetch<V>(x + slot * step);
         }
 #pragma unroll
         for (int i = 0; i < BATCH<V>; i++) {
             if (p.slot + i * p.rows >= p.last) break;
+            float v[V];
 #pragma unroll
             for (int j = 0; j < V; j++) {
                 int k = CL ? j : 0;
-                float u = m.xhat(k, v[i][j]) * m.scale[k] + m.shift[k];
-                v[i][j] = u * slope_at(n, u) + r[i][j];
+                float u = m.xhat(k, to_float(xs[i].v[j])) * m.scale[k] + m.shift[k];
+                v[j] = u * slope_at(n, u) + to_float(rs[i].v[j]);
             }
-            store<V>(y + p.at(g) + i * hop, v[i]);
+            store<V>(y + p.at(g) + i * hop, v);
         }
     }
 }
@@ -527,34 +528,36 @@ norm_grad_kernel(Grid g, Norm n, const T* __restrict__ x, const T* __restrict__ 
     if (p.inside)
         gy += (CL ? p.group * g.C : p.group) * (n.H + 2 * n.pad) * wide + (CL ? p.c : 0);
     for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
-        float v[BATCH<V>][V], s[BATCH<V>][V];
+        Pack<T, V> xs[BATCH<V>], gys[BATCH<V>];
 #pragma unroll
         for (int i = 0; i < BATCH<V>; i++) {
-            int64_t slot = p.slot + i * p.rows;
-            if (slot >= p.last) break;
-            load<V>(v[i], x + p.at(g) + i * hop);
+            int64_t slot = min(p.slot + i * p.rows, p.last - 1);
+            xs[i] = fetch<V>(x + p.base + slot * step);
             if (n.pad) slot += int64_t(unsigned(slot) / n.W) * 2 * n.pad + n.pad * (wide + 1);
-            load<V>(s[i], gy + slot * step);
+            gys[i] = fetch<V>(gy + slot * step);
         }
 #pragma unroll
         for (int i = 0; i < BATCH<V>; i++) {
             unsigned slot = p.slot + i * p.rows;
             if (p.slot + i * p.rows >= p.last) break;
-            if (n.pad) add_mirrored<V>(s[i], gy, n, slot / n.W, slot % n.W, step);
+            float v[V], s[V];
+#pragma unroll
+            for (int j = 0; j < V; j++) s[j] = to_float(gys[i].v[j]);
+            if (n.pad) add_mirrored<V>(s, gy, n, slot / n.W, slot % n.W, step);
 #pragma unroll
             for (int j = 0; j < V; j++) {
                 int k = CL ? j : 0;
-                float xhat = m.xhat(k, v[i][j]);
-                s[i][j] *= slope_at(n, xhat * m.scale[k] + m.shift[k]);
+                float xhat = m.xhat(k, to_float(xs[i].v[j]));
+                s[j] *= slope_at(n, xhat * m.scale[k] + m.shift[k]);
                 if (APPLY) {
                     float rest = share * (acc[0][k] + xhat * acc[1][k]);
-                    v[i][j] = m.rstd[k] * m.scale[k] * (s[i][j] - rest);
+                    v[j] = m.rstd[k] * m.scale[k] * (s[j] - rest);
                 } else {
-                    acc[0][k] += s[i][j];
-                    acc[1][k] += s[i][j] * xhat;
+                    acc[0][k] += s[j];
+                    acc[1][k] += s[j] * xhat;
                 }
             }
-            if (APPLY) store<V>(gx + p.at(g) + i * hop, v[i]);
+            if (APPLY) store<V>(gx + p.at(g) + i * hop, v);
         }
     }
     if (APPLY) return;
@@ -909,7 +912,7 @@ template <class T>
 __global__ void __launch_bounds__(128) warp_adjoint_kernel(Images p, const T* y, const float* G,
                                                            const float* reach, const float* f,
                                                            T* x) {
-    constexpr float FAR = 7;
+    constexpr float FAR = 6.6f;
     __shared__ float taps[16];
     load_taps(taps, f);
     Pixel i(p.H, p.W);
@@ -1281,7 +1284,8 @@ def run_fused_act(order, spec, reference, summed=False, **tensors):
     chunks = -(-slots // (rows * walk))
     sums = None
     if summed:
-        sums = torch.empty(groups, chunks, 3, C if last else 1, device=reference.device)
+        size = (groups, chunks, 3, C if last else 1)
+        sums = torch.empty(size, dtype=torch.float32, device=reference.device)
     noise_step, noise = 0, get("noise")
     if noise is not None:
         noise = noise.contiguous()
@@ -1367,7 +1371,7 @@ class NormAct(Function):
         size = (N, C, H + 2 * pad, W + 2 * pad)
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
         residual = None if residual is None else residual.contiguous(memory_format=order)
-        moments = torch.empty(2, N, C, device=x.device)
+        moments = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
         run_norm_act(spec, x, residual, y, scale, shift, moments)
         ctx.save_for_backward(x, scale, shift, moments)
         ctx.spec = spec
@@ -1411,10 +1415,11 @@ def run_norm_act(spec, x, other, out, scale, shift, moments, sums=None):
     slots, out_slots = (n // (1 if last else V) for n in (H * W, (H + 2 * pad) * (W + 2 * pad)))
     rows = min(256 // lanes, -(-slots // 32) * 32)
     # Two blocks for each processor of a large GPU; each reads what all blocks of its maps found.
-    most = min(128, max(1, 256 // (groups * lane_blocks)))
+    most = max(1, 256 // (groups * lane_blocks))
     walk, out_walk = (-(-n // (rows * most)) for n in (slots, out_slots))
     chunks, out_chunks = -(-slots // (rows * walk)), -(-out_slots // (rows * out_walk))
-    partial = torch.empty(groups, chunks, 2, C if last else 1, device=x.device)
+    size = (groups, chunks, 2, C if last else 1)
+    partial = torch.empty(size, dtype=torch.float32, device=x.device)
     small = [None if t is None else t.contiguous() for t in (scale, shift)]
     step = C if scale is not None and scale.ndim == 2 else 0
     shape = (groups, C, H, W, pad, step, lanes, lane_blocks, rows * lanes)

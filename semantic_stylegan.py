@@ -1084,7 +1084,7 @@ def pictures(G, ws, shown=None, batch=16):
     shown = None if shown is None else shown.to(device)
     for w in ws.split(batch):
         synthesis = recorded if len(w) == batch else G.synthesis
-        p = synthesis(w.to(device), "const", shown)
+        p = synthesis(w.to(device, copy=True), "const", shown)  # the recording's is written over
         labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
         found = (common.to_uint8(p.img), *labels, p.depth)
         parts.append([x.to("cpu", copy=True) for x in found])

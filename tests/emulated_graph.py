@@ -47,7 +47,7 @@ class Recording(TorchDispatchMode):
             old.copy_(new)
 
 
-def record(generators, memory, function):
+def record(stream, generators, memory, function):
     """In the place of common.record. Recording runs the function here: that counts as the first
     replay."""
     with Recording() as recording:
