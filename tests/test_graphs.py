@@ -144,13 +144,14 @@ def test_batches_leave_what_they_are_given_as_it_was(device):
 # ---- the papers ----
 
 TINY = {  # enough steps for every phase to be replayed some times
-    stylegan: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
-    " --batch 100 --mbstd-group 2 --kimg 3 --every 3 --start-size 4 --train-kimg 1 --fade-kimg 1"
-    " --batches=",
-    stylegan2: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
-    " --batch 8 --mbstd-group 2 --kimg 1 --every 1 --pl-every 2 --r1-every 3",
-    stylegan2_ada: "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2"
-    " --batch 8 --mbstd-group 2 --kimg 1 --every 1 --pl-every 2 --r1-every 3 --ada-kimg 1",
+    stylegan: "--data faces/trainA --size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8"
+    " --map-layers 2 --batch 100 --mbstd-group 2 --kimg 3 --every 3 --start-size 4 --train-kimg 1"
+    " --fade-kimg 1 --batches=",
+    stylegan2: "--data faces/trainA --size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8"
+    " --map-layers 2 --batch 20 --mbstd-group 2 --kimg 1 --every 1 --pl-every 2 --r1-every 3",
+    stylegan2_ada: "--data faces/trainA --size 8 --channel-base 32 --channel-max 8 --z-dim 8"
+    " --w-dim 8 --map-layers 2 --batch 20 --mbstd-group 2 --kimg 1 --every 1 --pl-every 2"
+    " --r1-every 3 --ada-kimg 1",
     cyclegan: "--data faces --load-size 36 --crop-size 32 --ngf 4 --ndf 4 --blocks 1 --D n_layers"
     " --n-layers 1 --batch 2 --epochs 1 --pool-size 6 --dropout",
     stargan_v2: "--data faces --size 32 --channel-base 128 --channel-max 8 --hidden-dim 8 --z-dim 4"
@@ -163,7 +164,7 @@ MORE = [
     (cyclegan, "--gan-mode wgangp --lambda-id 0"),
     (cyclegan, "--gan-mode vanilla --norm batch --pool-size 0"),
     (stargan_v2, "--size 64 --w-hpf 1"),
-    (stylegan, "--loss wgan-gp --batch-gpu 50 --cond"),
+    (stylegan, "--data toy --loss wgan-gp --batch-gpu 50 --cond"),
 ]
 
 
@@ -182,6 +183,13 @@ PHASES = {
 }  # fmt: skip
 
 
+def draw_faces():
+    for domain, part in enumerate(("faces/trainA", "faces/trainB")):
+        Path(part).mkdir(parents=True)
+        for k in range(24):
+            common.toy_face(k, domain, 36).save(f"{part}/{k}.png")
+
+
 def quick_masks(fan, x):
     """In the place of FAN's, which take seconds."""
     return common.landmark_masks(x.mean(1, keepdim=True).sigmoid() * fan.l0.weight[:98, 0].exp())
@@ -195,10 +203,7 @@ def test_recorded_steps_give_the_weights_of_eager_ones(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(common, "load_fan", lambda path: common.FAN())
     monkeypatch.setattr(common.FAN, "masks", quick_masks)
-    for domain, part in enumerate(("faces/trainA", "faces/trainB")):
-        Path(part).mkdir(parents=True)
-        for k in range(24):
-            common.toy_face(k, domain, 36).save(f"{part}/{k}.png")
+    draw_faces()
     replays, record = [], common.record
 
     def counted(*args):
@@ -261,8 +266,8 @@ def memory(device):
 def test_recorded_training_holds_no_more_memory_after_thousands_of_steps(
     device, monkeypatch, tmp_path
 ):
-    """With GANS_SLOW=1 five thousand of them, else 500."""
-    last, held, log = 5000 if os.environ.get("GANS_SLOW") else 500, {}, common.Run.log
+    """With GANS_SLOW=1 five thousand of them, else 400."""
+    last, held, log = 5000 if os.environ.get("GANS_SLOW") else 400, {}, common.Run.log
 
     def watched(self, losses, **where):
         log(self, losses, **where)
@@ -271,8 +276,8 @@ def test_recorded_training_holds_no_more_memory_after_thousands_of_steps(
             held[self.steps_done] = memory(device), memory(torch.device("cpu"))
 
     monkeypatch.setattr(common.Run, "log", watched)
-    options = TINY[stylegan2].replace("--kimg 1 --every 1", "--kimg 40 --every 100")
-    options = options.replace("--kimg 40", f"--kimg {last * 8 // 1000}")
+    draw_faces()
+    options = f"{TINY[stylegan2]} --batch 10 --kimg {last // 100} --every 100"
     stylegan2.main([*options.split(), "--device", device.type, "--out", str(tmp_path)])
     (on_device, on_host), (on_device_later, on_host_later) = held[200], held[last]
     assert device.type == "cpu" or on_device_later <= on_device
