@@ -108,7 +108,7 @@ def test_grid_sample_is_twice_differentiable_and_equals_torch():
 @pytest.mark.parametrize("m", ["turns", "4 times smaller", "shifted"])
 @pytest.mark.parametrize("reach", ["all", "some", "none"])
 def test_warp_is_twice_differentiable_for_any_padding_that_suffices(m, reach):
-    x = double(2, 2, 5, 4)
+    x = double(2, 1, 5, 4)
     run = warping(m, reach, x.shape, "cpu")
     twice(lambda x: run("ref", x), x)
     y = run("ref", x)
@@ -314,12 +314,12 @@ def test_bias_act_takes_any_shape_and_dimension(device, shape, dim, act):
     torch.testing.assert_close(mine, wanted)
 
 
-MAPS = [(2, 16, 9, 8), (3, 5, 7, 4), (1, 8, 1, 6), (2, 1, 3, 5), (2, 300, 3, 2), (2, 24, 40, 37)]
+NORMED = [(2, 16, 9, 8), (3, 5, 7, 4), (1, 8, 1, 6), (2, 1, 3, 5), (2, 300, 3, 2), (2, 24, 17, 13)]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", MAPS, ids=str)
+@pytest.mark.parametrize("shape", NORMED, ids=str)
 def test_the_kernels_of_norm_act_equal_their_reference(device, shape, dtype, last):
     torch.manual_seed(0)
     N, C, H, W = shape
