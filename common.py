@@ -2105,9 +2105,8 @@ def record(stream, generators, memory, function):
         with torch.cuda.graph(recording, memory, stream, capture_error_mode="thread_local"):
             function()
     except RuntimeError as e:
-        problem = str(e.__context__ or e).splitlines()[
-            0
-        ]  # the end of a broken recording fails, too
+        e = e.__context__ or e  # a recording that broke fails once more at its end
+        problem = str(e).splitlines()[0]
         raise UserError(f"no CUDA graph could be recorded ({problem}): set GAN_GRAPHS=off.") from e
     return recording.replay
 
