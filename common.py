@@ -34,6 +34,7 @@ import functools
 import hashlib
 import html
 import http.client
+import importlib
 import io
 import itertools
 import json
@@ -2135,6 +2136,9 @@ class Run:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         if self.world > 1:
+            # Optimisers import this, and its functions keep the processes' group that there is by
+            # then, with its threads, which abort now and then as Python ends. So it comes before.
+            importlib.import_module("torch.distributed.nn")
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             patience = datetime.timedelta(hours=2)  # while rank 0 computes scores
             dist.init_process_group(backend, timeout=patience)
