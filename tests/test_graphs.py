@@ -164,7 +164,7 @@ MORE = [
     (cyclegan, "--gan-mode wgangp --lambda-id 0"),
     (cyclegan, "--gan-mode vanilla --norm batch --pool-size 0"),
     (stargan_v2, "--size 64 --w-hpf 1"),
-    (stylegan, "--data toy --loss wgan-gp --batch-gpu 50 --cond"),
+    (stylegan, "--loss wgan-gp --batch-gpu 50"),
 ]
 
 
@@ -266,8 +266,8 @@ def memory(device):
 def test_recorded_training_holds_no_more_memory_after_thousands_of_steps(
     device, monkeypatch, tmp_path
 ):
-    """With GANS_SLOW=1 five thousand of them, else 400."""
-    last, held, log = 5000 if os.environ.get("GANS_SLOW") else 400, {}, common.Run.log
+    """With GANS_SLOW=1 five thousand of them, else 300."""
+    last, held, log = 5000 if os.environ.get("GANS_SLOW") else 300, {}, common.Run.log
 
     def watched(self, losses, **where):
         log(self, losses, **where)
