@@ -2324,11 +2324,6 @@ class Run:
         self.graphs = {}
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def update(self, optimizer, loss):
-        """Backward, mean of the gradients over all ranks, one step of the optimiser."""
-        self.backward(loss)
-        self.step(optimizer)
-
     def backward(self, loss):
         """Adds gradients of the loss."""
         self.scaler.scale(loss).backward()

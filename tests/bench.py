@@ -112,8 +112,7 @@ def wait(device):
 
 
 class Phases:
-    """Stands in for common.Run in train_step, and can time each phase, which ends with a step of
-    optimisers."""
+    """Stands in for common.Run in train_step, and can time each phase."""
 
     def __init__(self, *args, **options):
         self.run, self.spent = common.Run("bench", *args, "", **options), None
@@ -129,30 +128,19 @@ class Phases:
         spent, self.spent = self.spent, None
         return spent
 
-    def mark(self):
-        if self.spent is not None:
-            wait(self.device)
-            now = time.perf_counter()
-            self.spent.append(now - self.last)
-            self.last = now
-
     def graph(self, phase, *optimizers):
         function = self.run.graph(phase, *optimizers)
 
         def timed(*args):
             result = function(*args)
-            self.mark()
+            if self.spent is not None:
+                wait(self.device)
+                now = time.perf_counter()
+                self.spent.append(now - self.last)
+                self.last = now
             return result
 
         return timed
-
-    def update(self, optimizer, loss):
-        self.run.update(optimizer, loss)
-        self.mark()
-
-    def step(self, *optimizers):
-        self.run.step(*optimizers)
-        self.mark()
 
 
 def recorded(function, device):
