@@ -2812,14 +2812,27 @@ def is_ours(path):
         return False
 
 
+def in_batches(function, device, batch, *inputs, generators=()):
+    """function(*inputs) of tensors, on the device but `batch` rows at a time, gathered on the CPU.
+    None among the inputs stays None. Whole batches are one CUDA graph; generators: see there."""
+    recorded, results = graph(function, device, generators), []
+    recorded = recorded if len(inputs[0]) >= 2 * batch else function
+    for k in range(0, len(inputs[0]), batch):
+        # Copies: those of the recording are written over.
+        part = [None if x is None else x[k : k + batch].to(device, copy=True) for x in inputs]
+        result = (recorded if len(part[0]) == batch else function)(*part)
+        results.append(result.to("cpu", copy=True))  # the next one would overwrite it
+    return torch.cat(results)
+
+
 @torch.no_grad()
 def apply(net, images, device, batch=16):
     """uint8 images (N, C, H, W) through an image-to-image net in eval mode -> uint8 images."""
     training = net.training
     net.eval()
-    parts = [to_uint8(net(to_float(x, device))).cpu() for x in images.split(batch)]
+    images = in_batches(lambda x: to_uint8(net(to_float(x, device))), device, batch, images)
     net.train(training)
-    return torch.cat(parts)
+    return images
 
 
 def check_size(nets, side, option="--crop-size"):
@@ -5497,19 +5510,6 @@ def sample_inputs(G, labels, seed, n=32):
     if labels is None:
         return z, None
     return z, torch.from_numpy(labels[np.random.default_rng(seed).integers(len(labels), size=n)])
-
-
-def in_batches(function, device, batch, *inputs, generators=()):
-    """function(*inputs) of tensors, on the device but `batch` rows at a time, gathered on the CPU.
-    None among the inputs stays None. Whole batches are one CUDA graph; generators: see there."""
-    recorded, results = graph(function, device, generators), []
-    recorded = recorded if len(inputs[0]) >= 2 * batch else function
-    for k in range(0, len(inputs[0]), batch):
-        # Copies: those of the recording are written over.
-        part = [None if x is None else x[k : k + batch].to(device, copy=True) for x in inputs]
-        result = (recorded if len(part[0]) == batch else function)(*part)
-        results.append(result.to("cpu", copy=True))  # the next one would overwrite it
-    return torch.cat(results)
 
 
 @torch.no_grad()

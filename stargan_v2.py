@@ -764,12 +764,13 @@ def masks_for(images, masks_of, device, batch=16):
 def translated(G, images, s, masks=None, batch=16):
     """uint8 images (N, C, size, size) in styles s, (N, style_dim) or one for all -> uint8 images,
     on the CPU. masks: those of the images."""
-    s, parts = s.expand(len(images), -1), []
-    for k in range(0, len(images), batch):
-        n = slice(k, k + batch)
-        x = common.to_float(images[n], device_of(G))
-        parts.append(common.to_uint8(G(x, s[n], masks and [mask[n] for mask in masks])).cpu())
-    return torch.cat(parts)
+    device = device_of(G)
+
+    def translations(x, s, *masks):
+        return common.to_uint8(G(common.to_float(x, device), s, masks or None))
+
+    s = s.expand(len(images), -1)
+    return common.in_batches(translations, device, batch, images, s, *(masks or ()))
 
 
 @torch.no_grad()

@@ -163,7 +163,9 @@ TINY = {  # enough steps for every phase to be replayed some times
 MORE = [
     (cyclegan, "--gan-mode wgangp --lambda-id 0"),
     (cyclegan, "--gan-mode vanilla --norm batch --pool-size 0"),
+    (cyclegan, "--precision bf16"),
     (stargan_v2, "--size 64 --w-hpf 1"),
+    (stargan_v2, "--precision bf16"),
     (stylegan, "--loss wgan-gp --batch-gpu 50"),
 ]
 
@@ -222,7 +224,7 @@ def test_recorded_steps_give_the_weights_of_eager_ones(
     for graphs in ("off", "on"):
         monkeypatch.setenv("GAN_GRAPHS", graphs)
         out = str(tmp_path / graphs)
-        tiny = f"{TINY[paper]} {options} --device {device.type} --precision fp32 --out {out}"
+        tiny = f"{TINY[paper]} --precision fp32 {options} --device {device.type} --out {out}"
         paper.main(tiny.split())
         states.append(torch.load(next(Path(out).glob("*/checkpoint.pt")), weights_only=True))
         assert bool(replays) == (graphs == "on")
