@@ -2120,7 +2120,7 @@ class Run:
     own_half: the networks know where to use half precision: no autocast, no loss scaling, but
     gradients that are not finite are mended. The default on CUDA is then fp16+tf32: convolutions
     that are not in float16 round their inputs to as many bits, TF32; dense layers round nothing.
-    precision: what is the default on CUDA instead.
+    precision: what is the default on CUDA instead; bf16 only where the GPU knows it, else tf32.
     """
 
     log_every = 100  # images between lines of log.jsonl
@@ -2142,9 +2142,11 @@ class Run:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             patience = datetime.timedelta(hours=2)  # while rank 0 computes scores
             dist.init_process_group(backend, timeout=patience)
+        best = precision or ("fp16+tf32" if own_half else "tf32")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        best = precision or ("fp16+tf32" if own_half else "tf32")
+            if best == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+                best = "tf32"
         self.precision = args.precision or (best if self.device.type == "cuda" else "fp32")
         self.own_half = own_half
         kinds = {"fp16": "float16", "bf16": "bfloat16"}

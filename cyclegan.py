@@ -20,7 +20,8 @@ paper's D_X; the official code (junyanz/pytorch-CycleGAN-and-pix2pix) calls that
 
 Results: README. Differs from the paper, with the official PyTorch code: the identity loss is on for
 every data set (paper: paintings only), convolutions before an instance norm keep their biases.
-Differs from both: wgangp has its gradient penalty; on a CPU a run resumes bit for bit.
+Differs from both: wgangp has its gradient penalty; a GPU convolves in bfloat16 by default; on a CPU
+a run resumes bit for bit.
 """
 
 import functools
@@ -539,7 +540,7 @@ def pil_mode(args, part):
 
 
 def train(args):
-    run = common.Run("cyclegan", args, script=__file__)
+    run = common.Run("cyclegan", args, script=__file__, precision="bf16")
     run.records = args.preprocess.endswith("crop")  # otherwise pictures may differ in size
     source = common.open_data(args.data, size=args.load_size)
 
@@ -742,7 +743,9 @@ def main(argv=None):
     directions = dict(choices=("AtoB", "BtoA"), default="AtoB")
 
     p = cli.command("train", train, "train on unpaired pictures of two domains (default command)")
-    common.add_train_options(p, data="toy", batch=1, every="images", default_every=5000)
+    common.add_train_options(
+        p, data="toy", batch=1, every="images", default_every=5000, gpu_precision="bf16"
+    )
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--epochs", type=count, default=EPOCHS, help="length of the training")
     p.add("--epochs-decay", type=common.not_negative_int, help="of them at a falling rate: half")

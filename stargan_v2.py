@@ -26,7 +26,7 @@ for all networks; the style encoder learns from latents only; for faces high-pas
 and a decoder without shortcuts. Differs from both: averages start from the initial weights; the two
 references of a step are drawn anew each time; large photos are reduced to twice the size once, and
 then cropped; lambda_ds follows from the step, so that a run resumes as if nothing had happened; a
-GPU computes in TF32 by default; LPIPS is of 8-bit pictures, FID of the StyleGAN papers' Inception.
+GPU trains in bfloat16; LPIPS is of 8-bit pictures, FID of the StyleGAN papers' Inception.
 """
 
 import argparse
@@ -663,7 +663,7 @@ def train(args):
     given = load_networks(first)[0] if first else {}
     fill_options(args, given)
     args.ds_iters = args.ds_iters or args.iters  # stays when a finished run is lengthened
-    run = common.Run("stargan_v2", args, script=__file__)
+    run = common.Run("stargan_v2", args, script=__file__, precision="bf16")
     source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
 
     # ---- data: item n is a pure function of (seed, n) -----------------------------------------
@@ -1208,7 +1208,9 @@ def main(argv=None):
     to_align = "turn, scale and move sources as the command align does; with masks references, too"
 
     p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
-    common.add_train_options(p, data="toy", batch=BATCH, every="iterations", default_every=5000)
+    common.add_train_options(
+        p, data="toy", batch=BATCH, every="iterations", default_every=5000, gpu_precision="bf16"
+    )
     presets = "options for such data; else by --data's name; anime: best in greyscale, --channels 1"
     p.add("--preset", choices=list(PRESETS), help=presets)
     p.add("--iters", type=count, default=ITERS, help="length of the training")

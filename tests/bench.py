@@ -51,8 +51,9 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
     "cyclegan": [
         ("decode JPEGs,", 256, 400, None), ("load from the cache,", 256, 400, None),
         ("draw toy faces,", 64, 400, None),
-        ("train", 256, 1, "tf32", 11.6, 2.5, 35), ("train", 256, 4, "tf32", 40.2, 8.9, 120),
-        ("train", 128, 1, "tf32", 17.5, None, 88),  # of 6 blocks
+        ("train", 256, 1, "bf16", 11.6, 2.5, 35), ("train", 256, 4, "bf16", 40.2, 8.9, 120),
+        ("train", 128, 1, "bf16", 17.5, None, 88),  # of 6 blocks
+        ("train", 256, 1, "tf32"), ("train", 256, 4, "tf32"),
         ("translate", 256, 1, "tf32"), ("translate", 256, 4, "tf32"),
     ],
     "semantic_stylegan": [
@@ -60,7 +61,7 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
         ("generate", 256, 16, "tf32"), ("generate", 512, 4, "tf32"),
     ],
     "stargan_v2": [
-        ("train", 256, 8, "tf32", 15.1, 16.4, 45),
+        ("train", 256, 8, "bf16", 15.1, 16.4, 45), ("train", 256, 8, "tf32"),
         ("translate by latents,", 256, 8, "tf32"), ("translate by references,", 256, 8, "tf32"),
         ("translate by latents,", 256, 1, "tf32"), ("translate by references,", 256, 1, "tf32"),
     ],
