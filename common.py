@@ -2107,6 +2107,8 @@ def record(stream, generators, memory, function):
             function()
     except RuntimeError as e:
         e = e.__context__ or e  # a recording that broke fails once more at its end
+        if isinstance(e, torch.OutOfMemoryError):
+            raise e from None
         problem = str(e).splitlines()[0]
         raise UserError(f"no CUDA graph could be recorded ({problem}): set GAN_GRAPHS=off.") from e
     return recording.replay

@@ -20,7 +20,7 @@ paper's D_X; the official code (junyanz/pytorch-CycleGAN-and-pix2pix) calls that
 
 Results: README. Differs from the paper, with the official PyTorch code: the identity loss is on for
 every data set (paper: paintings only), convolutions before an instance norm keep their biases.
-Differs from both: wgangp has its gradient penalty; a GPU convolves in bfloat16 by default; on a CPU
+Differs from both: wgangp has its gradient penalty; a GPU trains in bfloat16 by default; on a CPU
 a run resumes bit for bit.
 """
 
@@ -147,8 +147,9 @@ class ResnetGenerator(nn.Module):
     def forward(self, x):
         if ops.kernels(x, None) is None:
             return self.model(x).to(x.dtype)
-        # Blocks begin with a padding. As that of a sum is the sum of the paddings, all that goes
-        # from block to block can stay padded.
+        # The same in fewer passes over memory, see `through`. Layers 0-9 stand before the blocks.
+        # These begin with a padding; as that of a sum is the sum of the paddings, what goes from
+        # block to block can stay padded.
         layers, end = list(self.model), 10 + self.config["blocks"]
         y = through([*layers[:10], nn.ReflectionPad2d(1)], x)
         for block in layers[10:end]:
@@ -468,7 +469,8 @@ def train_step(nets, opts, pools, real_A, real_B, args, run):
     nets: G_AB, G_BA, D_A, D_B; opts: Adam of the generators, Adam of the discriminators; pools:
     past fake_A, past fake_B; real_A, real_B: (N, C, H, W) in [-1, 1]. Returns {name: loss}, before
     weighting. `run` gives autocast(), rand(n) uniform in [0, 1), backward(loss), and graph(phase,
-    optimizer): the phase and an update with the gradients that it left.
+    optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
+    the optimizer. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
     """
     (G_AB, G_BA, D_A, D_B), (opt_G, opt_D), (pool_A, pool_B) = nets, opts, pools
 
@@ -541,7 +543,7 @@ def pil_mode(args, part):
 
 def train(args):
     run = common.Run("cyclegan", args, script=__file__, precision="bf16")
-    run.records = args.preprocess.endswith("crop")  # otherwise pictures may differ in size
+    run.records = args.preprocess.endswith("crop")  # CUDA graphs need pictures of one size
     source = common.open_data(args.data, size=args.load_size)
 
     # ---- networks, optimisers, pools ----------------------------------------------------------

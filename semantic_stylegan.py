@@ -110,7 +110,7 @@ class Linear(nn.Module):
         w = self.weight.to(x.dtype).mT
         if self.bias is None:
             x = x @ w * self.gain
-        else:  # scaled within the product: training is a thousand such small steps
+        else:  # lr_mul * b + gain * x w in one kernel: small layers cost launches, not arithmetic
             x = torch.addmm(self.bias.to(x.dtype), x, w, beta=self.lr_mul, alpha=self.gain)
         return x if self.act == "linear" else ops.bias_act(x, act=self.act)
 
@@ -290,7 +290,7 @@ def fusion_weights(depth, shown=None, see_through=()):
 
 
 class RenderLayer(nn.Module):
-    """A 3x3 convolution with StyleGAN2's demodulation but no style, noise, bias, leaky ReLU.
+    """A 3x3 convolution, demodulated as StyleGAN2's but without a style; noise, bias, leaky ReLU.
 
     forward(x, noise): (N, I, H, W) -> (N, O, H * up, ...)
     noise: "random", "const" (the stored map), or a function of a shape that draws it
@@ -317,6 +317,7 @@ class RenderLayer(nn.Module):
             if noise != "const":
                 shape = (len(x), 1, *x.shape[2:])
                 image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
+        # sqrt(2) * lrelu(x + image * strength + bias)
         return ops.fused_act(x, None, image, strength, self.bias, "lrelu")
 
 
@@ -334,11 +335,8 @@ class RenderNet(nn.Module):
         self, K, I, size, coarse_size, min_size, channels, residual_refine, use_noise=True
     ):
         super().__init__()
-        self.coarse_size, self.min_size, self.residual_refine = (
-            coarse_size,
-            min_size,
-            residual_refine,
-        )
+        self.coarse_size, self.min_size = coarse_size, min_size
+        self.residual_refine = residual_refine
         self.layers, self.to_rgb, self.to_seg = (nn.ModuleList() for _ in range(3))
         C, res = I, min_size
         while res < size:
@@ -356,6 +354,7 @@ class RenderNet(nn.Module):
             if x.shape[2] == self.coarse_size:
                 x = torch.cat([x, f], 1)
             x = self.layers[2 * k + 1](self.layers[2 * k](x, noise), noise)
+            # image and segmentation in one convolution
             weight = torch.cat([head.weights()[0] for head in heads])  # (3 + K, C)
             y = ops.conv2d(x, weight[:, :, None, None])
             y = ops.bias_act(y, torch.cat([head.bias[0] for head in heads]))
@@ -676,7 +675,7 @@ def r1_penalties(logits, *reals):
 
     logits: D(*reals), of tensors that require a gradient.
     """
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         grads = torch.autograd.grad(logits.sum(), reals, create_graph=True)
     return [g.square().sum([1, 2, 3]) for g in grads]
 
@@ -695,7 +694,7 @@ def path_lengths(img, codes, y):
     y is divided by the image side and squares are averaged over rows, as in the official code.
     """
     y = y / math.sqrt(img.shape[2] * img.shape[3])
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (J,) = torch.autograd.grad((img * y).sum(), codes, create_graph=True)
     return J.square().sum(2).mean(1).sqrt()
 
@@ -703,6 +702,8 @@ def path_lengths(img, codes, y):
 # =============================================================================
 # Training
 # =============================================================================
+# All random choices are tensors, drawn in every step: so phases can be CUDA graphs, and choices
+# equal for any number of processes.
 
 
 def mix(G, n, args, run):
@@ -767,8 +768,10 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
 
     opts: of G's mapping network, of the rest of G, and of D; pl_mean: (), moved in place; real:
     (N, 3, size, size) in [-1, 1]; seg: (N, K, size, size), 1 where the region is, else -1, or None:
-    D sees images alone (adaptation, sec. 4.4). `run` gives rand, randn, mean, backward, and
-    graph(phase, *optimizers): the phase and an update with the gradients that it left.
+    D sees images alone (adaptation, sec. 4.4); noise: see RenderLayer, in training run.randn. `run`
+    gives rand, randn, mean, backward, and graph(phase, *optimizers) -> a function of phase's
+    arguments: the phase, which leaves gradients, and a step of the optimizers. A GPU repeats both
+    as one CUDA graph, so that all that changes must be tensors.
     """
     losses, n, (opt_mapping, opt_G, opt_D) = {}, len(real), opts
 

@@ -97,7 +97,7 @@ class Conv2d(nn.Conv2d):
         self.resample, self.act, self.gain = resample, act, gain
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type):  # which knows PyTorch's own layers only
             x = x.to(torch.get_autocast_dtype(x.device.type))
         w = self.weight.to(x.dtype)
         if self.resample == "up":
@@ -124,7 +124,8 @@ class ResBlock(nn.Module):
     """A pre-activation residual block of unit variance, for G's encoder, E and D.
 
     forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if `down`
-    normalize: instance norm before each activation, in G alone; norm1 and norm2 hold both.
+    normalize: instance norm before each activation, in G alone: norm1 and norm2 hold both. Without
+    it norm1 is the first activation, and conv1 ends with the second.
     """
 
     def __init__(self, I, O, normalize=False, down=False):
@@ -460,7 +461,7 @@ def r1_penalty(logits, real):
 
     logits: D(real), of real images that require a gradient.
     """
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (grads,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return grads.square().sum([1, 2, 3]).mean()
 
@@ -523,7 +524,8 @@ def no_masks(img):
 
 
 def discriminator_phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run):
-    """Two steps of D, with R1 in each, on fakes in the style of latents z, then of references."""
+    """Two steps of D, with R1 in each, on fakes in the style of latents z, then of references. One
+    phase, which steps by itself: a recorded one cannot change its guide."""
     (G, F, E, D), found = nets, {}
     for guide, style_of, x in (("latent", F, z), ("ref", E, ref)):
         with torch.no_grad(), run.autocast():
@@ -543,7 +545,8 @@ def generator_phase(guide, nets, real, y, x, x2, y_ref, masks, masks_of, lambda_
     """
     G, F, E, D = nets
     style_of = F if guide == "latent" else E
-    with torch.no_grad(), run.autocast():  # on its own: autocast would keep weights cast here
+    # On its own, since autocast keeps what it casts within, here without gradients.
+    with torch.no_grad(), run.autocast():
         other = G(real, style_of(x2, y_ref), masks)
     with run.autocast():
         s = style_of(x, y_ref)
@@ -558,32 +561,34 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
     loss}, unweighted, by what guided G: NAME_latent, NAME_ref.
 
     nets, opts: of G, F, E, D; ema: the averages of G, F, E; batch: pictures (N, C, size, size) in
-    [-1, 1], two references of one domain for each, their domains y and y_ref (N,); lambda_ds: as
-    of this step; masks_of(picture): G's masks. `run` gives randn, autocast, backward, step, and
-    graph(phase, *optimizers): the phase and a step with the gradients that it left.
+    [-1, 1], two references of one domain for each; their domains y (N,) and y_ref (N,), to which
+    latents lead, too; lambda_ds: as of this step; masks_of(picture): G's masks. `run` gives randn,
+    autocast, backward, step, and graph(phase, *optimizers) -> a function of phase's arguments: the
+    phase, which leaves gradients, and a step of the optimizers. A GPU repeats both as one CUDA
+    graph, so that all that changes must be tensors.
     """
     (G, F, E, D), (opt_G, opt_F, opt_E, opt_D) = nets, opts
     real, ref, ref2, y, y_ref = batch
     z, z2 = (run.randn(len(real), F.config["z_dim"]) for _ in range(2))
     masks = masks_of(real)  # once for all phases
-    lambda_ds = real.new_full((), lambda_ds)  # a tensor: other steps have other weights
+    lambda_ds = real.new_full((), lambda_ds)  # what changes must be a tensor
     rest = (y_ref, masks, masks_of, lambda_ds, args, run)
 
     # ---- D, in the style of a latent, then of a reference -------------------------------------
     D.requires_grad_(True)
     phase = run.graph(discriminator_phase)
-    losses = dict(phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run))
+    losses = phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run)
 
     # ---- G, F and E, in the style of a latent; D only passes gradients on ---------------------
     D.requires_grad_(False)
     phase = run.graph(generator_phase, opt_G, opt_F, opt_E)
-    losses |= phase("latent", nets, real, y, z, z2, *rest)
+    losses = losses | phase("latent", nets, real, y, z, z2, *rest)
 
     # ---- G alone, in the style of a reference -------------------------------------------------
     # E learns to read styles off pictures in the phase above only; its author found results worse
     # when it also learns from this one (clovaai/stargan-v2, issue 44). So it passes gradients on.
     E.requires_grad_(False)
-    losses |= run.graph(generator_phase, opt_G)("ref", nets, real, y, ref, ref2, *rest)
+    losses = losses | run.graph(generator_phase, opt_G)("ref", nets, real, y, ref, ref2, *rest)
     E.requires_grad_(True)
 
     # ---- the averages, with which samples, scores and translations are made -------------------

@@ -249,6 +249,7 @@ class Epilogue(nn.Module):
             else:
                 shape = (len(x), 1, *x.shape[2:])
                 image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
+        # lrelu(x + image * strength + bias)
         x = ops.fused_act(x, None, image, strength, self.bias, "lrelu", gain=1)
         if self.pixel_norm:
             x = normalize(x.to(self.bias.dtype)).to(x.dtype)  # not in half precision
@@ -278,7 +279,7 @@ class SynthesisLayer(Epilogue):
 def block_type(block, x):
     """The type that a block computes in: its half type on a GPU, else that of its weights."""
     half = block.half if x.is_cuda else None
-    return half or next(block.parameters()).dtype
+    return half or block.conv1.weight.dtype
 
 
 class SynthesisBlock(nn.Module):
@@ -353,10 +354,8 @@ class SynthesisNetwork(nn.Module):
         epilogue |= dict(pixel_norm=pixel_norm, instance_norm=instance_norm)
         I = 0
         for res in self.resolutions:
-            O, kind = (
-                channels(res, channel_base, channel_max),
-                half_type(res, img_resolution, half_res, half),
-            )
+            O = channels(res, channel_base, channel_max)
+            kind = half_type(res, img_resolution, half_res, half)
             block = SynthesisBlock(
                 I, O, res, w_dim, img_channels, const_input, kind, blur, **epilogue
             )
@@ -573,7 +572,7 @@ def r1_penalty(logits, real):
 
     logits: D(real), of real images that require a gradient.
     """
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (grads,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return grads.square().sum([1, 2, 3])
 
@@ -587,14 +586,17 @@ def gradient_penalty(D, real, fake, u, c=None, target=1.0):
 
 
 def share_of(D, img):
-    """By how much the squared gradient with respect to images of reduced size exceeds that with
-    respect to the same, enlarged to D's full size, which the official code takes."""
+    """The share of |grad_x D(x)|^2 at images of reduced size that is left at the same, enlarged to
+    D's full size, where the official code takes it."""
     return (img.shape[2] / D.config["img_resolution"]) ** 2
 
 
 # =============================================================================
 # Training
 # =============================================================================
+# Each phase adds the gradients of its losses, in rounds of at most --batch-gpu samples. All random
+# choices are tensors, drawn in every step: so phases can be CUDA graphs, and choices equal for any
+# number of processes.
 
 Stage = namedtuple("Stage", "lod res batch lr tick")
 
@@ -605,8 +607,9 @@ def schedule(
 ):  # fmt: skip
     """The stage of training after so many thousands of images (Karras et al. 2017, appendix A).
 
-    A resolution is trained for train_kimg, then the next one is faded in over fade_kimg, and has
-    the say in the rest from there on. batches, batch_max (per process), rates: by resolution.
+    A resolution is trained for train_kimg, then the next one is faded in over fade_kimg; size of
+    images, batch, rate and tick are its own as soon as its fade begins. batches, batch_max (per
+    process), rates: by resolution.
     """
     phase, rest = divmod(kimg, train_kimg + fade_kimg)
     lod = math.log2(size) - math.log2(start_size) - phase
@@ -686,16 +689,15 @@ def discriminator_phase(G, D, real, real_c, args, run, noise):
         with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
             fake = G.synthesis.grown(mix(G, z_k, c, args, run), noise)
         found = {}
-        for name, img in (("D_fake", fake), ("D_real", x)):
-            penalty = args.r1_gamma if name == "D_real" else args.r2_gamma
-            img = img.detach().requires_grad_(penalty > 0)
+        for name, img, gamma, reg in (
+            ("D_fake", fake, args.r2_gamma, "reg/r2"), ("D_real", x, args.r1_gamma, "reg/r1"),
+        ):  # fmt: skip
+            img = img.detach().requires_grad_(gamma > 0)
             logits = D(img, c)
-            found[name] = discriminator_loss(logits, name == "D_real", args.loss).mean()
-            total = found[name]
-            if penalty:
-                reg = "reg/r1" if name == "D_real" else "reg/r2"
+            total = found[name] = discriminator_loss(logits, name == "D_real", args.loss).mean()
+            if gamma:
                 found[reg] = (r1_penalty(logits, img) * share_of(D, img)).mean()
-                total = total + penalty / 2 * found[reg]
+                total = total + gamma / 2 * found[reg]
             run.backward(total * (len(x) / len(real)))
         if args.gp_lambda:
             u = run.rand(len(x), 1, 1, 1)
@@ -728,9 +730,10 @@ def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, n
     """One iteration: D, the average of G, G. Returns {name: loss}, unweighted.
 
     opts: of G and D; real: (N, C, res, res) in [-1, 1] at the resolution that was grown to;
-    real_c: (N, c_dim), of the fakes that D sees, too, or None; sample_c(n): labels of n fakes.
-    `run` gives rand, randn, backward, and graph(phase, optimizer): the phase and an update with the
-    gradients that it left.
+    real_c: (N, c_dim), of the fakes that D sees, too, or None; sample_c(n): labels of n fakes;
+    noise: see Epilogue, in training run.randn. `run` gives rand, randn, backward, and graph(phase,
+    optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
+    the optimizer. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
     """
     opt_G, opt_D = opts
 
@@ -824,11 +827,11 @@ def train(args):
             net.grow(stage.lod)
         if age == 1:
             run.forget_graphs()
-        if age == 1 and stage.res > min(levels):
-            levels[stage.res // 2].forget()
-        for opt in opts.values():
-            if age == 1:
+            for opt in opts.values():
                 opt.state.clear()
+            if stage.res > min(levels):
+                levels[stage.res // 2].forget()  # the smaller pictures
+        for opt in opts.values():
             opt.param_groups[0]["eps"] = tensorflow_eps(age)
         run.set_lr(opts.values(), stage.lr)
 

@@ -88,7 +88,7 @@ class Linear(nn.Module):
         w = self.weight.to(x.dtype).mT
         if self.bias is None:
             x = x @ w * self.gain
-        else:  # scaled within the product: training is a thousand such small steps
+        else:  # lr_mul * b + gain * x w in one kernel: small layers cost launches, not arithmetic
             x = torch.addmm(self.bias.to(x.dtype), x, w, beta=self.lr_mul, alpha=self.gain)
         return x if self.act == "linear" else ops.bias_act(x, act=self.act)
 
@@ -235,6 +235,7 @@ class SynthesisLayer(nn.Module):
                 shape = (len(x), 1, *x.shape[2:])
                 image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
         clamp = None if self.clamp is None else self.clamp * gain
+        # gain * lrelu(x * factors + image * strength + bias), clamped: Eq. (3), noise, bias
         return ops.fused_act(
             x, factors, image, strength, self.bias, "lrelu", gain=ops.SQRT2 * gain, clamp=clamp
         )
@@ -258,7 +259,7 @@ class ToRGB(nn.Module):
         # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
         w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
         pixels = x.permute(0, 2, 3, 1)  # (N, H, W, I), no copy of what is channels last
-        img = (pixels.flatten(1, 2) @ w.mT).mT.reshape(len(x), -1, *x.shape[2:])
+        img = (pixels.flatten(1, 2) @ w.mT).mT.reshape(len(x), -1, *x.shape[2:])  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
@@ -410,7 +411,7 @@ class DiscriminatorBlock(nn.Module):
     x: (N, I, res, res), None in the first block; img: what FromRGB reads here, or None.
     """
 
-    def __init__(self, I, O, res, img_channels, architecture, first, half, clamp):
+    def __init__(self, I, O, img_channels, architecture, first, half, clamp):
         super().__init__()
         self.architecture, self.half = architecture, half
         if first or architecture == "skip":
@@ -484,7 +485,7 @@ class Discriminator(nn.Module):
         self.resolutions = resolutions(img_resolution)[:0:-1]  # res, ..., 8
         for res in self.resolutions:
             block = DiscriminatorBlock(
-                widths[res], widths[res // 2], res, img_channels, architecture,
+                widths[res], widths[res // 2], img_channels, architecture,
                 res == img_resolution, half_type(res, img_resolution, half_res, half), clamp,
             )  # fmt: skip
             self.add_module(f"b{res}", block)
@@ -537,7 +538,7 @@ def r1_penalty(logits, real):
 
     logits: D(real), of real images that require a gradient.
     """
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (grads,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return grads.square().sum([1, 2, 3])
 
@@ -550,7 +551,7 @@ def path_lengths(G, ws, y, noise="random"):
     """
     img = G.synthesis(ws, noise)
     y = y / math.sqrt(img.shape[2] * img.shape[3])
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (J,) = torch.autograd.grad((img * y).sum(), ws, create_graph=True)
     return J.square().sum(2).mean(1).sqrt()
 
@@ -558,8 +559,9 @@ def path_lengths(G, ws, y, noise="random"):
 # =============================================================================
 # Training
 # =============================================================================
-# Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, which sum up.
-# All random choices are tensors, equal for any number of processes.
+# Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, whose means
+# sum up, as in the official code: Adam does not mind the factor. All random choices are tensors,
+# drawn in every step: so phases can be CUDA graphs, and choices equal for any number of processes.
 
 
 def rounds(size, z, c):
@@ -580,14 +582,14 @@ def mix(G, z, c, args, run):
 
 
 def generator_phase(G, D, n, sample_c, args, run, noise):
-    """Gradients of G for n fakes: -log D(G(z)). Returns the loss of each round."""
+    """Gradients of G for n fakes: -log D(G(z)). Returns the loss."""
     losses = []
     for z, c in rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n)):
         fake = G.synthesis(mix(G, z, c, args, run), noise)
         loss = logistic_loss(D(fake, c), real=True).mean()
         run.backward(loss)
         losses.append(loss.detach())
-    return torch.stack(losses)
+    return torch.stack(losses).mean()
 
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
@@ -604,11 +606,11 @@ def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
         run.backward(penalty * args.pl_weight * args.pl_every)
         pl_mean.copy_(mean.detach())
         losses.append(penalty.detach())
-    return torch.stack(losses)
+    return torch.stack(losses).mean()
 
 
 def discriminator_phase(G, D, real, real_c, sample_c, args, run, noise):
-    """Gradients of D: -log(1 - D(G(z))) - log D(x). Returns the two losses of each round."""
+    """Gradients of D: -log(1 - D(G(z))) - log D(x). Returns the two losses (2,)."""
     losses, n = [], len(real)
     latents = rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n))
     for (z, c), (x, x_c) in zip(latents, rounds(args.batch_gpu, real, real_c), strict=True):
@@ -619,7 +621,7 @@ def discriminator_phase(G, D, real, real_c, sample_c, args, run, noise):
         on_real = logistic_loss(D(x, x_c), real=True).mean()
         run.backward(on_real)
         losses.append(torch.stack([on_fake.detach(), on_real.detach()]))
-    return torch.stack(losses)
+    return torch.stack(losses).mean(0)
 
 
 def r1_phase(D, real, real_c, args, run):
@@ -630,7 +632,7 @@ def r1_phase(D, real, real_c, args, run):
         penalty = r1_penalty(D(x, c), x).mean()
         run.backward(penalty * (args.r1_gamma / 2) * args.r1_every)
         losses.append(penalty.detach())
-    return torch.stack(losses)
+    return torch.stack(losses).mean()
 
 
 def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noise="random"):
@@ -638,27 +640,29 @@ def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noi
     an Adam step of its own (lazy regularization, sec. 3.1). Returns {name: loss}, unweighted.
 
     opts: of G and D; pl_mean: (), moved in place; real: (N, C, H, W) in [-1, 1]; real_c: (N, c_dim)
-    or None; sample_c(n): labels of n fakes. `run` gives rand, randn, mean, backward, and
-    graph(phase, optimizer): the phase and an update with the gradients that it left.
+    or None; sample_c(n): labels of n fakes; noise: see SynthesisLayer, in training run.randn. `run`
+    gives rand, randn, mean, backward, and graph(phase, optimizer) -> a function of phase's
+    arguments: the phase, which leaves gradients, and a step of the optimizer. A GPU repeats both as
+    one CUDA graph, so that all that changes must be tensors.
     """
     losses, n, (opt_G, opt_D) = {}, len(real), opts
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
     phase = run.graph(generator_phase, opt_G)
-    losses["G"] = phase(G, D, n, sample_c, args, run, noise).mean()
+    losses["G"] = phase(G, D, n, sample_c, args, run, noise)
     if args.pl_weight and step % args.pl_every == 0:
         phase = run.graph(path_length_phase, opt_G)
-        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise).mean()
+        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise)
         losses["reg/pl_mean"] = pl_mean.clone()
 
     # ---- D, on fakes of the new G -------------------------------------------------------------
     D.requires_grad_(True)
     phase = run.graph(discriminator_phase, opt_D)
-    both = phase(G, D, real, real_c, sample_c, args, run, noise).mean(0)
+    both = phase(G, D, real, real_c, sample_c, args, run, noise)
     losses["D_fake"], losses["D_real"] = both
     if args.r1_gamma and step % args.r1_every == 0:
-        losses["reg/r1"] = run.graph(r1_phase, opt_D)(D, real, real_c, args, run).mean()
+        losses["reg/r1"] = run.graph(r1_phase, opt_D)(D, real, real_c, args, run)
     return losses
 
 

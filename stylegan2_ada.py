@@ -118,7 +118,7 @@ class Linear(nn.Module):
         w = self.weight.to(x.dtype).mT
         if self.bias is None:
             x = x @ w * self.gain
-        else:  # scaled within the product: training is a thousand such small steps
+        else:  # lr_mul * b + gain * x w in one kernel: small layers cost launches, not arithmetic
             x = torch.addmm(self.bias.to(x.dtype), x, w, beta=self.lr_mul, alpha=self.gain)
         return x if self.act == "linear" else ops.bias_act(x, act=self.act)
 
@@ -265,6 +265,7 @@ class SynthesisLayer(nn.Module):
                 shape = (len(x), 1, *x.shape[2:])
                 image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
         clamp = None if self.clamp is None else self.clamp * gain
+        # gain * lrelu(x * factors + image * strength + bias), clamped: Eq. (3), noise, bias
         return ops.fused_act(
             x, factors, image, strength, self.bias, "lrelu", gain=ops.SQRT2 * gain, clamp=clamp
         )
@@ -288,7 +289,7 @@ class ToRGB(nn.Module):
         # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
         w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
         pixels = x.permute(0, 2, 3, 1)  # (N, H, W, I), no copy of what is channels last
-        img = (pixels.flatten(1, 2) @ w.mT).mT.reshape(len(x), -1, *x.shape[2:])
+        img = (pixels.flatten(1, 2) @ w.mT).mT.reshape(len(x), -1, *x.shape[2:])  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
@@ -440,7 +441,7 @@ class DiscriminatorBlock(nn.Module):
     x: (N, I, res, res), None in the first block; img: what FromRGB reads here, or None.
     """
 
-    def __init__(self, I, O, res, img_channels, architecture, first, half, clamp):
+    def __init__(self, I, O, img_channels, architecture, first, half, clamp):
         super().__init__()
         self.architecture, self.half = architecture, half
         if first or architecture == "skip":
@@ -514,7 +515,7 @@ class Discriminator(nn.Module):
         self.resolutions = resolutions(img_resolution)[:0:-1]  # res, ..., 8
         for res in self.resolutions:
             block = DiscriminatorBlock(
-                widths[res], widths[res // 2], res, img_channels, architecture,
+                widths[res], widths[res // 2], img_channels, architecture,
                 res == img_resolution, half_type(res, img_resolution, half_res, half), clamp,
             )  # fmt: skip
             self.add_module(f"b{res}", block)
@@ -624,7 +625,8 @@ def vector(like, *values):
 
 
 class Draws:
-    """Random numbers of one process on a device; common.Run draws for all of them alike."""
+    """Random numbers, and the maximum over processes, for a single one; common.Run has them for
+    several."""
 
     def __init__(self, device, seed=None):
         self.device = device
@@ -740,7 +742,7 @@ class AugmentPipe(nn.Module):
         half = (vector(G, W, H) - 1) / 2
         spread, shift = G[:, :, :2].abs() @ half, G[:, :, 2]  # of the corners, (N, 2)
         reach = torch.stack([spread - shift, spread + shift]).amax(1)  # (2, 2): side, axis
-        reach = draws.maximum(reach + 2 * rim - half)
+        reach = draws.maximum(reach + 2 * rim - half)  # over all processes
         reach = reach.clamp(min=0).minimum(2 * half).ceil()
         x = ops.warp(img, G, reach, self.lowpass)  # at twice the resolution, with a rim
         return ops.downsample2d(x, self.lowpass, padding=-2 * rim, flip_filter=True)
@@ -855,7 +857,7 @@ def r1_penalty(logits, real):
 
     logits: D(real), of real images that require a gradient.
     """
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (grads,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     return grads.square().sum([1, 2, 3])
 
@@ -868,7 +870,7 @@ def path_lengths(G, ws, y, noise="random"):
     """
     img = G.synthesis(ws, noise)
     y = y / math.sqrt(img.shape[2] * img.shape[3])
-    with ops.no_weight_gradients():
+    with ops.no_weight_gradients():  # they come with the penalty's backward pass
         (J,) = torch.autograd.grad((img * y).sum(), ws, create_graph=True)
     return J.square().sum(2).mean(1).sqrt()
 
@@ -885,9 +887,10 @@ def consistency_loss(D, S, seen, c, logits, draws):
 # =============================================================================
 # Training
 # =============================================================================
-# Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, which sum up.
-# All random choices are tensors, equal for any number of processes. T(img, run) draws anew for
-# every sample and every call; G's gradients reach it through T.
+# Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, whose means
+# sum up, as in the official code: Adam does not mind the factor. All random choices are tensors,
+# drawn in every step: so phases can be CUDA graphs, and choices equal for any number of processes.
+# T(img, run) draws anew for every sample and every call; G's gradients reach it through T.
 
 
 def rounds(size, z, c):
@@ -908,14 +911,14 @@ def mix(G, z, c, args, run):
 
 
 def generator_phase(G, D, T, n, sample_c, args, run, noise):
-    """Gradients of G for n fakes: -log D(T(G(z))). Returns the loss of each round."""
+    """Gradients of G for n fakes: -log D(T(G(z))). Returns the loss."""
     losses = []
     for z, c in rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n)):
         fake = G.synthesis(mix(G, z, c, args, run), noise)
         loss = logistic_loss(D(T(fake, run), c), real=True).mean()
         run.backward(loss)
         losses.append(loss.detach())
-    return torch.stack(losses)
+    return torch.stack(losses).mean()
 
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
@@ -932,12 +935,12 @@ def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
         run.backward(penalty * args.pl_weight * args.pl_every)
         pl_mean.copy_(mean.detach())
         losses.append(penalty.detach())
-    return torch.stack(losses)
+    return torch.stack(losses).mean()
 
 
 def discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise):
     """Gradients of D: -log(1 - D(T(G(z)))) - log D(T(x)), and with --bcr-weight the consistency
-    under S. Returns {name: value of each round} and D's logits (N, 1) of real images."""
+    under S. Returns {name: value} and D's logits (N, 1) of real images."""
     rows, seen_real, n = [], [], len(real)
     latents = rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n))
     for (z, c), (x, x_c) in zip(latents, rounds(args.batch_gpu, real, real_c), strict=True):
@@ -956,13 +959,14 @@ def discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise):
                 loss = loss + args.bcr_weight * moved
             run.backward(loss.mean())
         rows.append({name: values.mean() for name, values in row.items()})
-        seen_real.append(logits.detach())
-    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, torch.cat(seen_real)
+        seen_real.append(logits.detach())  # of the real images, which come last
+    stats = {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}
+    return stats, torch.cat(seen_real)
 
 
 def r1_phase(D, T, real, real_c, args, run):
     """Gradients of D for R1 on the real images, with respect to what T gets, not what it makes of
-    it. Returns the penalty of each round and D's logits (N, 1)."""
+    it. Returns the penalty and D's logits (N, 1)."""
     losses, seen_real = [], []
     for x, c in rounds(args.batch_gpu, real, real_c):
         x = x.detach().requires_grad_(True)
@@ -971,7 +975,7 @@ def r1_phase(D, T, real, real_c, args, run):
         run.backward(penalty * (args.r1_gamma / 2) * args.r1_every)
         losses.append(penalty.detach())
         seen_real.append(logits.detach())
-    return torch.stack(losses), torch.cat(seen_real)
+    return torch.stack(losses).mean(), torch.cat(seen_real)
 
 
 @torch.no_grad()
@@ -988,35 +992,36 @@ def train_step(
     G, D, T, S, opts, pl_mean, signs, real, real_c, sample_c, step, args, run, noise="random"
 ):
     """One iteration: G, every --pl-every steps path length, D, every --r1-every steps R1, each with
-    an Adam step of its own (lazy regularization); every --ada-every steps p. {name: value} of it.
+    an Adam step of its own (lazy regularization); every --ada-every steps p moves. Returns {name:
+    value}, unweighted.
 
     opts: of G and D; T, S: AugmentPipe, S for --bcr-weight; pl_mean (), signs (2,), the sum and the
     number of signs since the last change of p, and T.p: moved in place; real: (N, C, H, W) in
-    [-1, 1]; real_c: (N, c_dim) or None; sample_c(n): labels of n fakes. `run` gives rand, randn,
-    maximum, mean, backward, and graph(phase, optimizer): the phase and an update with the gradients
-    that it left.
+    [-1, 1]; real_c: (N, c_dim) or None; sample_c(n): labels of n fakes; noise: see SynthesisLayer,
+    in training run.randn. `run` gives rand, randn, maximum, mean, backward, and graph(phase,
+    optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
+    the optimizer. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
     """
     n, (opt_G, opt_D) = len(real), opts
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
     phase = run.graph(generator_phase, opt_G)
-    losses = {"G": phase(G, D, T, n, sample_c, args, run, noise).mean()}
+    losses = {"G": phase(G, D, T, n, sample_c, args, run, noise)}
     if args.pl_weight and step % args.pl_every == 0:  # of images as they are: G alone is judged
         phase = run.graph(path_length_phase, opt_G)
-        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise).mean()
+        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise)
         losses["reg/pl_mean"] = pl_mean.clone()
 
     # ---- D, on fakes of the new G -------------------------------------------------------------
     D.requires_grad_(True)
     phase = run.graph(discriminator_phase, opt_D)
     stats, logits = phase(G, D, T, S, real, real_c, sample_c, args, run, noise)
-    losses |= {name: values.mean() for name, values in stats.items()}
+    losses |= stats
     signs[0] += logits.sign().sum()
     signs[1] += logits.numel()
     if args.r1_gamma and step % args.r1_every == 0:
-        r1, logits = run.graph(r1_phase, opt_D)(D, T, real, real_c, args, run)
-        losses["reg/r1"] = r1.mean()
+        losses["reg/r1"], logits = run.graph(r1_phase, opt_D)(D, T, real, real_c, args, run)
         signs[0] += logits.sign().sum()
         signs[1] += logits.numel()
 

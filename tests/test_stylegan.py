@@ -59,7 +59,7 @@ def test_networks_have_the_published_numbers_of_parameters():
 
 COPIES = (
     "normalize", "channels", "resolutions", "half_type", "minibatch_std", "mixed_ws", "r1_penalty",
-    "rounds", "update_ema", "count", "build",
+    "rounds", "update_ema", "count", "build", "block_type",
 )  # fmt: skip
 
 
