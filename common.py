@@ -5156,7 +5156,7 @@ def with_coordinates(x):
     N, _, H, W = x.shape
     places = (torch.arange(n, device=x.device, dtype=torch.float32) / (n - 1) for n in (H, W))
     rows, columns = torch.meshgrid(*(2 * t - 1 for t in places), indexing="ij")
-    radius = torch.stack([rows, columns]).norm(dim=0)
+    radius = torch.sqrt(rows.square() + columns.square())
     maps = torch.stack([rows, columns, radius / radius.max()]).to(x.dtype)
     return torch.cat([x, maps.expand(N, -1, -1, -1)], 1)
 
