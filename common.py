@@ -5251,7 +5251,8 @@ class FAN(nn.Module):
 
     @torch.no_grad()
     def masks(self, x):
-        maps = self(x)[:, :-1]
+        with torch.autocast(x.device.type, enabled=False):
+            maps = self(x)[:, :-1]
         return landmark_masks(F.interpolate(maps, (256, 256), mode="bilinear", align_corners=True))
 
 
@@ -5381,8 +5382,10 @@ def load_fan(path=None, device="cpu"):
     fan = FAN()
     shapes = {name: tuple(tensor.shape) for name, tensor in fan.state_dict().items()}
 
-    def known(file):  # it also holds what only its training needed
-        state = read_tensors(file)["state_dict"]
+    counts = {k: t for k, t in fan.state_dict().items() if k.endswith("num_batches_tracked")}
+
+    def known(file):  # it also holds what only its training needed, and may lack the counts
+        state = counts | read_tensors(file)["state_dict"]
         return {name: state[name] for name in shapes}
 
     tensors, _ = read_weights("FAN", path, shapes, known)

@@ -9,7 +9,7 @@ In this file, in the order in which a picture meets it      paper
     translate, align, app                                   Figs. 4-6: by latents, by references
     evaluate                                                Tables 2, 3, appendix: LPIPS and FID
 
-    python stargan_v2.py                                    # toy faces, 2 CPU cores, minutes
+    python stargan_v2.py                                    # toy faces, a CPU core, minutes
     python stargan_v2.py --data afhq
     python stargan_v2.py --data celeba_hq                   # with masks of a landmark network
     python stargan_v2.py translate --checkpoint RUN --input PHOTOS --domain dog --seeds 3
@@ -23,10 +23,10 @@ is a folder of pictures; y is its number in alphabetical order, s a style code o
 
 Results: README. Differs from the paper, with the official code (clovaai/stargan-v2): weight decay
 for all networks; the style encoder learns from latents only; for faces high-pass skips and masks,
-and a decoder without shortcuts. Differs from both: averages start from the initial weights; the two
-references of a step are drawn anew each time; large photos are reduced to twice the size once, and
-then cropped; lambda_ds follows from the step, so that a run resumes as if nothing had happened; a
-GPU trains in bfloat16; LPIPS is of 8-bit pictures, FID of the StyleGAN papers' Inception.
+and a decoder without shortcuts. Differs from that code: averages start from the initial weights;
+the two references of a step are drawn anew each time; large photos are reduced to twice the size
+once, and then cropped; lambda_ds follows from the step, so that a run resumes as if nothing had
+happened; a GPU trains in bfloat16; LPIPS is of 8-bit pictures, FID of the StyleGANs' Inception.
 """
 
 import argparse
@@ -219,7 +219,8 @@ class Generator(nn.Module):
     """G: a picture x and a style s -> x in the domain and style of s (Fig. 2a).
 
     forward(x, s, masks=None) -> (N, img_channels, H, W), not limited to [-1, 1]: there is no tanh
-        x: (N, img_channels, H, W) in [-1, 1], of any size that the halvings leave 2 pixels of
+        x: (N, img_channels, H, W) in [-1, 1], of any sides that the halvings divide and leave 2
+        pixels of
         s: (N, style_dim); masks: two of (N, 1, h, w) in [0, 1], where to keep the source's detail,
         for networks with high-pass skips (w_hpf > 0); None: no skips
     Raises ValueError if masks are given to a network without skips.

@@ -469,13 +469,22 @@ def test_with_high_pass_skips_masks_come_from_the_landmark_network(wing, monkeyp
 
 @pytest.mark.parametrize("new", [False, True], ids=["torch before 1.6", "torch since 1.6"])
 def test_the_landmark_networks_file_may_hold_what_its_training_left(wing, new):
-    """An epoch, NumPy's numbers, an optimiser's state."""
+    """An epoch, NumPy's numbers, an optimiser's state; and lack what only training counts."""
     state, w = torch.load(wing)["state_dict"], torch.ones(2, requires_grad=True)
     more = dict(epoch=80, nme=np.float64(0.04), best=np.int64(3), curve=np.ones(3, np.float32))
     more |= dict(arch="FAN", optimizer=torch.optim.Adam([w]).state_dict())
+    state = {k: t for k, t in state.items() if new or not k.endswith("num_batches_tracked")}
     torch.save(more | {"state_dict": state}, "a.ckpt", _use_new_zipfile_serialization=new)
     found = common.load_fan("a.ckpt").state_dict()
-    assert all(torch.equal(found[name], state[name]) for name in found)
+    assert all(torch.equal(found[name], state[name]) for name in found.keys() & state)
+
+
+def test_landmarks_are_found_in_float32_whatever_training_uses(monkeypatch):
+    monkeypatch.setattr(common, "landmark_masks", lambda maps: maps)
+    fan, x = common.FAN(), torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fan.masks(x)
+    assert found.dtype == torch.float32 and torch.equal(found, fan.masks(x))
 
 
 class Attack:
