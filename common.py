@@ -99,6 +99,9 @@ def exit_status(main):
         problem, status = " ".join(str(e).split()), 2
     except torch.OutOfMemoryError:
         problem, status = "the GPU's memory is full: take a smaller --batch or picture size.", 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+        problem, status = "stopped: nobody reads the output any more.", 1
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
@@ -119,6 +122,14 @@ def number(text, kind):
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+
+def new_file(text):
+    """A path that a file can be written to, for argparse: better to know before the work."""
+    folder = next(p for p in Path(text).absolute().parents if p.exists())
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"no file can be written to {text!r}")
+    return text
 
 
 def positive(text):
@@ -256,6 +267,9 @@ class CommandLine:
                 defaults = read_run_args(args.resume, Path(self.parser.prog).stem)
             commands["train"].set_defaults(**defaults)
             args = self.parser.parse_args(argv)
+        for name, value in vars(args).items():
+            if value == "":  # "$VARIABLE" that is not set; as a path it would be this folder
+                commands[args.command].error(f"--{name.replace('_', '-')} is empty")
         return args
 
 
@@ -308,7 +322,7 @@ def add_evaluate_options(p):
     p.add(
         "--fid-resize", choices=RESIZE_MODES, default="tf1", help="pytorch_fid: as CUT and others"
     )
-    p.add("--out", help="JSON file to write the scores to")
+    p.add("--out", type=new_file, help="JSON file to write the scores to")
     p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
     add_device_option(p)
 
@@ -2722,9 +2736,11 @@ def write_whole(path):
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
-        folder = next(p for p in path.absolute().parents if p.is_dir())
-        free = shutil.disk_usage(folder).free / 2**20
-        raise UserError(f"cannot write {path} ({e}); {free:.0f} MB are free there.") from None
+        problem = getattr(e, "strerror", None) or str(e)
+        if isinstance(e, RuntimeError) or e.errno in (errno.ENOSPC, errno.EDQUOT):
+            folder = next(p for p in path.absolute().parents if p.is_dir())
+            problem += f"; {shutil.disk_usage(folder).free / 2**20:.0f} MB are free there"
+        raise UserError(f"cannot write {path}: {problem}.") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -2869,6 +2885,8 @@ def resized(img, short=None, width=None, square=None):
     W, H = img.size
     scale = short / min(W, H) if short else (width or W) / W
     size = (square, square) if square else tuple(max(1, round(side * scale)) for side in (W, H))
+    if math.prod(size) > MAX_PIXELS:
+        raise UserError(f"{size[0]} x {size[1]} pixels: at most {MAX_PIXELS:,} are made.")
     return img if size == (W, H) else img.resize(size, BICUBIC)
 
 
@@ -3176,11 +3194,7 @@ def read_square(path, size, channels):
 def read_pictures(path, prepare, mode, option):
     """(names, uint8 (N, C, H, W)) of a picture, or of all pictures of a folder that can be read;
     others are named and skipped. prepare: as of ImageSet. option: for messages."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{option} {path} does not exist; name a picture or a folder.")
-    folder, names = (path, Folder(path).names) if path.is_dir() else (path.parent, [path.name])
-    found = {}
+    (folder, names), found = picture_files(path, option), {}
     for name in names:
         try:
             with open(folder / name, "rb") as f:
@@ -3192,33 +3206,47 @@ def read_pictures(path, prepare, mode, option):
     return list(found), stack(list(found.values()))
 
 
-def map_pictures(source, out, mode, function):
+def picture_files(path, option):
+    """(folder, names in it) of a picture, or of all pictures of a folder. option: for messages."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{option} {path} does not exist; name a picture or a folder.")
+    return (path, Folder(path).names) if path.is_dir() else (path.parent, [path.name])
+
+
+def keep_originals(targets, option, *paths):
+    """UserError if a file to write is one of the pictures at paths, each a picture or a folder."""
+    found = (picture_files(path, "") for path in paths)
+    files = ((folder / name).stat() for folder, names in found for name in names)
+    held = {(file.st_dev, file.st_ino) for file in files}
+    for target in map(Path, targets):
+        if target.exists() and (target.stat().st_dev, target.stat().st_ino) in held:
+            raise UserError(f"{option}: {target} would replace an original; name another place.")
+
+
+def map_pictures(source, out, mode, function, originals=()):
     """function(PIL picture) -> PIL picture for one file, or all below a folder, written as PNG.
 
     A folder's relative paths are kept below `out`; names that would coincide (a.jpg, a.png) keep
     their old suffix (a.jpg.png). Files that cannot be read are named and skipped.
-    Raises UserError if there is nothing to read, or if results would replace the originals.
+    Raises UserError if there is nothing to read, or if results would replace those that are read,
+    or `originals`, other pictures or folders of them.
     """
-    source, out = Path(source), Path(out)
-    if source.is_file():
-        folder, names = source.parent, [source.name]
-    elif source.is_dir():
-        folder, names = source, Folder(source).names
-        if out.suffix.lower() == ".png":
-            raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
-    else:
-        raise UserError(f"--input {source} does not exist; name a picture or a folder.")
+    out, (folder, names) = Path(out), picture_files(source, "--input")
+    if Path(source).is_dir() and out.suffix.lower() == ".png":
+        raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
     if out.suffix.lower() in SUFFIXES and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: results are PNG files; name a .png or a folder.")
     stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
-    failed = 0
-    for n, name in enumerate(names, 1):
+    targets = []
+    for name in names:
         unique = stems[str(Path(name).with_suffix("")).lower()] == 1
-        target = out / (Path(name).with_suffix(".png") if unique else f"{name}.png")
-        if source.is_file() and out.suffix.lower() == ".png":
-            target = out
-        if target.exists() and any(target.samefile(folder / other) for other in names):
-            raise UserError(f"--out {out}: {target} would replace an original; name another place.")
+        targets.append(out / (Path(name).with_suffix(".png") if unique else f"{name}.png"))
+    if out.suffix.lower() == ".png":
+        targets = [out]
+    keep_originals(targets, f"--out {out}", source, *originals)
+    failed = 0
+    for n, (name, target) in enumerate(zip(names, targets, strict=True), 1):
         try:
             with open(folder / name, "rb") as f:
                 result = function(decode(f, name, mode))
@@ -6262,9 +6290,9 @@ def serve_page(args, title, translate, domains=(), styles=False):
     try:
         listener = socket.create_server((args.host, args.port), family=family, backlog=128)
     except (OSError, OverflowError, UnicodeError) as e:
-        problem = getattr(e, "strerror", None) or e
+        problem = str(getattr(e, "strerror", None) or e).rstrip(".")
         raise UserError(
-            f"--host {args.host} --port {args.port}: {problem}. Take another --port, or 0 for any"
+            f"--host {args.host} --port {args.port}: {problem}. Take another, or --port 0 for any"
             " that is free."
         ) from None
     host = f"[{args.host}]" if ":" in args.host else args.host

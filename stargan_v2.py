@@ -641,14 +641,15 @@ def open_domains(args, source, parts, prepare):
     source itself where there is none of them."""
     part = next((part for part in parts if common.has_subset(source, part)), None)
     tops = common.top_folders(source)
-    if part is None and len(tops) == 1:  # a folder around all others, as zips have it
-        part = tops[0]
+    if part is None and len(tops) == 1 and common.top_folders(common.subset(source, tops[0])):
+        part = tops[0]  # a folder around all others, as zips have it
     source = common.subset(source, part) if part else source
     names = common.top_folders(source)
-    if len(names) < 2:
+    if len(names) < 2 or {"trainA", "trainB"} <= set(names):  # CycleGAN's, its tests beside them
+        found = ", ".join(names) or "none"
         raise UserError(
-            f"--data {args.data}: {len(names)} domains in {source.path}. Give each of at least two"
-            " a folder of pictures, as in train/cat and train/dog."
+            f"--data {args.data}: folders of pictures in {source.path}: {found}. Give each of at"
+            " least two domains one, as train/cat and train/dog."
         )
     if odd := [name for name in names if "," in name]:  # checkpoints list them with commas
         raise UserError(
@@ -670,6 +671,7 @@ def train(args):
     fill_options(args, given)
     args.ds_iters = args.ds_iters or args.iters  # stays when a finished run is lengthened
     run = common.Run("stargan_v2", args, script=__file__, precision="bf16")
+    run.fixed += ("preset",)
     source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
 
     # ---- data: item n is a pure function of (seed, n) -----------------------------------------
@@ -1009,7 +1011,10 @@ def translate(args):
     mode = "L" if G.config["img_channels"] == 1 else "RGB"
     groups = chosen_styles(args, nets, names, prepare_ref, mode)
 
+    originals = [args.input] if args.ref is None else [args.input, args.ref]
     if args.grid or args.film:
+        option = f"--grid {args.grid}" if args.grid else f"--film {args.film}"
+        common.keep_originals([args.grid or args.film], option, *originals)
         files, sources = common.read_pictures(args.input, prepare, mode, "--input")
         sources = first_ones(sources, "pictures of --input")
     if args.grid:
@@ -1038,11 +1043,12 @@ def translate(args):
             return common.to_picture(translated(G, image, styles[0][1][None], masks)[0])
 
         print(f"to {styles[0][0]} with {args.checkpoint}, trained on {saved.get('data', '?')}")
-        common.map_pictures(args.input, args.out, mode, function)
+        common.map_pictures(args.input, args.out, mode, function, originals)
 
 
 def align(args):
     """Photos of faces, turned, scaled and moved to where those of CelebA-HQ lie."""
+    common.picture_files(args.input, "--input")  # before anything is fetched
     fan, mean = common.load_fan(args.fan), common.load_mean_landmarks(args.landmarks)
     fan = fan.to(common.pick_device(args.device))
     function = functools.partial(common.aligned, fan, mean, args.size)

@@ -667,6 +667,26 @@ def test_resuming_may_change_length_pool_and_precision_and_remembers_it(tmp_path
     assert (args["epochs"], args["epochs_decay"], args["pool_size"]) == (3, None, 7)
 
 
+@pytest.mark.parametrize("other", ["--norm batch", "--ngf 3", "--G unet_128", "--dropout"])
+def test_resuming_with_other_networks_is_refused(trained, capsys, other):
+    before = (trained[0] / "args.json").read_bytes()
+    option = other.split()[0]
+    assert f"--resume: {option} was" in fails(capsys, "--resume", trained[0], *other.split())
+    assert (trained[0] / "args.json").read_bytes() == before
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_in_one_line():
+    command = f"{sys.executable} {ROOT / 'cyclegan.py'} --data toy --epochs 1 | true"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert found.stderr == "cyclegan.py: stopped: nobody reads the output any more.\n"
+
+
+def test_a_picture_is_not_scaled_beyond_memory(trained, capsys):
+    faces(Path("in"), 1)
+    here = ["translate", "--checkpoint", trained[0], "--input", "in", "--size", 10**7]
+    assert "10000000 x 10000000 pixels" in fails(capsys, *here)
+
+
 def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

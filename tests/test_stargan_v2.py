@@ -726,16 +726,22 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
     domains("other", 2, parts=("train",)), domains("more", 2, parts=("test",), names=("a", "b"))
     Path("more/test").rename("other/test")
     domains("comma", 2, parts=("train",), names=("a, b", "c"))
+    domains("of_cyclegan", 2, parts=("",), names=("trainA", "trainB", "testA"))
     torch.save({"model": "cyclegan", "nets": {}}, "cyclegan.pt")
     torch.save({"some.weight": torch.zeros(3)}, "foreign.pth")
+    Image.open(picture).save("a.png")
     here = ["translate", "--checkpoint", trained, "--input", picture]
+    png = [*here[:-1], "a.png"]
     cases = [
         (["--lr-f", "-1"], "-1 is negative"),
         (["--nonsense"], "unknown: --nonsense. See stargan_v2.py train --help"),
         (["--data", "nowhere"], "nowhere"),
-        (["--data", "one", *TINY], "1 domains in"),
-        (["--data", "d/test/human", *TINY], "0 domains in"),
+        (["--data", "one", *TINY], "pictures in one/train: human"),
+        (["--data", "d/test/human", *TINY], "pictures in d/test/human: none"),
         (["--data", "comma", *TINY], "rename the folder 'a, b'"),
+        (["--data", "of_cyclegan", *TINY], "testA, trainA, trainB. Give each"),
+        (["--resume", trained, "--preset", "anime"], "--preset was None, anime would differ"),
+        (["--data", ""], "--data is empty"),
         (["--data", "other", *TINY], "tests are of a, b, not of goblin, human"),
         (["--data", data, *TINY, "--size", 48], "--size 48: a power of two"),
         (["--data", data, *TINY, "--w-hpf", 1], "--size 64 or more"),
@@ -752,12 +758,17 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         ([*here, "--seeds", "0-3", "--domain", 0], "pass --grid or --film"),
         ([*here, "--seeds", 0, "--domain", 0, "--film", "a.webp"], "give two"),
         ([*here, "--seeds", "0-1", "--domain", 0, "--film", "a.mp4"], ".webp"),
-        ([*here, "--seeds", 0, "--domain", 0, "--film", "a.gif", "--grid", "a.png"], "--grid"),
-        ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--grid", "a.png"], "--out"),
+        ([*here, "--seeds", 0, "--domain", 0, "--film", "a.gif", "--grid", "b.png"], "--grid"),
+        ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--grid", "b.png"], "--out"),
         ([*here, "--seeds", 0, "--domain", 0, "--grid", "a.jpg"], "grids are PNG files"),
         ([*here, "--seeds", 0, "--domain", 0, "--out", "a", "--film", "a.gif"], "--out"),
         ([*here, "--ref", picture, "--domain", 0, "--psi", 0.5], "--psi"),
         ([*here, "--ref", picture], "of which domain"),
+        ([*png, "--seeds", 0, "--domain", 0, "--grid", "a.png"], "would replace an original"),
+        ([*png, "--seeds", "0-1", "--domain", 0, "--film", "a.png"], "would replace an original"),
+        ([*here, "--ref", "a.png", "--domain", 0, "--out", "a.png"], "would replace an original"),
+        (["evaluate", "--checkpoint", trained, "--out", "d"], "no file can be written to 'd'"),
+        (["align", "--input", "nowhere"], "--input nowhere does not exist"),
         ([*here, "--ref", "nowhere", "--domain", 0], "--ref nowhere"),
         (["translate", "--checkpoint", "no.pt", *here[3:], "--seeds", 0, "--domain", 0], "no.pt"),
     ]  # fmt: skip
