@@ -1,5 +1,6 @@
 """cyclegan.py: networks, losses, preprocessing, and its commands run as a user runs them."""
 
+import copy
 import json
 import os
 import random
@@ -200,6 +201,19 @@ def tiny_step(lr_G=0.0, lr_D=0.0, norm="instance", **options):
         any(not torch.equal(p, q) for p, q in zip(n.parameters(), b, strict=True)) for n, b in pairs
     ]
     return losses, dict(zip(("G_AB", "G_BA", "D_A", "D_B"), moved, strict=True))
+
+
+@pytest.mark.parametrize("kind", [dict(kind="resnet", blocks=1), dict(kind="unet", downs=5)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_do_not_depend_on_the_memory_order(kind, batch):
+    """At batch 1 those of PyTorch's instance norm do."""
+    G = cyclegan.build(kind | dict(ngf=4)).double()
+    x, found = torch.rand(batch, 3, 32, 32, dtype=torch.float64) * 2 - 1, []
+    for order in (torch.contiguous_format, torch.channels_last):
+        net = copy.deepcopy(G).to(memory_format=order)
+        net(x.contiguous(memory_format=order)).abs().mean().backward()
+        found.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def test_a_generator_step_leaves_the_discriminators_untouched_and_the_reverse():

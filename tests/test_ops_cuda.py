@@ -51,6 +51,22 @@ def test_fused_act_is_twice_differentiable(act, clamp):
         twice(lambda *t: ops.fused_act(*t, act=act, clamp=clamp), x, scale, noise, strength, b)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_norm_acts_gradient_is_that_of_its_formula_in_any_memory_order(n, order):
+    x, gy = torch.randn(2, n, 4, 5, 6, dtype=torch.float64)
+
+    def by_formula(x):
+        var, mean = torch.var_mean(x, [2, 3], correction=0, keepdim=True)
+        return (x - mean) * (var + 1e-5).rsqrt()
+
+    x = x.contiguous(memory_format=order).requires_grad_(True)
+    (wanted,) = torch.autograd.grad(by_formula(x), x, gy)
+    for of_gy in (torch.contiguous_format, torch.channels_last):
+        (found,) = torch.autograd.grad(ops.norm_act(x), x, gy.contiguous(memory_format=of_gy))
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("act", ["linear", "relu", "lrelu"])
 @pytest.mark.parametrize("shapes", [(), [3], [2, 3]], ids=str)  # of scale and shift
 def test_norm_act_is_torchs_instance_norm_activation_and_padding(act, shapes):
