@@ -1611,7 +1611,8 @@ def double(x, impl=None):
 # Convolutions
 # =============================================================================
 #   forward    y = x * w
-#   backward   dx of dy and w, dw of dy and x: aten::convolution_backward
+#   backward   dx of dy and w: the transposed convolution; dw of dy and x, by
+#              aten::convolution_backward
 #   second     all three are bilinear, and the derivatives of each are the other two
 # PyTorch's own second derivative convolves with dy as a kernel as large as the image instead.
 
@@ -1647,44 +1648,30 @@ class Convolution(Function):
 
     @staticmethod
     def forward(ctx, x, w, *rest):
-        ctx.save_for_backward(x, w)
-        ctx.rest = stride, padding, groups, transposed, extra = rest
+        # A w that learns nothing, as D's in a phase of G, saves the memory of x.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        ctx.shape, ctx.rest = x.shape, rest
+        stride, padding, groups, transposed, extra = rest
         return torch.convolution(x, w, None, stride, padding, (1, 1), transposed, extra, groups)
 
     @staticmethod
     def backward(ctx, gy):
         x, w = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad[:2]
-        gx = InputGradient.apply(gy, w, x.detach(), ctx.rest) if need_x else None
+        gx = input_gradient(gy, w, ctx.shape, ctx.rest) if need_x else None
         need_w = need_w and _weight_gradients
         gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest) if need_w else None
         return gx, gw, *[None] * 5
 
 
-def convolution_backward(gy, x, w, rest, which):
-    stride, padding, groups, transposed, extra = rest
-    mask = (which == 0, which == 1, False)
-    return torch.ops.aten.convolution_backward(
-        gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups, mask
-    )[which]
-
-
-class InputGradient(Function):
-    """gx of gy and w; x only has the right shape."""
-
-    @staticmethod
-    def forward(ctx, gy, w, x, rest):
-        ctx.save_for_backward(gy, w)
-        ctx.rest = rest
-        return convolution_backward(gy, x, w, rest, 0)
-
-    @staticmethod
-    def backward(ctx, ggx):
-        gy, w = ctx.saved_tensors
-        need_y, need_w = ctx.needs_input_grad[:2]
-        ggy = Convolution.apply(ggx, w, *ctx.rest) if need_y else None
-        gw = WeightGradient.apply(gy, ggx, w.detach(), ctx.rest) if need_w else None
-        return ggy, gw, None, None
+def input_gradient(gy, w, shape, rest):
+    """That of a convolution of x of a shape is a transposed convolution, and the reverse."""
+    stride, padding, groups, transposed, _ = rest
+    extra = (0, 0)
+    if not transposed:  # rows and columns that no step of the stride reached
+        sizes = zip(shape[2:], gy.shape[2:], stride, padding, w.shape[2:], strict=True)
+        extra = tuple(n - (m - 1) * s + 2 * p - k for n, m, s, p, k in sizes)
+    return Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
 
 
 class WeightGradient(Function):
@@ -1693,15 +1680,18 @@ class WeightGradient(Function):
     @staticmethod
     def forward(ctx, gy, x, w, rest):
         ctx.save_for_backward(gy, x)
-        ctx.rest = rest
-        return convolution_backward(gy, x, w, rest, 1)
+        ctx.rest = stride, padding, groups, transposed, extra = rest
+        return torch.ops.aten.convolution_backward(
+            gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups,
+            (False, True, False),
+        )[1]  # fmt: skip
 
     @staticmethod
     def backward(ctx, ggw):
         gy, x = ctx.saved_tensors
         need_y, need_x = ctx.needs_input_grad[:2]
         ggy = Convolution.apply(x, ggw, *ctx.rest) if need_y else None
-        gx = InputGradient.apply(gy, ggw, x.detach(), ctx.rest) if need_x else None
+        gx = input_gradient(gy, ggw, x.shape, ctx.rest) if need_x else None
         return ggy, gx, None, None
 
 
