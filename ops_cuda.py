@@ -1354,8 +1354,8 @@ def norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps):
     scale, shift = (
         None if t is None else t.to(x.dtype).expand(N, C).flatten() for t in (scale, shift)
     )
-    # A batch norm of N * C channels: one pass for the moments, one for the rest. In three dimensions:
-    # in four, on a CPU, its gradients are wrong where N is 1 and dL/dy is channels last.
+    # A batch norm of N * C channels: one pass for the moments, one for the rest. In four dimensions
+    # its gradients are wrong on a CPU where N is 1 and dL/dy is channels last.
     maps = x.contiguous().view(1, N * C, -1)
     y = F.batch_norm(maps, None, None, scale, shift, training=True, eps=eps).view(x.shape)
     y = ACTIVATIONS[act][0](y, alpha)
