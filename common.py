@@ -267,9 +267,9 @@ class CommandLine:
                 defaults = read_run_args(args.resume, Path(self.parser.prog).stem)
             commands["train"].set_defaults(**defaults)
             args = self.parser.parse_args(argv)
-        for name, value in vars(args).items():
-            if value == "":  # "$VARIABLE" that is not set; as a path it would be this folder
-                commands[args.command].error(f"--{name.replace('_', '-')} is empty")
+        for name in ("data", "out", "resume", "checkpoint", "input", "ref"):
+            if vars(args).get(name) == "":  # "$VARIABLE" that is not set would be this folder
+                commands[args.command].error(f"--{name} is empty")
         return args
 
 

@@ -645,7 +645,7 @@ def open_domains(args, source, parts, prepare):
         part = tops[0]  # a folder around all others, as zips have it
     source = common.subset(source, part) if part else source
     names = common.top_folders(source)
-    if len(names) < 2 or {"trainA", "trainB"} <= set(names):  # CycleGAN's, its tests beside them
+    if len(names) < 2 or {"trainA", "testA"} <= set(names):  # CycleGAN's tests are no domains
         found = ", ".join(names) or "none"
         raise UserError(
             f"--data {args.data}: folders of pictures in {source.path}: {found}. Give each of at"
