@@ -3216,7 +3216,7 @@ def picture_files(path, option):
 
 def keep_originals(targets, option, *paths):
     """UserError if a file to write is one of the pictures at paths, each a picture or a folder."""
-    found = (picture_files(path, "") for path in paths)
+    found = (picture_files(path, option) for path in paths)
     files = ((folder / name).stat() for folder, names in found for name in names)
     held = {(file.st_dev, file.st_ino) for file in files}
     for target in map(Path, targets):
@@ -3244,7 +3244,7 @@ def map_pictures(source, out, mode, function, originals=()):
         targets.append(out / (Path(name).with_suffix(".png") if unique else f"{name}.png"))
     if out.suffix.lower() == ".png":
         targets = [out]
-    keep_originals(targets, f"--out {out}", source, *originals)
+    keep_originals(targets, "--out", source, *originals)
     failed = 0
     for n, (name, target) in enumerate(zip(names, targets, strict=True), 1):
         try:
@@ -5409,7 +5409,6 @@ def load_fan(path=None, device="cpu"):
     """FAN from a file, wing.ckpt; see read_weights for files and errors."""
     fan = FAN()
     shapes = {name: tuple(tensor.shape) for name, tensor in fan.state_dict().items()}
-
     counts = {k: t for k, t in fan.state_dict().items() if k.endswith("num_batches_tracked")}
 
     def known(file):  # it also holds what only its training needed, and may lack the counts

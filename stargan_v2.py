@@ -1013,9 +1013,9 @@ def translate(args):
 
     originals = [args.input] if args.ref is None else [args.input, args.ref]
     if args.grid or args.film:
-        option = f"--grid {args.grid}" if args.grid else f"--film {args.film}"
-        common.keep_originals([args.grid or args.film], option, *originals)
         files, sources = common.read_pictures(args.input, prepare, mode, "--input")
+        option = "--grid" if args.grid else "--film"
+        common.keep_originals([args.grid or args.film], option, *originals)
         sources = first_ones(sources, "pictures of --input")
     if args.grid:
         styles = first_ones([item for _, styles, _ in groups for item in styles.items()], "styles")

@@ -765,6 +765,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         ([*here, "--ref", picture, "--domain", 0, "--psi", 0.5], "--psi"),
         ([*here, "--ref", picture], "of which domain"),
         ([*png, "--seeds", 0, "--domain", 0, "--grid", "a.png"], "would replace an original"),
+        ([*here[:-1], "no", "--seeds", 0, "--domain", 0, "--grid", "b.png"], "--input no does not"),
         ([*png, "--seeds", "0-1", "--domain", 0, "--film", "a.png"], "would replace an original"),
         ([*here, "--ref", "a.png", "--domain", 0, "--out", "a.png"], "would replace an original"),
         (["evaluate", "--checkpoint", trained, "--out", "d"], "no file can be written to 'd'"),
