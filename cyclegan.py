@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import common
 import ops_cuda as ops
@@ -76,12 +77,14 @@ def norm2d(norm, C):
 
 def through(layers, x, residual=None):
     """x through the layers, then plus the residual. Where there are kernels, an instance norm and
-    what follows of ReLU, reflection padding and that sum are one pass over memory."""
-    layers = list(layers)
+    what follows of ReLU, reflection padding and that sum are one pass over memory, and a bias
+    before it is neither added nor trained: the norm takes it out again."""
+    layers, fused = list(layers), ops.kernels(x, None) is not None
     while layers:
         layer = layers.pop(0)
-        if not isinstance(layer, InstanceNorm) or ops.kernels(x, None) is None:
-            x = layer(x)
+        if not (fused and isinstance(layer, InstanceNorm)):
+            unbiased = fused and layers and isinstance(layers[0], InstanceNorm)
+            x = functional_call(layer, {"bias": None}, x) if unbiased else layer(x)
             continue
         slope, pad = 1.0, 0
         if layers and isinstance(layers[0], nn.ReLU | nn.LeakyReLU):
