@@ -259,7 +259,7 @@ class ToRGB(nn.Module):
         # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
         w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
         pixels = x.permute(0, 2, 3, 1)  # (N, H, W, I), no copy of what is channels last
-        img = (pixels.flatten(1, 2) @ w.mT).mT.reshape(len(x), -1, *x.shape[2:])  # the convolution
+        img = (w @ pixels.flatten(1, 2).mT).reshape(len(x), -1, *x.shape[2:])  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 

@@ -108,6 +108,21 @@ def test_convolutions_are_twice_differentiable(stride, groups):
     twice(lambda x, w: ops.conv_transpose2d(x, w, stride, 1, stride - 1, groups), x, w)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("I", "O"), [(3, 8), (8, 3), (1, 1)])
+def test_products_from_or_to_images_are_1x1_convolutions(I, O, order):
+    x = double(2, I, 5, 4).detach().contiguous(memory_format=order).requires_grad_()
+    w = double(O, I, 1, 1, seed=1)
+    results = []
+    for function in (F.conv2d, ops.from_or_to_image):
+        y = function(x, w)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), (x, w))])
+    torch.testing.assert_close(*results)
+    many = torch.channels_last if O > I else torch.contiguous_format
+    assert y.is_contiguous(memory_format=many)
+    twice(ops.from_or_to_image, x, w)
+
+
 @pytest.mark.parametrize(("up", "down", "k"), [*itertools.product((1, 2), (1, 2), (1, 3))])
 def test_conv2d_resample_is_twice_differentiable(up, down, k):
     f = ops.setup_filter(F4, separable=True).double()
