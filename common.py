@@ -2173,6 +2173,11 @@ class Run:
         torch.backends.cudnn.conv.fp32_precision = "tf32" if rounded else "ieee"
         rounded = rounded and "+" not in self.precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if rounded else "ieee"
+        # Of images in memory. Without tensor cores cuDNN has fast kernels for the old order only,
+        # and some that take seconds: it tries the few that it expects most of.
+        self.order = torch.channels_last
+        if self.precision == "fp32" and self.device.type == "cuda":
+            self.order, torch.backends.cudnn.benchmark_limit = torch.contiguous_format, 4
         scaled = self.precision == "fp16" and not own_half
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         torch.manual_seed(args.seed)
@@ -2234,7 +2239,9 @@ class Run:
         device = self.device
 
         def moved(x):
-            return to_float(x, device) if x.ndim == 4 else x.to(device, non_blocking=True)
+            if x.ndim < 4:
+                return x.to(device, non_blocking=True)
+            return to_float(x, device).contiguous(memory_format=self.order)
 
         if device.type != "cuda":
             return [moved(x) for x in batch]

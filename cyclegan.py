@@ -562,7 +562,7 @@ def train(args):
     A, B = args.channels_A, args.channels_B
     common.check_channels(nets, {"G_AB": [A, B], "G_BA": [B, A], "D_A": [A], "D_B": [B]})
     common.check_size(nets, args.crop_size)
-    nets = {k: net.to(run.device, memory_format=torch.channels_last) for k, net in nets.items()}
+    nets = {k: net.to(run.device, memory_format=run.order) for k, net in nets.items()}
     G_AB, G_BA, D_A, D_B = nets.values()
     betas = (args.beta1, BETAS[1])
     opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]

@@ -1677,19 +1677,11 @@ def conv2d(x, w, stride=1, padding=0, groups=1):
     """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw)."""
     stride, padding = pair(stride), pair(padding)
     plain = w.shape[2:] == (1, 1) and groups == 1 and (stride, padding) == ((1, 1), (0, 0))
-    if plain and min(w.shape[:2]) < 8 and x.is_cuda:
-        return from_or_to_image(x, w)
+    if plain and min(w.shape[:2]) < 8 and x.is_cuda and x.element_size() == 2:
+        O, I = w.shape[:2]
+        few_by_many = w[:, :, 0, 0] if O < I else w[:, :, 0, 0].mT.contiguous()
+        return (to_image if O < I else from_image)(x, few_by_many.expand(len(x), -1, -1))
     return Convolution.apply(x, w, stride, padding, groups, False, (0, 0))
-
-
-def from_or_to_image(x, w):
-    """A 1x1 convolution as matrix products, a few times faster on a GPU where either side has few
-    channels: those are in NCHW order, as products want rows aligned; many are channels last."""
-    (O, I), (N, _, H, W) = w.shape[:2], x.shape
-    w = w[:, :, 0, 0].expand(N, O, I)
-    if O < I:
-        return (w @ x.permute(0, 2, 3, 1).flatten(1, 2).mT).reshape(N, O, H, W)
-    return (x.contiguous().flatten(2).mT @ w.mT).mT.reshape(N, O, H, W)
 
 
 def conv_transpose2d(x, w, stride=1, padding=0, output_padding=0, groups=1):
@@ -1748,6 +1740,69 @@ class WeightGradient(Function):
         ggy = Convolution.apply(x, ggw, *ctx.rest) if need_y else None
         gx = input_gradient(gy, ggw, x.shape, ctx.rest) if need_x else None
         return ggy, gx, None, None
+
+
+# 1x1 convolutions to and from images, which have few channels, as matrix products. Those are fast
+# where all rows are long: images are NCHW, features channels last, and weights (few, many).
+
+
+def to_image(x, w):
+    """A 1x1 convolution with the weights of each sample, which have gradients even within
+    no_weight_gradients. x: (N, I, H, W), w: (N, O, I), O few channels -> (N, O, H, W)."""
+    return ToImage.apply(x, w)
+
+
+def from_image(x, w):
+    """The transposed one, within no_weight_gradients without those. x: (N, I, H, W), I few
+    channels, w: (N, I, O) -> (N, O, H, W)."""
+    return FromImage.apply(x, w)
+
+
+def rows_of(x):
+    """(N, C, H W)"""
+    return x.contiguous().flatten(2)
+
+
+def pixels_of(x):
+    """(N, H W, C)"""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class ToImage(Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return (w @ pixels_of(x).mT).view(len(x), -1, *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad
+        gx = FromImage.apply(gy, w) if need_x else None
+        return gx, image_weight_gradient(gy, x) if need_w else None
+
+
+class FromImage(Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return (rows_of(x).mT @ w).mT.view(len(x), -1, *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad
+        gx = ToImage.apply(gy, w) if need_x else None
+        need_w = need_w and _weight_gradients
+        return gx, image_weight_gradient(x, gy) if need_w else None
+
+
+def image_weight_gradient(image, features):
+    """(N, few, many), summed over pixels in parts: one sum would keep few of a GPU's processors
+    busy."""
+    part = math.gcd(image.shape[2:].numel(), 4096)
+    image = rows_of(image).unflatten(2, (-1, part)).transpose(1, 2)
+    return (image @ pixels_of(features).unflatten(1, (-1, part))).sum(1)
 
 
 def conv2d_resample(

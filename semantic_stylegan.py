@@ -877,8 +877,7 @@ def train(args):
     nets = new_networks(args, size, regions)
     if given:
         common.copy_matching(nets, given, run.say)
-    order = torch.channels_last
-    G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
+    G, D, G_ema = (net.to(run.device, memory_format=run.order) for net in nets.values())
     learned, averaged = [G.position, G.local, G.render], [(G_ema, G)]
     if args.freeze_local or args.freeze:
         averaged = [(G_ema.mapping, G.mapping), (G_ema.render, G.render)]

@@ -699,8 +699,7 @@ def train(args):
     if args.w_hpf > 0:
         resumed = run.weights is not None and run.weights != args.checkpoint
         nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
-    order = torch.channels_last
-    nets = {name: net.to(run.device, memory_format=order) for name, net in nets.items()}
+    nets = {name: net.to(run.device, memory_format=run.order) for name, net in nets.items()}
     masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks
     trained, ema = [nets[name] for name in "GFED"], [nets[f"{name}_ema"] for name in "GFE"]
     rates = dict(G=args.lr, F=args.lr_f, E=args.lr, D=args.lr)

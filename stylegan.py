@@ -799,8 +799,7 @@ def train(args):
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if given:
         common.copy_matching(nets, given, run.say)
-    order = torch.channels_last
-    G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
+    G, D, G_ema = (net.to(run.device, memory_format=run.order) for net in nets.values())
     # Their epsilon moves (tensorflow_eps), which it cannot in a CUDA graph.
     opts = {name: run.adam([nets[name]], LR, BETAS, EPS, capturable=False) for name in "GD"}
     if labels is not None:

@@ -258,8 +258,7 @@ class ToRGB(nn.Module):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
         w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
-        pixels = x.permute(0, 2, 3, 1)  # (N, H, W, I), no copy of what is channels last
-        img = (w @ pixels.flatten(1, 2).mT).reshape(len(x), -1, *x.shape[2:])  # the convolution
+        img = ops.to_image(x, w)  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
@@ -724,8 +723,7 @@ def train(args):
     nets["G_ema"] = copy.deepcopy(nets["G"]).eval().requires_grad_(False)
     if given:
         common.copy_matching(nets, given, run.say)
-    order = torch.channels_last
-    G, D, G_ema = (net.to(run.device, memory_format=order) for net in nets.values())
+    G, D, G_ema = (net.to(run.device, memory_format=run.order) for net in nets.values())
     opts = {
         "G": lazy_adam(run, G, args.lr, args.pl_every),
         "D": lazy_adam(run, D, args.lr, args.r1_every),

@@ -151,9 +151,10 @@ def recorded(function, device):
     return common.graph(torch.no_grad()(lambda x: function(x)), device)
 
 
-def pictures(batch, size, device):
-    """(batch, 3, size, size) in [-1, 1], channels last, as the loader's."""
-    return torch.rand(batch, size, size, 3, device=device).permute(0, 3, 1, 2) * 2 - 1
+def pictures(batch, size, run):
+    """(batch, 3, size, size) in [-1, 1], in memory as the loader's."""
+    images = torch.rand(batch, 3, size, size, device=run.device) * 2 - 1
+    return images.contiguous(memory_format=run.order)
 
 
 def no_labels(n):
@@ -165,9 +166,8 @@ def of_cyclegan(what, args, device):
     if not what.startswith("tra"):
         return of_loader(what, size, batch)
     run = Phases(args)
-    last = torch.channels_last
-    nets = [n.to(device, memory_format=last) for n in cyclegan.new_networks(args).values()]
-    x, y = pictures(batch, size, device), pictures(batch, size, device)
+    nets = [n.to(device, memory_format=run.order) for n in cyclegan.new_networks(args).values()]
+    x, y = pictures(batch, size, run), pictures(batch, size, run)
     if what == "translate":
         translate = recorded(nets[0].eval(), device)
         return Work(lambda k: translate(x), batch)
@@ -216,9 +216,9 @@ def of_stargan_v2(what, args, device):
     stargan_v2.fill_options(args, {})
     run, batch, domains = Phases(args), args.batch, 3
     nets = stargan_v2.new_networks(args, domains)
-    nets = {k: net.to(device, memory_format=torch.channels_last) for k, net in nets.items()}
+    nets = {k: net.to(device, memory_format=run.order) for k, net in nets.items()}
     trained, ema = list(nets.values()), [stargan_v2.average_of(nets[name]) for name in "GFE"]
-    real, *refs = (pictures(batch, args.size, device) for _ in range(3))
+    real, *refs = (pictures(batch, args.size, run) for _ in range(3))
     if what.startswith("translate"):  # as the commands and the web page do it
         (G, F, E), x = ema, common.to_uint8(real).cpu()
 
@@ -250,14 +250,14 @@ def of_semantic_stylegan(what, args, device):
     run = Phases(args)
     regions = common.TOY_REGIONS if args.data == "toy" else paper.FACES
     nets = paper.new_networks(args, size, regions).values()
-    G, D, G_ema = (net.to(device, memory_format=torch.channels_last) for net in nets)
+    G, D, G_ema = (net.to(device, memory_format=run.order) for net in nets)
     if what == "generate":
         ws = paper.ws_of(G_ema, range(batch))
         return Work(lambda k: paper.pictures(G_ema, ws), batch)
     of_G, of_D = paper.lazy(args.lr, args.pl_every), paper.lazy(args.lr, args.r1_every)
     parts = (([G.mapping], of_G), ([G.position, G.local, G.render], of_G), ([D], of_D))
     opts = [run.adam(nets, *rate) for nets, rate in parts]
-    real = pictures(batch, size, device)
+    real = pictures(batch, size, run)
     labels = torch.randint(len(regions), (batch, size, size), device=device)
     seg, pl_mean = common.one_hot_seg(labels, len(regions)), torch.zeros((), device=device)
 
@@ -278,7 +278,7 @@ def generation(G, batch, device):
 def new_pair(paper, args, run, device):
     """G, D and the average of G."""
     nets = paper.new_networks(args, args.size, 0, run.half).values()
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
+    G, D = (net.to(device, memory_format=run.order) for net in nets)
     return G, D, copy.deepcopy(G).eval().requires_grad_(False)
 
 
@@ -293,7 +293,7 @@ def of_stylegan(what, args, device):
     lod = 0.5 if "faded" in what else math.log2(args.size) - 3 if "8 px" in what else 0.0
     for net in (G, D, G_ema):
         net.grow(lod)
-    real = pictures(args.batch, args.size >> int(lod), device)
+    real = pictures(args.batch, args.size >> int(lod), run)
     beta = 0.5 ** (args.batch / (args.ema_kimg * 1000))
 
     def step(k):
@@ -312,7 +312,7 @@ def of_stylegan2(what, args, device, paper=stylegan2):
         return generation(G, args.batch, device)
     everys = ((G, args.pl_every), (D, args.r1_every))
     opts = [paper.lazy_adam(run, net, args.lr, every) for net, every in everys]
-    real, pl_mean = pictures(args.batch, args.size, device), torch.zeros((), device=device)
+    real, pl_mean = pictures(args.batch, args.size, run), torch.zeros((), device=device)
     state = (opts, pl_mean)
     if ada:
         T = paper.AugmentPipe(args.augpipe, args.ada_p).to(device)

@@ -109,18 +109,29 @@ def test_convolutions_are_twice_differentiable(stride, groups):
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("I", "O"), [(3, 8), (8, 3), (1, 1)])
-def test_products_from_or_to_images_are_1x1_convolutions(I, O, order):
-    x = double(2, I, 5, 4).detach().contiguous(memory_format=order).requires_grad_()
-    w = double(O, I, 1, 1, seed=1)
-    results = []
-    for function in (F.conv2d, ops.from_or_to_image):
-        y = function(x, w)
-        results.append([y, *torch.autograd.grad(y.sin().sum(), (x, w))])
-    torch.testing.assert_close(*results)
-    many = torch.channels_last if O > I else torch.contiguous_format
-    assert y.is_contiguous(memory_format=many)
-    twice(ops.from_or_to_image, x, w)
+def test_products_from_and_to_images_are_1x1_convolutions(order):
+    few, many, w = double(2, 3, 4, 6), double(2, 8, 4, 6, seed=1), double(2, 3, 8, seed=2)
+    few, many = (t.detach().contiguous(memory_format=order).requires_grad_() for t in (few, many))
+
+    def by_convolution(x, w):
+        return torch.cat(
+            [F.conv2d(a[None], b[:, :, None, None]) for a, b in zip(x, w, strict=True)]
+        )
+
+    for x, mine, plain in (
+        (many, ops.to_image, by_convolution),
+        (few, ops.from_image, lambda x, w: by_convolution(x, w.mT)),
+    ):
+        results = []
+        for function in (plain, mine):
+            y = function(x, w)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), (x, w))])
+        torch.testing.assert_close(*results)
+        twice(mine, x, w)
+        orders = torch.contiguous_format, torch.channels_last
+        of_y, of_x = orders if x is many else orders[::-1]
+        assert y.is_contiguous(memory_format=of_y)
+        assert results[1][1].is_contiguous(memory_format=of_x)
 
 
 @pytest.mark.parametrize(("up", "down", "k"), [*itertools.product((1, 2), (1, 2), (1, 3))])
