@@ -1895,11 +1895,12 @@ def augment_pair(image, label, rng, flip=True, affine=True):
     return np.array(image), np.array(label)
 
 
-def one_hot_seg(labels, K):
-    """Labels (N, H, W), integers, -> floats (N, K, H, W), channels last: 1 in the plane of the
+def one_hot_seg(labels, K, order=torch.channels_last):
+    """Labels (N, H, W), integers, -> floats (N, K, H, W) in a memory order: 1 in the plane of the
     class, -1 in the others; -1 in all where the label is K or more, as NO_CLASS."""
     classes = torch.arange(K, device=labels.device)
-    return torch.where(labels[..., None] == classes, 1.0, -1.0).movedim(3, 1)
+    seg = torch.where(labels[..., None] == classes, 1.0, -1.0).movedim(3, 1)
+    return seg.contiguous(memory_format=order)
 
 
 def split(n, subset, seed):
@@ -2173,11 +2174,12 @@ class Run:
         torch.backends.cudnn.conv.fp32_precision = "tf32" if rounded else "ieee"
         rounded = rounded and "+" not in self.precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if rounded else "ieee"
-        # Of images in memory. Without tensor cores cuDNN has fast kernels for the old order only,
-        # and some that take seconds: it tries the few that it expects most of.
-        self.order = torch.channels_last
-        if self.precision == "fp32" and self.device.type == "cuda":
-            self.order, torch.backends.cudnn.benchmark_limit = torch.contiguous_format, 4
+        # The memory order of images and weights. Without tensor cores cuDNN is fast in NCHW only,
+        # and some of its algorithms take seconds: it tries the few that it ranks first.
+        plain = self.precision == "fp32" and self.device.type == "cuda"
+        self.order = torch.contiguous_format if plain else torch.channels_last
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark_limit = 4 if plain else 10
         scaled = self.precision == "fp16" and not own_half
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         torch.manual_seed(args.seed)

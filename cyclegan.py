@@ -20,8 +20,8 @@ paper's D_X; the official code (junyanz/pytorch-CycleGAN-and-pix2pix) calls that
 
 Results: README. Differs from the paper, with the official PyTorch code: the identity loss is on for
 every data set (paper: paintings only), convolutions before an instance norm keep their biases.
-Differs from both: wgangp has its gradient penalty; a GPU trains in bfloat16 by default; on a CPU
-a run resumes bit for bit.
+Differs from both: wgangp has its gradient penalty; a GPU trains in bfloat16 by default, and neither
+adds nor trains those biases; on a CPU a run resumes bit for bit.
 """
 
 import functools
@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 import common
 import ops_cuda as ops
@@ -79,12 +78,16 @@ def through(layers, x, residual=None):
     """x through the layers, then plus the residual. Where there are kernels, an instance norm and
     what follows of ReLU, reflection padding and that sum are one pass over memory, and a bias
     before it is neither added nor trained: the norm takes it out again."""
-    layers, fused = list(layers), ops.kernels(x, None) is not None
+    if ops.kernels(x, None) is None:
+        for layer in layers:
+            x = layer(x)
+        return x if residual is None else x + residual
+    layers = list(layers)
     while layers:
         layer = layers.pop(0)
-        if not (fused and isinstance(layer, InstanceNorm)):
-            unbiased = fused and layers and isinstance(layers[0], InstanceNorm)
-            x = functional_call(layer, {"bias": None}, x) if unbiased else layer(x)
+        if not isinstance(layer, InstanceNorm):
+            normed = layers and isinstance(layers[0], InstanceNorm)
+            x = without_bias(layer, x) if normed else layer(x)
             continue
         slope, pad = 1.0, 0
         if layers and isinstance(layers[0], nn.ReLU | nn.LeakyReLU):
@@ -94,6 +97,13 @@ def through(layers, x, residual=None):
         added, residual = (None, residual) if layers else (residual, None)
         x = ops.norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
     return x if residual is None else x + residual
+
+
+def without_bias(conv, x):
+    options = dict(stride=conv.stride, padding=conv.padding)
+    if isinstance(conv, nn.Conv2d):
+        return F.conv2d(x, conv.weight, **options)
+    return F.conv_transpose2d(x, conv.weight, **options, output_padding=conv.output_padding)
 
 
 def init_weights(net, std=INIT_STD):

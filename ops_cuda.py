@@ -8,6 +8,7 @@ In this file                                what it is
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
     pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
+    to_image, from_image                    1x1 convolutions to and from few channels
     conv2d_resample                         a convolution that also resamples, in the best order
     grid_sample                             twice differentiable in the image
     warp                                    upsample by a lowpass and read through an affine map
@@ -84,7 +85,7 @@ template <int V, class T> __device__ __forceinline__ void store(T* to, const flo
 }
 
 // Kernels wait for memory. A thread has BATCH slots under way at once, which takes loads without
-// branches: behind a branch, each waits for the last.
+// branches that threads take differently: behind one, each load waits for the last.
 template <int V> constexpr int BATCH = V == 8 ? 2 : 4;
 
 // ---- fused_act ------------------------------------------------------------------------------
@@ -173,7 +174,8 @@ __device__ __forceinline__ void noises(float* to, const float* noise, int64_t sl
     for (int j = 0; j < (CL ? 1 : V); j++) to[j] = noise[CL ? slot : slot * V + j];
 }
 
-// y = clamp(gain * f(x * scale + noise * strength + b)) to out. Smooth kinds come with V = 1.
+// y = clamp(gain * f(x * scale + noise * strength + b)) to out. Smooth kinds come with V = 1, so
+// that vectorized kernels need no branch to their curves in every element.
 template <class T, int V, bool CL>
 __global__ void __launch_bounds__(256) fused_act_kernel(Grid g, Act a, Tensors<T> t) {
     Place<V, CL> p(g);
@@ -246,7 +248,8 @@ __device__ __forceinline__ void put(const Place<V, CL>& p, const Grid& g, float 
 // ORDER 2, given the gradients gdx of out and gb, gscale, gstrength (N, C) of those sums: with
 // q = gdx * scale + gscale * x + gb + gstrength * noise and h = q * gy * d2y/du2 (smooth kinds),
 //   out = q * dy/du (for gy);   gx = s * gscale + h * scale;  sums of h, s * gdx + h * x, h * noise
-// x is null where neither a scale nor a smooth kind needs it; y is, for smooth kinds.
+// x is null where neither a scale nor a smooth kind needs it; y is for smooth kinds, and for linear
+// without a clamp, where 0 in its place gives the gain.
 template <class T, int V, bool CL, int ORDER>
 __global__ void __launch_bounds__(256, 2) fused_act_grad_kernel(Grid g, Act a, Tensors<T> t) {
     Place<V, CL> p(g);
@@ -469,7 +472,7 @@ norm_act_kernel(Grid g, Grid of, Norm n, const T* __restrict__ x, const T* __res
     for (; p.slot < p.last; p.slot += BATCH<V> * p.rows) {
         Pack<T, V> xs[BATCH<V>], rs[BATCH<V>] = {};
 #pragma unroll
-        for (int i = 0; i < BATCH<V>; i++) {  // without branches, or each load waits for the last
+        for (int i = 0; i < BATCH<V>; i++) {
             int64_t slot = min(p.slot + i * p.rows, p.last - 1);
             if (residual) rs[i] = fetch<V>(residual + p.base + slot * step);
             if (n.pad) {  // of the pixel that is mirrored here
@@ -671,7 +674,8 @@ __global__ void __launch_bounds__(256) fir_any_kernel(Fir p, const T* x, const f
     y[i] = from_float<T>(sum * p.gain);
 }
 
-__device__ const float4 zeros = {0, 0, 0, 0};  // what is outside of the image, without a branch
+// What is outside of the image: that a load depends on being inside is a choice between addresses.
+__device__ const float4 zeros = {0, 0, 0, 0};
 
 // The separable case f[ky] f[kx] with TAPS taps, the factors UP and DOWN on both axes.
 // A thread owns RX * UP neighbouring output columns (of V channels in CL) and walks down: per step
@@ -713,22 +717,18 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
     int left = column * RX * DOWN + firstx, next = s * DOWN + firsty + WIN - fill * DOWN;
     bool whole = p.OW % OUT == 0;  // outputs of a thread can be stored as one vector
 
-    // What the next rows hold is loaded while this one is computed with, all at once.
-    Pack<T, V> ahead[DOWN][WIDE];
-    auto look = [&](int row) {
+    for (; s < end; next += DOWN) {
+        Pack<T, V> pixels[DOWN][WIDE];  // loaded all at once, before any is waited for
 #pragma unroll
         for (int d = 0; d < DOWN; d++) {
-            bool inside = unsigned(row + d) < unsigned(p.H);
-            const T *from = x + (int64_t(row + d) * p.W + left) * step, *zero = (const T*)&zeros;
+            bool inside = unsigned(next + d) < unsigned(p.H);
+            const T *from = x + (int64_t(next + d) * p.W + left) * step, *zero = (const T*)&zeros;
 #pragma unroll
             for (int i = 0; i < WIDE; i++) {
                 bool known = inside & (unsigned(left + i) < unsigned(p.W));
-                ahead[d][i] = fetch<V>(known ? from + int64_t(i) * step : zero);
+                pixels[d][i] = fetch<V>(known ? from + int64_t(i) * step : zero);
             }
         }
-    };
-    for (; s < end; next += DOWN) {
-        look(next);
 #pragma unroll
         for (int j = 0; j < WIN - DOWN; j++)
 #pragma unroll
@@ -750,7 +750,7 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
                     if (j < 0 || j >= WIN) continue;
 #pragma unroll
                     for (int v = 0; v < V; v++)
-                        row[o][v] += cx[o % UP][j] * to_float(ahead[d][i].v[v]);
+                        row[o][v] += cx[o % UP][j] * to_float(pixels[d][i].v[v]);
                 }
         }
         if (--fill > 0) continue;
@@ -1422,7 +1422,7 @@ class NormAct(Function):
     def backward(ctx, gy):
         x, scale, shift, moments = ctx.saved_tensors
         *need, need_residual = ctx.needs_input_grad[:4]
-        # In x's order: a sum of gradients in two orders is slow, and in the wrong one for the rest.
+        # In x's order, as what it is summed with: sums of two orders are slow.
         gy = gy.contiguous(memory_format=memory_order(x))
         gresidual = gy if need_residual else None
         if torch.is_grad_enabled():  # create_graph: these gradients will have some of their own
@@ -1674,12 +1674,12 @@ def no_weight_gradients():
 
 
 def conv2d(x, w, stride=1, padding=0, groups=1):
-    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw)."""
-    stride, padding = pair(stride), pair(padding)
+    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw). Where there are kernels
+    1x1 convolutions from or to images are products: in half precision cuDNN's want 8 channels."""
+    stride, padding, (O, I) = pair(stride), pair(padding), w.shape[:2]
     plain = w.shape[2:] == (1, 1) and groups == 1 and (stride, padding) == ((1, 1), (0, 0))
-    if plain and min(w.shape[:2]) < 8 and x.is_cuda and x.element_size() == 2:
-        O, I = w.shape[:2]
-        few_by_many = w[:, :, 0, 0] if O < I else w[:, :, 0, 0].mT.contiguous()
+    if plain and min(O, I) < 8 and x.element_size() == 2 and kernels(x, None) is not None:
+        few_by_many = w.flatten(1) if O < I else w.flatten(1).mT.contiguous()
         return (to_image if O < I else from_image)(x, few_by_many.expand(len(x), -1, -1))
     return Convolution.apply(x, w, stride, padding, groups, False, (0, 0))
 
@@ -1742,8 +1742,9 @@ class WeightGradient(Function):
         return ggy, gx, None, None
 
 
-# 1x1 convolutions to and from images, which have few channels, as matrix products. Those are fast
-# where all rows are long: images are NCHW, features channels last, and weights (few, many).
+# 1x1 convolutions to and from images, which have few channels, as matrix products. Those read their
+# matrices along rows, which should be long: images are NCHW, features channels last, and weights
+# (few, many). In another order rows of an image's pixels, or of weights, would have 3 elements.
 
 
 def to_image(x, w):
@@ -1772,13 +1773,13 @@ class ToImage(Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return (w @ pixels_of(x).mT).view(len(x), -1, *x.shape[2:])
+        return (w @ pixels_of(x).mT).unflatten(2, x.shape[2:])
 
     @staticmethod
     def backward(ctx, gy):
         x, w = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad
-        gx = FromImage.apply(gy, w) if need_x else None
+        gx = FromImage.apply(gy, w).contiguous(memory_format=memory_order(x)) if need_x else None
         return gx, image_weight_gradient(gy, x) if need_w else None
 
 
@@ -1786,7 +1787,7 @@ class FromImage(Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return (rows_of(x).mT @ w).mT.view(len(x), -1, *x.shape[2:])
+        return (rows_of(x).mT @ w).mT.unflatten(2, x.shape[2:])
 
     @staticmethod
     def backward(ctx, gy):
@@ -1800,7 +1801,9 @@ class FromImage(Function):
 def image_weight_gradient(image, features):
     """(N, few, many), summed over pixels in parts: one sum would keep few of a GPU's processors
     busy."""
-    part = math.gcd(image.shape[2:].numel(), 4096)
+    size = image.shape[2:].numel()
+    part = math.gcd(size, 4096)
+    part = part if part >= 64 else size
     image = rows_of(image).unflatten(2, (-1, part)).transpose(1, 2)
     return (image @ pixels_of(features).unflatten(1, (-1, part))).sum(1)
 

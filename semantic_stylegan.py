@@ -349,6 +349,7 @@ class RenderNet(nn.Module):
         self.register_buffer("fir", fir_filter(), persistent=False)
 
     def forward(self, f, coarse, noise="random"):
+        f = f.contiguous(memory_format=ops.memory_order(self.layers[0].weight))
         x, out = F.avg_pool2d(f, self.coarse_size // self.min_size), None
         for k, heads in enumerate(zip(self.to_rgb, self.to_seg, strict=True)):
             if x.shape[2] == self.coarse_size:
@@ -904,7 +905,7 @@ def train(args):
         score(run, G_ema, data)
 
     for step, (real, *labels) in run.batches(item, start, args.iters):
-        seg = common.one_hot_seg(labels[0], len(regions)) if labels else None
+        seg = common.one_hot_seg(labels[0], len(regions), run.order) if labels else None
         losses = train_step(G, D, opts.values(), pl_mean, real, seg, step, args, run, run.randn)
 
         # ---- the average of G, of which samples and scores are made ---------------------------

@@ -287,7 +287,7 @@ class ToRGB(nn.Module):
     def forward(self, x, w):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
         # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
-        w = (self.weight[:, :, 0, 0] * style[:, None, :]).to(x.dtype)  # Eq. (1)
+        w = (self.weight.flatten(1) * style[:, None, :]).to(x.dtype)  # Eq. (1)
         img = ops.to_image(x, w)  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img

@@ -259,7 +259,8 @@ def of_semantic_stylegan(what, args, device):
     opts = [run.adam(nets, *rate) for nets, rate in parts]
     real = pictures(batch, size, run)
     labels = torch.randint(len(regions), (batch, size, size), device=device)
-    seg, pl_mean = common.one_hot_seg(labels, len(regions)), torch.zeros((), device=device)
+    seg = common.one_hot_seg(labels, len(regions), run.order)
+    pl_mean = torch.zeros((), device=device)
 
     def step(k):
         paper.train_step(G, D, opts, pl_mean, real, seg, k, args, run, run.randn)

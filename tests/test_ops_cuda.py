@@ -128,10 +128,11 @@ def test_products_from_and_to_images_are_1x1_convolutions(order):
             results.append([y, *torch.autograd.grad(y.sin().sum(), (x, w))])
         torch.testing.assert_close(*results)
         twice(mine, x, w)
-        orders = torch.contiguous_format, torch.channels_last
-        of_y, of_x = orders if x is many else orders[::-1]
+        of_y = torch.contiguous_format if x is many else torch.channels_last
         assert y.is_contiguous(memory_format=of_y)
+        of_x = order if x is many else torch.contiguous_format
         assert results[1][1].is_contiguous(memory_format=of_x)
+        assert mine(x[:0], w[:0]).shape == (0, *y.shape[1:])
 
 
 @pytest.mark.parametrize(("up", "down", "k"), [*itertools.product((1, 2), (1, 2), (1, 3))])
@@ -460,6 +461,19 @@ def test_long_columns_are_walked_in_bands(device):
         torch.testing.assert_close(
             mine, ops.upfirdn2d(x, f, padding=(2, 1, 2, 1), impl="ref", **options)
         )
+
+
+@pytest.mark.parametrize(("I", "O"), [(3, 16), (16, 3)])
+def test_half_convolutions_from_and_to_images_are_products(device, monkeypatch, I, O):
+    x, w = (double(*shape, seed=k).detach() for k, shape in enumerate([(2, I, 8, 8), (O, I, 1, 1)]))
+    monkeypatch.setattr(ops.Convolution, "apply", None)
+    half = [t.to(device, torch.float16).requires_grad_() for t in (x, w)]
+    y = ops.conv2d(*half)
+    found = [y, *torch.autograd.grad(y.sum(), half)]
+    exact = [t.half().double().requires_grad_() for t in (x, w)]
+    y = F.conv2d(*exact)
+    for a, b in zip(found, [y, *torch.autograd.grad(y.sum(), exact)], strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=4e-3 * b.abs().max().item())
 
 
 def test_tensors_that_are_not_dense_and_gradients_that_are_expanded(device):
