@@ -1,7 +1,8 @@
 """Speed and memory, measured here and now: `python tests/bench.py [PAPER ...]`, a row each.
 
 At the papers' sizes on a GPU, at the toy presets' on a CPU (--full: the papers' there, too).
---rows 256 "batch 8": only the rows whose first cell holds one of these. The columns:
+--rows 256 "batch 8": only the rows whose first cell holds one of these; --profile 20: on a GPU also
+the kernels that take longest. The columns:
 
     images/s           over training steps one after another, regularizers at their intervals, the
                        average of G included; CycleGAN: pairs; generation: the network alone
@@ -10,9 +11,9 @@ At the papers' sizes on a GPU, at the toy presets' on a CPU (--full: the papers'
     ms                 of each phase, when it is waited for
     busy, kernels      the share of the time in which the GPU runs something, and kernels per call,
                        by torch.profiler after the timing
-    GiB                peak of what torch holds of a GPU's memory, but for the first call, in which
-                       cuDNN tries algorithms with what is free; of the process on a CPU; the
-                       official code's
+    GiB                peak of what torch holds of a GPU's memory after the first call, in which
+                       cuDNN tries algorithms, some of which want much; of the process on a CPU;
+                       the official code's
 
 StyleGAN has no original here: it should not be slower than stylegan2.py at the same size. A row
 that fails says why, and the others go on.
@@ -366,28 +367,40 @@ def timed(call, n, device):
 
 
 def traced(call, n, device):
-    """See `busy`, of n calls."""
+    """What a GPU did in n calls: see `of_gpu`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         timed(call, n, device)
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    return busy(events, n)
+        return of_gpu(json.loads(Path(folder, "trace.json").read_text())["traceEvents"])
+
+
+def of_gpu(events):
+    """Those on a GPU: [{"cat": kind, "name": ..., "ts": start, "dur": duration}], microseconds."""
+    return [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def longest(events, n, count):
+    """Lines about the `count` kernels that take longest: ms and launches of one of n calls."""
+    spent = collections.defaultdict(list)
+    for e in events:
+        spent[e["name"]].append(e["dur"])
+    rows = sorted(((sum(times), len(times), name) for name, times in spent.items()), reverse=True)
+    return [f"{t / 1000 / n:9.3f} ms {k / n:8.1f}x  {name}" for t, k, name in rows[:count]]
 
 
 def busy(events, n):
-    """(seconds in which anything ran on a GPU, kernels), each per call, of n calls' trace."""
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    events = [e for e in events if e.get("cat") in kinds]
+    """(seconds in which anything ran on a GPU, kernels), each per call, of n calls' events."""
     total, end = 0, -math.inf
-    for start, duration in sorted((e["ts"], e["dur"]) for e in events):  # microseconds
+    for start, duration in sorted((e["ts"], e["dur"]) for e in events):
         total += max(start + duration - max(start, end), 0)
         end = max(end, start + duration)
     return total / 1e6 / n, sum(e["cat"] == "kernel" for e in events) / n
 
 
-def measured(work, device, repeats):
-    """The cells of a row but the first, without comparison: {column: number, or text of ms}."""
+def measured(work, device, repeats, profile):
+    """The cells of a row but the first, without comparison: {column: number, or text of ms}, and,
+    of a GPU, lines about so many kernels as `profile` says."""
     on_gpu = device.type == "cuda"
     timed(work.call, 1, device)
     if on_gpu:
@@ -405,8 +418,11 @@ def measured(work, device, repeats):
     named = ", ".join(f"{name} {m:.1f}" for name, m in zip(names, ms, strict=True))
     found = {"images/s": work.images / t, "ms": named or f"{1000 * t:.2f}"}
     if on_gpu:
-        spent, kernels = traced(work.call, max(work.cycle, 3), device)
+        n = max(work.cycle, 3)
+        events = traced(work.call, n, device)
+        spent, kernels = busy(events, n)
         found |= {"busy": spent / t, "kernels": kernels} if kernels else {}
+        found |= {"longest": longest(events, n, profile)}
         return found | {"GiB": torch.cuda.max_memory_reserved() / 2**30}
     return found | {"GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
@@ -435,6 +451,7 @@ def main(argv=None):
     p.add_argument("--device")
     p.add_argument("--precision", help="instead of the rows' own")
     p.add_argument("--repeats", type=int, default=5, help="at least so many calls are timed")
+    p.add_argument("--profile", type=int, default=0, metavar="N", help="and N kernels of each row")
     p.add_argument("--full", action="store_true", help="the papers' sizes on a CPU, too")
     options = p.parse_args(argv)
     device, failed = common.pick_device(options.device), 0
@@ -456,9 +473,11 @@ def main(argv=None):
                 torch.cuda.empty_cache()
             try:
                 work = work_of(paper, what, size, batch, precision, full, device)
-                found = measured(work, device, options.repeats)
+                found = measured(work, device, options.repeats, options.profile)
                 comparable = on_gpu and precision == own
                 print(row_text(name, found, original if comparable else ()), flush=True)
+                for line in found.get("longest", ()):
+                    print(line, flush=True)
             except (RuntimeError, common.UserError) as e:  # memory runs out, and the like
                 failed += 1
                 why = next(iter(str(e).splitlines()), type(e).__name__)

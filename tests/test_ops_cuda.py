@@ -891,7 +891,13 @@ def test_translators_train_on_the_kernels(device, monkeypatch, config):
 def test_kernels_that_overlap_keep_a_gpu_busy_once():
     spans = [("kernel", 0, 4), ("kernel", 2, 4), ("gpu_memset", 3, 1), ("cpu_op", 5, 90)]
     events = [dict(cat=kind, ts=ts, dur=dur) for kind, ts, dur in [*spans, ("kernel", 8, 2)]]
-    assert bench.busy([*events, {"ph": "M"}], 2) == (pytest.approx(4e-6), 1.5)
+    events = bench.of_gpu([*events, {"ph": "M"}])
+    assert bench.busy(events, 2) == (pytest.approx(4e-6), 1.5)
+
+
+def test_kernels_are_listed_by_the_time_that_they_take_in_all():
+    events = [dict(name=name, dur=dur) for name, dur in [("a", 900), ("b", 700), ("b", 500)]]
+    assert [line.split() for line in bench.longest(events, 2, 1)] == ["0.600 ms 1.0x b".split()]
 
 
 def test_a_row_of_the_bench_is_compared_with_the_original_if_there_is_one():
@@ -904,15 +910,18 @@ def test_a_row_of_the_bench_is_compared_with_the_original_if_there_is_one():
 
 
 def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(monkeypatch, capsys):
-    def measured(work, device, repeats):
+    def measured(work, device, repeats, profile):
         if work[1] == "generate":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
-        return {"images/s": 1.0, "ms": "", "GiB": 1.0}
+        return {"images/s": 1.0, "ms": "", "GiB": 1.0, "longest": ["a kernel"] * profile}
 
     monkeypatch.setattr(bench, "work_of", lambda *row: row)
     monkeypatch.setattr(bench, "measured", measured)
-    assert bench.main(["stylegan2", "--device=cpu", "--full", "--rows", "256 px, batch 32"]) == 1
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| style")]
+    options = ["--device=cpu", "--full", "--profile=2", "--rows", "256 px, batch 32"]
+    assert bench.main(["stylegan2", *options]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("a kernel") == 4
+    rows = [line for line in lines if line.startswith("| style")]
     assert len(rows) == 3 and all("256 px, batch 32" in row for row in rows)
     assert [row for row in rows if "generate" in row and "| CUDA out of memory. Tried |" in row]
 
