@@ -1742,9 +1742,12 @@ class WeightGradient(Function):
         return ggy, gx, None, None
 
 
-# 1x1 convolutions to and from images, which have few channels, as matrix products. Those read their
-# matrices along rows, which should be long: images are NCHW, features channels last, and weights
-# (few, many). In another order rows of an image's pixels, or of weights, would have 3 elements.
+# 1x1 convolutions to and from images, which have few channels, as matrix products, with X (few, H W)
+# of an image, Y (H W, many) of features and w (few, many):
+#   to_image    X = w Y^T;  backward: dY = dX^T w, which is from_image;  dw = dX Y
+#   from_image  Y = X^T w;  backward: dX = w dY^T, which is to_image;  dw = X dY
+# Products are fast where rows of matrices are long in memory. So images are NCHW, and features, as
+# always, channels last; the other way round rows would have 3 elements.
 
 
 def to_image(x, w):
