@@ -1742,8 +1742,8 @@ class WeightGradient(Function):
         return ggy, gx, None, None
 
 
-# 1x1 convolutions to and from images, which have few channels, as matrix products, with X (few, H W)
-# of an image, Y (H W, many) of features and w (few, many):
+# 1x1 convolutions to and from images, which have few channels, as products. With X (few, H W)
+# of an image, Y (H W, many) of features, w (few, many):
 #   to_image    X = w Y^T;  backward: dY = dX^T w, which is from_image;  dw = dX Y
 #   from_image  Y = X^T w;  backward: dX = w dY^T, which is to_image;  dw = X dY
 # Products are fast where rows of matrices are long in memory. So images are NCHW, and features, as
