@@ -1674,8 +1674,9 @@ def no_weight_gradients():
 
 
 def conv2d(x, w, stride=1, padding=0, groups=1):
-    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw). Where there are kernels
-    1x1 convolutions from or to images are products: in half precision cuDNN's want 8 channels."""
+    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw). Where there are kernels,
+    1x1 convolutions from or to images in half precision are products: with less than 8 channels
+    cuDNN's are slow."""
     stride, padding, (O, I) = pair(stride), pair(padding), w.shape[:2]
     plain = w.shape[2:] == (1, 1) and groups == 1 and (stride, padding) == ((1, 1), (0, 0))
     if plain and min(O, I) < 8 and x.element_size() == 2 and kernels(x, None) is not None:

@@ -349,6 +349,7 @@ class RenderNet(nn.Module):
         self.register_buffer("fir", fir_filter(), persistent=False)
 
     def forward(self, f, coarse, noise="random"):
+        # Convolutions are slow where their weights have another memory order.
         f = f.contiguous(memory_format=ops.memory_order(self.layers[0].weight))
         x, out = F.avg_pool2d(f, self.coarse_size // self.min_size), None
         for k, heads in enumerate(zip(self.to_rgb, self.to_seg, strict=True)):
