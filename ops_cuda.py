@@ -7,8 +7,10 @@ In this file                                what it is
     norm_act                                pad(act(instance_norm(x) * scale + shift)) + residual
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
     pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
+    box_blur, blur_box                      [1, 1] and [1, 2, 1], either way round, in one pass
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
     to_image, from_image                    1x1 convolutions to and from few channels
+    double_conv2d, conv2d_pool2             3x3 convolutions of doubled pixels, or followed by means
     conv2d_resample                         a convolution that also resamples, in the best order
     grid_sample                             twice differentiable in the image
     warp                                    upsample by a lowpass and read through an affine map
@@ -642,10 +644,16 @@ extern "C" int norm_act(int backward, int type, int vector, int cl, const int64_
 
 struct Fir {
     int64_t groups;  // NCHW: planes, CL: samples
-    int C, H, W, OH, OW, FH, FW, upx, upy, downx, downy, padx, pady, flip;
+    int C, H, W, OH, OW, FH, FW, upx, upy, downx, downy, padx, pady, flip, odd;
     float gain;
     int lanes, tiles, bands, steps;  // of fir_kernel: columns and rows of blocks; steps of a thread
 };
+
+// Odd edges, see box_blur: the outermost pixels of the padding are minus those of the image.
+__device__ __forceinline__ bool outside(int i, int n) { return unsigned(i) >= unsigned(n); }
+__device__ __forceinline__ int mirrored(int i, int n, int pad) {
+    return i < 0 ? -pad - i : i < n ? i : 2 * n - 2 + pad - i;
+}
 
 // Any factors, padding and 2-D filter: one thread per output,
 //   y[oy, ox] = gain * sum_k f[k] x[(o * down + k - pad) / up], where that is a whole number
@@ -663,12 +671,20 @@ __global__ void __launch_bounds__(256) fir_any_kernel(Fir p, const T* x, const f
     float sum = 0;
     for (int ky = 0; ky < p.FH; ky++) {
         int64_t qy = int64_t(oy) * p.downy + ky - p.pady;
+        bool minus = p.odd && outside(qy, p.H);
+        if (minus) qy = mirrored(qy, p.H, p.pady);
         if (qy < 0 || qy % p.upy || qy / p.upy >= p.H) continue;
         for (int kx = 0; kx < p.FW; kx++) {
             int64_t qx = int64_t(ox) * p.downx + kx - p.padx;
+            bool negative = minus;
+            if (p.odd && outside(qx, p.W)) {
+                negative = !minus;
+                qx = mirrored(qx, p.W, p.padx);
+            }
             if (qx < 0 || qx % p.upx || qx / p.upx >= p.W) continue;
             int k = p.flip ? ky * p.FW + kx : (p.FH - 1 - ky) * p.FW + p.FW - 1 - kx;
-            sum += f[k] * to_float(x[(qy / p.upy * p.W + qx / p.upx) * (CL ? p.C : 1)]);
+            float v = to_float(x[(qy / p.upy * p.W + qx / p.upx) * (CL ? p.C : 1)]);
+            sum += f[k] * (negative ? -v : v);
         }
     }
     y[i] = from_float<T>(sum * p.gain);
@@ -682,7 +698,7 @@ __device__ const float4 zeros = {0, 0, 0, 0};
 // it filters DOWN new input rows horizontally, keeps the last WIN such rows in registers, and
 // writes UP output rows. Output o of a step meets input j with tap k = UP * j + r - o * DOWN, where
 // r = (-pad) mod UP; so UP rows of WIN coefficients per axis say it all.
-template <class T, int V, bool CL, int TAPS, int UP, int DOWN, int RX>
+template <class T, int V, bool CL, int TAPS, int UP, int DOWN, int RX, bool ODD>
 __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float* f, T* y) {
     constexpr int WIN = ((UP - 1) * DOWN + TAPS - 1) / UP + 1, WIDE = WIN + (RX - 1) * DOWN;
     constexpr int OUT = RX * UP;
@@ -721,12 +737,14 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
         Pack<T, V> pixels[DOWN][WIDE];  // loaded all at once, before any is waited for
 #pragma unroll
         for (int d = 0; d < DOWN; d++) {
-            bool inside = unsigned(next + d) < unsigned(p.H);
-            const T *from = x + (int64_t(next + d) * p.W + left) * step, *zero = (const T*)&zeros;
+            int r = ODD ? mirrored(next + d, p.H, p.pady) : next + d;
+            bool inside = !outside(r, p.H);
+            const T *from = x + (int64_t(r) * p.W + left) * step, *zero = (const T*)&zeros;
 #pragma unroll
             for (int i = 0; i < WIDE; i++) {
-                bool known = inside & (unsigned(left + i) < unsigned(p.W));
-                pixels[d][i] = fetch<V>(known ? from + int64_t(i) * step : zero);
+                int q = ODD ? mirrored(left + i, p.W, p.padx) : left + i;
+                bool known = inside & !outside(q, p.W);
+                pixels[d][i] = fetch<V>(known ? from + int64_t(q - left) * step : zero);
             }
         }
 #pragma unroll
@@ -743,15 +761,17 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
 #pragma unroll
                 for (int v = 0; v < V; v++) row[o][v] = 0;
 #pragma unroll
-            for (int i = 0; i < WIDE; i++)
+            for (int i = 0; i < WIDE; i++) {
+                bool negative = ODD && outside(left + i, p.W) != outside(next + d, p.H);
 #pragma unroll
                 for (int o = 0; o < OUT; o++) {
                     int j = i - o / UP * DOWN;
                     if (j < 0 || j >= WIN) continue;
+                    float c = negative ? -cx[o % UP][j] : cx[o % UP][j];
 #pragma unroll
-                    for (int v = 0; v < V; v++)
-                        row[o][v] += cx[o % UP][j] * to_float(pixels[d][i].v[v]);
+                    for (int v = 0; v < V; v++) row[o][v] += c * to_float(pixels[d][i].v[v]);
                 }
+            }
         }
         if (--fill > 0) continue;
 #pragma unroll
@@ -778,7 +798,7 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
     }
 }
 
-template <class T, int V, bool CL, int TAPS, int UP, int DOWN, int RX>
+template <class T, int V, bool CL, int TAPS, int UP, int DOWN, int RX, bool ODD = false>
 static void fir_launch(Fir p, cudaStream_t stream, const T* x, const float* f, T* y) {
     int columns = (p.OW + RX * UP - 1) / (RX * UP), total = (p.OH + UP - 1) / UP;
     p.lanes = CL ? min(p.C / V, 128) : 1;
@@ -788,7 +808,7 @@ static void fir_launch(Fir p, cudaStream_t stream, const T* x, const float* f, T
     while (p.steps > 4 && p.groups * p.tiles * (total / p.steps + 1) < 1024) p.steps /= 2;
     p.bands = (total + p.steps - 1) / p.steps;
     dim3 grid((unsigned)(p.groups * p.tiles * p.bands), CL ? (p.C / V + p.lanes - 1) / p.lanes : 1);
-    auto k = fir_kernel<T, V, CL, TAPS, UP, DOWN, RX>;
+    auto k = fir_kernel<T, V, CL, TAPS, UP, DOWN, RX, ODD>;
     LAUNCH(k, grid, wide * p.lanes, 0, stream, p, x, f, y);
 }
 template <class T, int TAPS>
@@ -804,6 +824,11 @@ static void fir_factors(const Fir& p, int cl, cudaStream_t s, const T* x, const 
 template <class T>
 static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void* x, const float* f,
                      void* y) {
+    constexpr int V = 16 / sizeof(T);
+    if (taps == 4 && p.odd && cl)
+        return fir_launch<T, V, true, 4, 1, 1, 1, true>(p, s, (const T*)x, f, (T*)y);
+    if (taps == 4 && p.odd)
+        return fir_launch<T, 1, false, 4, 1, 1, 4, true>(p, s, (const T*)x, f, (T*)y);
     if (taps == 2) return fir_factors<T, 2>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 3) return fir_factors<T, 3>(p, cl, s, (const T*)x, f, (T*)y);
     if (taps == 4) return fir_factors<T, 4>(p, cl, s, (const T*)x, f, (T*)y);
@@ -816,7 +841,7 @@ static void fir_type(const Fir& p, int cl, int taps, cudaStream_t s, const void*
 extern "C" int upfirdn2d(int type, int cl, int taps, int64_t groups, const int* s, float gain,
                          const void* x, const void* f, void* y, void* stream) {
     Fir p = {groups, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11],
-             s[12], s[13], gain};
+             s[12], s[13], s[14], gain};
     auto k = fir_type<float>;
     if (type == 1) k = fir_type<__half>;
     if (type == 2) k = fir_type<__nv_bfloat16>;
@@ -1570,27 +1595,27 @@ class Upfirdn2d(Function):
     """See upfirdn2d. pad: (left, above); size: (width, height) of the result."""
 
     @staticmethod
-    def forward(ctx, x, f, up, down, pad, size, flip_filter, gain):
+    def forward(ctx, x, f, up, down, pad, size, flip_filter, gain, odd=False):
         x, last = dense(x)
         N, C, H, W = x.shape
         (OW, OH), (FW, FH) = size, sizes(f)
         order = torch.channels_last if last else torch.contiguous_format
         y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=order)
         ctx.save_for_backward(f)
-        ctx.rest = up, down, pad, (W, H), flip_filter, gain
+        ctx.rest = up, down, pad, (W, H), flip_filter, gain, odd
         if y.numel() == 0 or x.numel() == 0:
             return y.zero_()
         # The fast kernel: separable, equal factors on both axes, one of them 1.
         taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
         V = 16 // x.element_size() if taps <= 4 else 4
-        fast = f.ndim == 1 and taps in (2, 3, 4, 12) and len(factors) == 1
+        fast = f.ndim == 1 and taps in ((4,) if odd else (2, 3, 4, 12)) and len(factors) == 1
         fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
         fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
         full = f if fast or f.ndim == 2 else f.outer(f)
-        shape = (C, H, W, OH, OW, FH, FW, *up, *down, *pad, flip_filter)
+        shape = (C, H, W, OH, OW, FH, FW, *up, *down, *pad, flip_filter, odd)
         launch(
             kernels(x, "cuda").upfirdn2d, x, DTYPES[x.dtype], last, taps if fast else 0,
-            N if last else N * C, (ctypes.c_int * 14)(*shape), gain, pointer(x),
+            N if last else N * C, (ctypes.c_int * 15)(*shape), gain, pointer(x),
             pointer(full.contiguous()), pointer(y),
         )  # fmt: skip
         return y
@@ -1598,11 +1623,11 @@ class Upfirdn2d(Function):
     @staticmethod
     def backward(ctx, gy):
         (f,) = ctx.saved_tensors
-        up, down, (x0, y0), (W, H), flip_filter, gain = ctx.rest
+        up, down, (x0, y0), (W, H), flip_filter, gain, odd = ctx.rest
         FW, FH = sizes(f)
         pad = (FW - x0 - 1, FH - y0 - 1)
-        gx = Upfirdn2d.apply(gy, f, down, up, pad, (W, H), not flip_filter, gain)
-        return (gx, *[None] * 7)
+        gx = Upfirdn2d.apply(gy, f, down, up, pad, (W, H), not flip_filter, gain, odd)
+        return (gx, *[None] * 8)
 
 
 def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl=None):
@@ -1629,23 +1654,53 @@ def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
 
 
 @functools.cache
-def box(device):
-    """The filter [1, 1], of sum 1, once per device."""
-    return setup_filter([1, 1], separable=True, device=device)
+def binomial(taps, device):
+    """[1, 1], [1, 2, 1], [1, 3, 3, 1], ..., scaled to a sum of 1, once per device."""
+    f = [math.comb(taps - 1, k) for k in range(taps)]
+    return setup_filter(f, separable=True, device=device)
 
 
 def pool2(x, impl=None):
     """The means of 2x2 pixels, half of both sides: F.avg_pool2d(x, 2)."""
     if kernels(x, impl) is None:  # as fast on a CPU, and its second derivative several times
         return F.avg_pool2d(x, 2)
-    return downsample2d(x, box(x.device), impl=impl)
+    return downsample2d(x, binomial(2, x.device), impl=impl)
 
 
 def double(x, impl=None):
     """Each pixel 2x2 times, twice both sides: nearest F.interpolate."""
     if kernels(x, impl) is None:
         return F.interpolate(x, scale_factor=2, mode="nearest")
-    return upsample2d(x, box(x.device), impl=impl)
+    return upsample2d(x, binomial(2, x.device), impl=impl)
+
+
+# Box and blur, [1, 1] and [1, 2, 1], are [1, 3, 3, 1], but for the edges: outside of the image
+# between the two is zero. One pass gets that from odd edges, where the outermost pixels of the
+# padding are minus those of x: the box makes 0 of -a and a.
+#   box_blur   padding 1: -x_0, x_0, x_1, ...
+#   blur_box   padding 2: -x_0, 0, x_0, x_1, ...    each is the adjoint of the other
+
+
+def box_blur(x, gain=1, impl=None):
+    """The box where it fits, then the blur, times gain: (N, C, H, W) -> (N, C, H - 1, W - 1)"""
+    if kernels(x, impl) is not None:
+        return odd_edged(x, 1, gain)
+    x = upfirdn2d(x, binomial(2, x.device), gain=gain, impl=impl)
+    return filter2d(x, binomial(3, x.device), impl=impl)
+
+
+def blur_box(x, gain=1, impl=None):
+    """The blur, then the box at every place that it meets: (N, C, H, W) -> (N, C, H + 1, W + 1)"""
+    if kernels(x, impl) is not None:
+        return odd_edged(x, 2, gain)
+    x = filter2d(x, binomial(3, x.device), impl=impl)
+    return upfirdn2d(x, binomial(2, x.device), padding=1, gain=gain, impl=impl)
+
+
+def odd_edged(x, pad, gain):
+    (H, W), f = x.shape[2:], binomial(4, x.device)
+    size = (W + 2 * pad - 3, H + 2 * pad - 3)
+    return Upfirdn2d.apply(x, f, (1, 1), (1, 1), (pad, pad), size, False, gain, True)
 
 
 # =============================================================================
@@ -1866,6 +1921,35 @@ def conv2d_resample(
     return conv2d(F.pad(x, pads), w, groups=groups)
 
 
+# Convolutions between sides of 1 : 2, of progressive GANs. Doubling or averaging pixels, the box
+# [1, 1], and a 3x3 kernel w are one 4x4 kernel of stride 2, and a blur with [1, 2, 1] is a pass.
+# With w alone of stride 2, 9/16 of the work, box and blur are one pass, too: box_blur, blur_box.
+
+
+def double_conv2d(x, w, blur=False, impl=None):
+    """Each pixel 2x2 times, a 3x3 convolution, and, with `blur`, the filter [1, 2, 1]; zeros are
+    outside. x: (N, I, H, W), w: (O, I, 3, 3) -> (N, O, 2 H, 2 W)"""
+    w = w.flip([2, 3]).transpose(0, 1)
+    if blur and kernels(x, impl) is not None:
+        return box_blur(conv_transpose2d(x, w, stride=2), gain=4, impl=impl)
+    x = conv_transpose2d(x, widened(w), stride=2, padding=1)
+    return filter2d(x, binomial(3, x.device), impl=impl) if blur else x
+
+
+def conv2d_pool2(x, w, blur=False, impl=None):
+    """With `blur`, the filter [1, 2, 1], a 3x3 convolution, means of 2x2 pixels; zeros are outside.
+    x: (N, I, H, W), sides even, w: (O, I, 3, 3) -> (N, O, H / 2, W / 2)"""
+    if blur and kernels(x, impl) is not None:
+        return conv2d(blur_box(x, impl=impl), w, stride=2)
+    x = filter2d(x, binomial(3, x.device), impl=impl) if blur else x
+    return conv2d(x, widened(w) / 4, stride=2, padding=1)
+
+
+def widened(w):
+    """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
+    return F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
+
+
 # =============================================================================
 # grid_sample
 # =============================================================================
@@ -2033,6 +2117,8 @@ def operators(N, C, H, W, device):
         "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
         "downsample, 4 taps": (fir(f4, down=2), []),
         "filter, 12 taps": (fir(f12), []),
+        "box, blur": (lambda x, impl, *_: box_blur(F.pad(x, (0, 1, 0, 1)), impl=impl), []),
+        "blur, box": (lambda x, impl, *_: blur_box(x, impl=impl), []),
         "upsample, 12 taps": (fir(f12, up=2, gain=4), []),
         "downsample, 12 taps": (fir(f12, down=2), []),
         "warp": (warped, []),

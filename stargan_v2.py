@@ -79,17 +79,11 @@ TOY |= dict(ema_beta=0.995, every=500)
 # Layers have the names of the official checkpoints ("decode.0.norm1.fc.weight").
 
 
-def widened(w):
-    """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
-    return functional.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
-
-
 class Conv2d(nn.Conv2d):
     """A convolution of stride 1 whose second derivative, which R1 needs, is cheap.
 
-    resample: "up": of x with doubled pixels; "down": followed by averages of 2x2 pixels. Either is
-    one 4x4 convolution of stride 2, with less than half the work. act and gain of the result come
-    in one pass with the bias.
+    resample: "up": of x with doubled pixels; "down": followed by averages of 2x2 pixels. act and
+    gain of the result come in one pass with the bias.
     """
 
     def __init__(self, I, O, k, padding=0, resample=None, bias=True, act="linear", gain=1.0):
@@ -101,10 +95,9 @@ class Conv2d(nn.Conv2d):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         w = self.weight.to(x.dtype)
         if self.resample == "up":
-            kernel = widened(w).flip([2, 3]).transpose(0, 1)
-            x = ops.conv_transpose2d(x, kernel, stride=2, padding=1)
+            x = ops.double_conv2d(x, w)
         elif self.resample == "down":
-            x = ops.conv2d(x, widened(w) / 4, stride=2, padding=1)
+            x = ops.conv2d_pool2(x, w)
         else:
             x = ops.conv2d(x, w, padding=self.padding)
         return x if self.bias is None else ops.bias_act(x, self.bias, act=self.act, gain=self.gain)

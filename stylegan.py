@@ -111,34 +111,6 @@ class Linear(nn.Module):
         return ops.bias_act(F.linear(x, self.weight * self.gain), b, act=self.act, gain=1)
 
 
-def widened(w):
-    """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
-    return F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
-
-
-def conv2d(x, weight, resample=None):
-    """Convolution with zero padding. resample: "up": of x with doubled pixels; "down": followed by
-    averages of 2x2 pixels. Either is one convolution of stride 2, with less than half the work."""
-    weight = weight.to(x.dtype)
-    if resample == "up":
-        kernel = widened(weight).flip([2, 3]).transpose(0, 1)
-        return ops.conv_transpose2d(x, kernel, stride=2, padding=1)
-    if resample == "down":
-        return ops.conv2d(x, widened(weight) / 4, stride=2, padding=1)
-    return ops.conv2d(x, weight, padding=weight.shape[2] // 2)
-
-
-@functools.cache
-def binomial(device):
-    """The filter [1, 2, 1], of sum 1, once per device."""
-    return ops.setup_filter([1, 2, 1], separable=True, device=device)
-
-
-def blur(x):
-    """Binomial filter along either axis (sec. 2: bilinear sampling)."""
-    return ops.filter2d(x, binomial(x.device))
-
-
 def upscale(x, factor=2):
     """Each pixel factor x factor times."""
     return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
@@ -152,18 +124,23 @@ def downscale(x, factor=2):
 class Conv2d(nn.Module):
     """A convolution of D, or to RGB, with equalized learning rate, bias and activation.
 
-    forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if resample is "down"
+    forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if `down`: by means of 2x2 pixels,
+    and blurred in front if `blurred`
     """
 
-    def __init__(self, I, O, k, act="linear", resample=None, clamp=None):
+    def __init__(self, I, O, k, act="linear", down=False, blurred=False, clamp=None):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(O, I, k, k))
         self.bias = nn.Parameter(torch.zeros(O))
         self.gain = ops.ACTIVATIONS[act][2] / math.sqrt(I * k * k)
-        self.act, self.resample, self.clamp = act, resample, clamp
+        self.act, self.down, self.blurred, self.clamp = act, down, blurred, clamp
 
     def forward(self, x):
-        x = conv2d(x, self.weight * self.gain, self.resample)
+        w = (self.weight * self.gain).to(x.dtype)
+        if self.down:
+            x = ops.conv2d_pool2(x, w, self.blurred)
+        else:
+            x = ops.conv2d(x, w, padding=w.shape[2] // 2)
         return ops.bias_act(x, self.bias, act=self.act, gain=1, clamp=self.clamp)
 
 
@@ -272,8 +249,12 @@ class SynthesisLayer(Epilogue):
         self.up, self.blurred = up, blurred
 
     def forward(self, x, w, noise="random"):
-        x = conv2d(x, self.weight * self.gain, "up" if self.up else None)
-        return super().forward(blur(x) if self.up and self.blurred else x, w, noise)
+        weight = (self.weight * self.gain).to(x.dtype)
+        if self.up:
+            x = ops.double_conv2d(x, weight, self.blurred)
+        else:
+            x = ops.conv2d(x, weight, padding=1)
+        return super().forward(x, w, noise)
 
 
 def block_type(block, x):
@@ -438,14 +419,13 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, I, O, img_channels, half, clamp, blurred):
         super().__init__()
-        self.half, self.blurred = half, blurred
+        self.half = half
         self.fromrgb = Conv2d(img_channels, I, 1, "lrelu", clamp=clamp)
         self.conv0 = Conv2d(I, I, 3, "lrelu", clamp=clamp)
-        self.conv1 = Conv2d(I, O, 3, "lrelu", "down", clamp)
+        self.conv1 = Conv2d(I, O, 3, "lrelu", True, blurred, clamp)
 
     def forward(self, x):
-        x = self.conv0(x.to(block_type(self, x)))
-        return self.conv1(blur(x) if self.blurred else x)
+        return self.conv1(self.conv0(x.to(block_type(self, x))))
 
     def features(self, img):
         """(N, img_channels, res, res) -> (N, I, res, res)"""

@@ -128,16 +128,19 @@ class Filter(torch.autograd.Function):
 
 def blur2d(x, kwargs):
     if not kwargs:
-        return stylegan.blur(x)  # its own taps
+        return stylegan.ops.filter2d(x, stylegan.ops.binomial(3, x.device))  # its own taps
     f = stylegan.ops.setup_filter(kwargs["f"], kwargs.get("normalize", True), separable=True)
     return Filter.apply(x, f.to(x))
 
 
-def resampled(x, p, kwargs, resample):
+def convolved(x, p, kwargs):
     w = scaled(p["weight"], kwargs)
-    if resample == "up" and kwargs["fused_scale"]:
-        w = w.flip([2, 3])
-    return stylegan.conv2d(x, w, resample)
+    return stylegan.ops.conv2d(x, w, padding=w.shape[2] // 2)
+
+
+def doubled(x, p, kwargs):
+    w = scaled(p["weight"], kwargs)
+    return stylegan.ops.double_conv2d(x, w.flip([2, 3]) if kwargs["fused_scale"] else w)
 
 
 def style_mod(x, p, dlatent, kwargs):
@@ -153,9 +156,9 @@ OPS = {
     "upscale2d": lambda t, p, k: stylegan.upscale(t["x"], k["factor"]),
     "downscale2d": lambda t, p, k: stylegan.downscale(t["x"], k["factor"]),
     "dense": lambda t, p, k: dense(t["x"], p, k),
-    "conv2d": lambda t, p, k: stylegan.conv2d(t["x"], scaled(p["weight"], k)),
-    "upscale2d_conv2d": lambda t, p, k: resampled(t["x"], p, k, "up"),
-    "conv2d_downscale2d": lambda t, p, k: resampled(t["x"], p, k, "down"),
+    "conv2d": lambda t, p, k: convolved(t["x"], p, k),
+    "upscale2d_conv2d": lambda t, p, k: doubled(t["x"], p, k),
+    "conv2d_downscale2d": lambda t, p, k: stylegan.ops.conv2d_pool2(t["x"], scaled(p["weight"], k)),
     "apply_bias": lambda t, p, k: stylegan.ops.bias_act(t["x"], p["bias"] * k["lrmul"]),
     "leaky_relu": lambda t, p, k: stylegan.ops.bias_act(
         t["x"], act="lrelu", alpha=k["alpha"], gain=1

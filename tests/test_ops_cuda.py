@@ -24,6 +24,7 @@ import common
 import cyclegan
 import ops_cuda as ops
 import stargan_v2
+import stylegan
 import stylegan2
 
 ROOT = Path(__file__).parent.parent
@@ -454,6 +455,39 @@ def test_the_kernel_of_two_taps_equals_torch_s_pooling_and_doubling(device, func
         compare(lambda impl, x: function(x, impl), {"x": torch.randn(shape)}, dtype, device, last)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("function", [ops.box_blur, ops.blur_box])
+def test_box_and_blur_are_one_pass_with_odd_edges(device, function, dtype, last):
+    torch.manual_seed(0)
+    for shape in ((2, 8, 11, 6), (1, 3, 2, 3), (1, 40, 7, 37), (2, 16, 133, 3)):
+        compare(
+            lambda impl, x: function(x, 1.7, impl), {"x": torch.randn(shape)}, dtype, device, last
+        )
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize("function", [ops.double_conv2d, ops.conv2d_pool2])
+def test_convolutions_between_sides_equal_their_steps(device, function, blur, last):
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 8, 10, 6), torch.randn(4, 8, 3, 3)
+
+    def steps(x, w):
+        f = ops.setup_filter([1, 2, 1], separable=True).to(x)
+        if function is ops.double_conv2d:
+            y = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w, padding=1)
+            return ops.filter2d(y, f, impl="ref") if blur else y
+        y = F.conv2d(ops.filter2d(x, f, impl="ref") if blur else x, w, padding=1)
+        return F.avg_pool2d(y, 2)
+
+    def run(impl, x, w):
+        return function(x, w, blur, impl) if impl == "cuda" else steps(x, w)
+
+    with common.exact_float32(torch.device(device)):
+        compare(run, {"x": x, "w": w}, torch.float32, device, last)
+
+
 def test_long_columns_are_walked_in_bands(device):
     f, x = ops.setup_filter(F4, separable=True).to(device), torch.randn(1, 4, 133, 5, device=device)
     for options in ({}, {"up": 2}, {"down": 2}):
@@ -838,6 +872,50 @@ def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, arc
     for name, wanted in exact.items():
         off = (mine[name] - wanted).norm() / wanted.norm()
         assert off <= allowed, f"{name}: off by {off:.2g}"
+
+
+@pytest.mark.parametrize(("half", "allowed"), [(None, 1e-4), ("float16", 0.1)])
+def test_stylegan_trains_on_the_kernels(device, monkeypatch, half, allowed):
+    torch.manual_seed(0)
+    both = dict(img_resolution=32, channel_base=256, channel_max=16, lod=0.5)
+    both |= dict(half_res=4, half=half) if half else {}
+    G = stylegan.Generator(16, 0, 16, map_layers=2, **both)
+    D = stylegan.Discriminator(mbstd_group=2, **both, **dict(clamp=256.0) if half else {})
+    for name, p in G.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(0.3)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    of_weights = stylegan.block_type
+    if device == "cpu":  # where the networks would stay in float32
+        monkeypatch.setattr(stylegan, "block_type", lambda b, x: b.half or of_weights(b, x))
+    options = dict(r1_gamma=1, r2_gamma=0, gp_lambda=0, loss="logistic", mixing=0.9, batch_gpu=None)
+    args, filters = types.SimpleNamespace(**options), []
+    apply = ops.Upfirdn2d.apply
+    monkeypatch.setattr(ops.Upfirdn2d, "apply", lambda *rest: (filters.append(0), apply(*rest))[1])
+
+    def gradients():
+        run = Draws(device)
+        real = run.randn(4, 3, 32, 32)
+        D.requires_grad_(False)
+        stylegan.generator_phase(G, D, 4, lambda n: None, args, run, run.randn)
+        D.requires_grad_(True)
+        stylegan.discriminator_phase(G, D, real, None, args, run, run.randn)
+        found = []
+        for net in (G, D):
+            used = [p.grad for p in net.parameters() if p.grad is not None]
+            found.append(torch.cat([g.flatten() for g in used]))
+            net.zero_grad()
+        return found
+
+    with common.exact_float32(device):  # the rounding of TF32 is larger than what is allowed
+        mine = gradients()
+        assert filters
+        monkeypatch.setattr(stylegan, "block_type", lambda b, x: b.conv1.weight.dtype)
+        monkeypatch.setattr(ops, "kernels", lambda x, impl: None)
+        exact = gradients()
+    for a, b in zip(mine, exact, strict=True):
+        off = (a - b).norm() / b.norm()
+        assert off <= allowed, f"off by {off:.2g}"
 
 
 TRANSLATORS = [

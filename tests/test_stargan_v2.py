@@ -19,7 +19,6 @@ from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from eager import Eager
 from PIL import Image
 from test_stylegan2 import jsonl, logged_steps, shuffled_weights
-from test_stylegan2_ada import definitions
 
 import common
 import stargan_v2
@@ -137,11 +136,6 @@ def test_resampling_in_a_convolution_is_resampling_beside_it():
     torch.testing.assert_close(up(x), wanted)
     wanted = torch.nn.functional.conv2d(x, down.weight, down.bias, padding=1)
     torch.testing.assert_close(down(x), torch.nn.functional.avg_pool2d(wanted, 2))
-
-
-def test_copies_of_stylegans_kernel_say_the_same():
-    copies = [definitions(ROOT / f)["widened"] for f in ("stylegan.py", "stargan_v2.py")]
-    assert copies[1].replace("functional.", "F.") == copies[0]
 
 
 # ---- losses and one step ----

@@ -72,16 +72,16 @@ def test_copies_are_equal(name):
 def test_a_fused_upsampling_convolution_is_the_plain_one_with_its_kernel_turned(size):
     x, w = torch.randn(2, 3, *size).double(), torch.randn(4, 3, 3, 3).double()
     plain = F.conv2d(stylegan.upscale(x), w, padding=1)
-    torch.testing.assert_close(stylegan.conv2d(x, w, "up"), plain)
+    torch.testing.assert_close(ops.double_conv2d(x, w), plain)
     # the official one: the sum of four shifted kernels, transposed and not turned
-    fused = F.conv_transpose2d(x, stylegan.widened(w).transpose(0, 1), stride=2, padding=1)
-    torch.testing.assert_close(stylegan.conv2d(x, w.flip([2, 3]), "up"), fused)
+    fused = F.conv_transpose2d(x, ops.widened(w).transpose(0, 1), stride=2, padding=1)
+    torch.testing.assert_close(ops.double_conv2d(x, w.flip([2, 3])), fused)
 
 
 def test_a_downsampling_convolution_is_the_plain_one_and_an_average():
     x, w = torch.randn(2, 3, 6, 8).double(), torch.randn(4, 3, 3, 3).double()
     plain = F.avg_pool2d(F.conv2d(x, w, padding=1), 2)
-    torch.testing.assert_close(stylegan.conv2d(x, w, "down"), plain)
+    torch.testing.assert_close(ops.conv2d_pool2(x, w), plain)
 
 
 def test_adain_gives_each_map_the_mean_and_deviation_of_its_style():
@@ -753,8 +753,8 @@ def test_the_networks_and_losses_can_be_pasted_elsewhere(trained):
     text = (ROOT / "stylegan.py").read_text()
     bar = "# " + "=" * 77 + "\n"
     sections = dict(zip(*[iter(text.split(bar)[1:])] * 2, strict=True))
-    names = "import functools\nimport math\nimport torch\nimport torch.nn.functional as F\n"
-    names += "from torch import nn\nimport ops_cuda as ops\nW_AVG_BETA, DRIFT = 0.995, 0.001\n"
+    names = "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+    names += "import ops_cuda as ops\nW_AVG_BETA, DRIFT = 0.995, 0.001\n"
     here = {}
     exec(names + sections["# Networks\n"] + sections["# Losses\n"], here)
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
