@@ -1293,8 +1293,9 @@ class FusedActGrad(Function):
     def forward(ctx, gy, x, y, scale, noise, strength, b, spec, summed):
         dx, small = torch.empty_like(gy), dict(scale=scale, noise=noise, strength=strength, b=b)
         sums = run_fused_act(1, spec, gy, summed, gy=gy, x=x, y=y, out=dx, **small)
-        ctx.save_for_backward(gy, x, y, scale, noise, strength, b)
-        ctx.spec = spec
+        # Without x the second derivative does not depend on gy: R1 keeps a third less.
+        ctx.save_for_backward(None if x is None else gy, x, y, scale, noise, strength, b)
+        ctx.spec, ctx.order = spec, memory_order(gy)
         return dx, sums
 
     @staticmethod
@@ -1304,11 +1305,11 @@ class FusedActGrad(Function):
         given = dict(zip(("scale", "noise", "strength", "b"), small, strict=True))
         if gsums is not None:
             given |= dict(zip(("gb", "gscale", "gstrength"), gsums.unbind(1), strict=True))
-        ggy, gx = torch.empty_like(gy), None if x is None else torch.empty_like(gy)
-        gdx = gdx.contiguous(memory_format=memory_order(gy))
+        gdx = gdx.contiguous(memory_format=ctx.order)
+        ggy, gx = torch.empty_like(gdx), None if x is None else torch.empty_like(gdx)
         summed = x is not None  # the rest is linear in gy alone
         sums = run_fused_act(
-            2, ctx.spec, gy, summed, gy=gy, x=x, y=y, gdx=gdx, out=ggy, gx=gx, **given
+            2, ctx.spec, gdx, summed, gy=gy, x=x, y=y, gdx=gdx, out=ggy, gx=gx, **given
         )
         return ggy, gx, None, *gradients_of_sums(sums, *small), None
 

@@ -723,10 +723,11 @@ def discriminator_phase(G, D, real, seg, args, run, noise):
     with torch.no_grad():
         fake = G.synthesis(mix(G, len(real), args, run), noise)
     on_real = D(real, seg)
-    on_fake = D(fake.img, None if seg is None else fake.seg)
     of_real = logistic_loss(on_real, real=True).mean()
+    run.backward(of_real)
+    on_fake = D(fake.img, None if seg is None else fake.seg)
     of_fake = logistic_loss(on_fake, real=False).mean()
-    run.backward(of_real + of_fake)
+    run.backward(of_fake)
     return torch.stack([of_real, of_fake, on_real.mean(), on_fake.mean()]).detach()
 
 

@@ -323,6 +323,16 @@ def test_more_channels_than_a_block_has_threads_are_taken_in_turns(device):
     compare(run, dict(x=x, scale=scale, b=b), torch.float32, device, True)
 
 
+@pytest.mark.parametrize(("act", "images"), [("linear", 0), ("lrelu", 1), ("tanh", 2)])
+def test_a_gradient_to_differentiate_keeps_what_that_reads(device, act, images):
+    x = torch.randn(2, 8, 4, 4, device=device, requires_grad=True)
+    y, kept = ops.bias_act(x, torch.zeros(8, device=device), act=act, impl="cuda"), []
+    gy = torch.randn_like(y, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        torch.autograd.grad(y, x, gy, create_graph=True)
+    assert kept.count(x.shape) == images  # y; x and gy of a smooth kind
+
+
 def test_tensors_of_wrong_shape_are_refused():
     x = torch.zeros(2, 3, 4, 4)
     for wrong in ({"scale": torch.ones(1, 3)}, {"b": torch.ones(2)}, {"noise": torch.ones(4, 5)}):
