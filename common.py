@@ -379,10 +379,10 @@ def add_vgg_options(p):
     p.add("--lpips", help="the LPIPS weights of VGG16, likewise")
 
 
-def add_sample_scores_options(p, metrics="fd8,fid,pr,ppl"):
+def add_sample_scores_options(p, metrics="fd8,fid,pr,ppl", reals="as many as fakes"):
     """The options of an `evaluate` of samples, beside those of add_evaluate_options."""
     p.add("--samples", type=positive_int, help="fakes: 50000, on toy 4000")
-    p.add("--reals", type=positive_int, help="at most: as many as fakes")
+    p.add("--reals", type=positive_int, help=f"at most: {reals}")
     p.add("--metrics", default=metrics, help="some of these")
     p.set_defaults(known_metrics=metrics)
     p.add("--batch", type=positive_int, default=32)
@@ -2426,7 +2426,7 @@ class Run:
         names, totals = [name for names in self.sums for name in names], {}
         for name, row in zip(names, rows.cpu(), strict=True):  # steps differ in what they compute
             totals[name] = totals.get(name, 0) + row
-        means = {name: (row[0] / row[1].clamp(min=1)).item() for name, row in totals.items()}
+        means = {name: (row[0] / row[1]).item() for name, row in totals.items() if row[1]}
         self.sums = {}
         for name, value in means.items():
             if not math.isfinite(value):
@@ -2821,9 +2821,10 @@ def load_gan(path, models, build, from_official):
         return load_networks(path, models, build, None)
     ours = {"Gs": "G_ema", "g_ema": "G_ema", "g": "G", "d": "D"}
     nets = {}
-    for name, (_, arrays, options) in read_official(path).items():
+    for name, (kind, arrays, options) in read_official(path).items():
         if name != "augment_pipe":
             try:
+                options = with_unsaid(kind, name, options)
                 nets[ours.get(name, name)] = from_official(arrays, options)
             except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
                 raise UserError(f"{path}: its {name} is no such network: {e}.") from None
@@ -3585,12 +3586,24 @@ def read_official(path):
     return nets
 
 
-def official_option(options, name):
-    """The value of a name, wherever it stands in nested official arguments, or None."""
-    parts = [v for v in options.values() if isinstance(v, dict)]
-    return options.get(
-        name, next((v for p in parts if (v := official_option(p, name)) is not None), None)
-    )
+def official_option(options, name, default=None):
+    """The value of a name, wherever it stands in nested official arguments, else default."""
+    parts = [official_option(v, name, default) for v in options.values() if isinstance(v, dict)]
+    return options.get(name, next((v for v in parts if v != default), default))
+
+
+HALF = dict(conv_clamp=256, num_fp16_res=4)
+UNSAID = {  # defaults that files leave out, by kind and first letter of the network
+    ("pytorch", "G"): HALF,  # of stylegan3; stylegan2-ada-pytorch always says them
+    ("pytorch", "D"): HALF,
+    ("tensorflow", "D"): dict(mapping_lrmul=0.1),
+}
+
+
+def with_unsaid(kind, name, options):
+    """The official arguments of a network of that name, and those that its file leaves out."""
+    unsaid = UNSAID.get((kind, name[0]), {}).items()
+    return options | {k: v for k, v in unsaid if official_option(options, k, v) == v}
 
 
 # ---- names of StyleGAN2's tensors: the form of stylegan2-ada-pytorch stands for all -----------
@@ -3648,6 +3661,8 @@ def stylegan2_names(arrays):
     """The tensors of an official StyleGAN2 network of any kind, named and laid out as those of
     stylegan2-ada-pytorch are, but for sides of 1. Raises ValueError if that cannot be."""
     arrays = {k: v for k, v in arrays.items() if not k.endswith(("_filter", ".kernel", "lod"))}
+    if any(re.search(r"RGB_lod\d/mod_", name) for name in arrays):
+        raise ValueError("its images grow, as in Table 1's rows B to D, which is not supported")
     if any(re.search(r"StyleMod/|RGB_lod\d", name) for name in arrays):
         raise ValueError("these are tensors of a StyleGAN: use stylegan.py")
     if any("LabelConcat" in name for name in arrays):
@@ -5737,9 +5752,10 @@ def load_noise(path, G):
             noise.copy_(load_array(path, name, tuple(noise.shape)))
 
 
-def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False):
+def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False, full=False):
     """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout; paths:
-    see generator_scores; mirror: flip pictures at random."""
+    see generator_scores; mirror: flip pictures at random; full: against all pictures, not as many
+    as samples."""
     device = next(G.parameters()).device
     exact.to(device)
     metrics_of(args)
@@ -5755,7 +5771,7 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False):
     n = args.samples or (4000 if source.is_toy else 50_000)
     if args.samples or source.is_toy:
         paths = {name: options | dict(n=n) for name, options in paths.items()}
-    n_real = min(args.reals or n, len(images))
+    n_real = min(args.reals or (len(images) if full else n), len(images))
     if min(n, n_real) < 2:
         raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
 

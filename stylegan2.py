@@ -603,7 +603,7 @@ def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
         mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
         penalty = (lengths - mean).square().mean()
         run.backward(penalty * args.pl_weight * args.pl_every)
-        pl_mean.copy_(mean.detach())
+        pl_mean.copy_(torch.where(mean.isfinite(), mean, pl_mean).detach())  # float16 may overflow
         losses.append(penalty.detach())
     return torch.stack(losses).mean()
 
@@ -666,8 +666,8 @@ def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noi
 
 
 def lazy_adam(run, net, lr, every):
-    """Adam with the rate and betas to the power of k / (k + 1), since every k steps come with one
-    more, of the regularizer (StyleGAN2 appendix B)."""
+    """Adam with the rate times, and betas to the power of, k / (k + 1), since every k steps come
+    with one more, of the regularizer (StyleGAN2 appendix B)."""
     share = every / (every + 1)
     return run.adam([net], lr * share, tuple(beta**share for beta in BETAS))
 
@@ -687,7 +687,7 @@ def new_networks(args, size, c_dim, half):
         both |= dict(half_res=FP16_BLOCKS, half=half, clamp=CLAMP)
     G = dict(z_dim=args.z_dim, w_dim=args.w_dim, map_layers=args.map_layers, architecture=args.G)
     G |= dict(use_noise=args.noise_inputs)
-    D = dict(architecture=args.D, mbstd_group=args.mbstd_group)
+    D = dict(architecture=args.D, mbstd_group=args.mbstd_group, map_layers=args.D_map_layers)
     return {"G": Generator(**both, **G), "D": Discriminator(**both, **D)}
 
 
@@ -733,17 +733,17 @@ def train(args):
         all_labels = torch.from_numpy(labels).to(run.device)
 
     start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
+    n = args.batch_gpu or args.batch // run.world
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
-        f" batch {args.batch}, {args.batch_gpu or args.batch // run.world} at a time on"
-        f" {run.world} processes"
+        f" batch {args.batch}, {n} at a time on {run.world} processes"
     )
     if len(data) < args.batch:
         run.say(f"only {len(data)} images: a batch of {args.batch} holds each more than once")
     examples = common.sample_inputs(G_ema, labels, args.seed)
     if start == 0:
         run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
-        common.score_samples(run, G_ema, data, labels, args.batch)
+        common.score_samples(run, G_ema, data, labels, n)
 
     for step, (real, *real_c) in run.batches(image, start, -(-args.kimg * 1000 // args.batch)):
         real_c = real_c[0] if real_c else None
@@ -760,8 +760,8 @@ def train(args):
         run.log(losses, kimg=run.steps_done * args.batch / 1000)
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due(args.every * 1000):
-            run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
-            common.score_samples(run, G_ema, data, labels, args.batch)
+            run.save_picture(common.grid(common.sample(G_ema, *examples, n), 8))
+            common.score_samples(run, G_ema, data, labels, n)
             for net in (G, G_ema):
                 net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
             run.save(keep=keep)
@@ -771,10 +771,16 @@ def train(args):
 def fill_options(args, nets):
     """Options that were left out: those of the networks to start from, else of --config."""
     options = dict(channel_max=512, z_dim=512, w_dim=512, map_layers=8, G="skip", D="resnet")
-    options |= CONFIGS[args.config]
-    for kind, net in sorted(nets.items()):  # D first: its mapping network has a depth of its own
-        options |= {k: v for k, v in net.config.items() if k in options}
-        options["D" if kind == "D" else "G"] = net.config["architecture"]
+    options |= dict(D_map_layers=8, noise_inputs=True) | CONFIGS[args.config]
+    for kind, net in nets.items():
+        held = net.config
+        options |= {k: held[k] for k in ("channel_base", "channel_max")}
+        if kind == "D":
+            options |= dict(D=held["architecture"])
+            options |= dict(D_map_layers=held["map_layers"]) if held["c_dim"] else {}
+        else:
+            options |= dict(G=held["architecture"], noise_inputs=held["use_noise"])
+            options |= {k: held[k] for k in ("z_dim", "w_dim", "map_layers")}
     for name, value in options.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -810,7 +816,8 @@ def from_official(arrays, options=None):
     Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
     """
     arrays = common.stylegan2_names(arrays)
-    lr_mul = common.official_option(options or {}, "mapping_lrmul") or 0.01
+    known = (common.official_option(options or {}, n) for n in ("mapping_lrmul", "lr_multiplier"))
+    lr_mul = next(filter(None, known), 0.01)
     arrays = {
         k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
     }
@@ -881,7 +888,7 @@ def evaluate(args):
     G, _, saved = common.load_generator(args, load_networks)
     exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
     exact.load_state_dict(G.state_dict())
-    common.evaluate_generator(args, G, exact, saved)
+    common.evaluate_generator(args, G, exact, saved, mirror=bool(saved.get("mirror")))
 
 
 def main(argv=None):
@@ -917,8 +924,9 @@ def main(argv=None):
     p.add("--z-dim", type=number, help="512; these and the widths default to a --checkpoint's")
     p.add("--w-dim", type=number, help="512")
     p.add("--map-layers", type=number, help="depth of the mapping network: 8")
-    noisy = dict(action=argparse.BooleanOptionalAction, default=True)
-    p.add("--noise-inputs", **noisy, help="the paper's noise in every layer of G")
+    p.add("--D-map-layers", type=common.not_negative_int, help="likewise for D's labels: 8")
+    noisy = dict(action=argparse.BooleanOptionalAction)
+    p.add("--noise-inputs", **noisy, help="StyleGAN's noise in every layer of G: yes")
     p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")

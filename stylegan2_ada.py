@@ -648,7 +648,8 @@ class AugmentPipe(nn.Module):
         img: (N, C, H, W), floats in [-1, 1] (results may lie outside); C is 3, or 1, then without
         hue and saturation; any C without colours. draws: where random numbers come from.
     pipe: a name of PIPES, or {transformation: multiplier of p}; strengths: see STRENGTHS. p is a
-    buffer, to be changed in place; above 1 it acts as 1. Nothing waits for the GPU.
+    buffer, to be changed in place; a transformation's own, p times its multiplier, acts as 1 above
+    1. Nothing waits for the GPU.
     Raises ValueError for other numbers of channels, TypeError for unknown names. `imgfilter` needs
     sides of 22 or more.
     """
@@ -888,7 +889,8 @@ def consistency_loss(D, S, seen, c, logits, draws):
 # =============================================================================
 # Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, whose means
 # sum up, as in the official code: Adam does not mind the factor. All random choices are tensors,
-# drawn in every step: so phases can be CUDA graphs, and choices equal for any number of processes.
+# drawn in every step: so phases can be CUDA graphs, and choices equal for any number of processes,
+# if the rounds are the same.
 # T(img, run) draws anew for every sample and every call; G's gradients reach it through T.
 
 
@@ -932,7 +934,7 @@ def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
         mean = pl_mean.lerp(run.mean(lengths.mean()), PL_DECAY)
         penalty = (lengths - mean).square().mean()
         run.backward(penalty * args.pl_weight * args.pl_every)
-        pl_mean.copy_(mean.detach())
+        pl_mean.copy_(torch.where(mean.isfinite(), mean, pl_mean).detach())  # float16 may overflow
         losses.append(penalty.detach())
     return torch.stack(losses).mean()
 
@@ -1037,8 +1039,8 @@ def train_step(
 
 
 def lazy_adam(run, net, lr, every):
-    """Adam with the rate and betas to the power of k / (k + 1), since every k steps come with one
-    more, of the regularizer (StyleGAN2 appendix B)."""
+    """Adam with the rate times, and betas to the power of, k / (k + 1), since every k steps come
+    with one more, of the regularizer (StyleGAN2 appendix B)."""
     share = every / (every + 1)
     return run.adam([net], lr * share, tuple(beta**share for beta in BETAS))
 
@@ -1114,7 +1116,7 @@ def train(args):
     # ---- data: image n is a pure function of (seed, n) ----------------------------------------
     labels = common.one_hot(args, source) if args.cond else None
     chosen, held_out = common.split(len(pictures), args.subset, args.seed)
-    N, copies = len(chosen), 2 if args.mirror else 1  # the second half of an epoch is mirrored
+    N, copies = len(chosen), 2 if args.mirror else 1  # pictures N ... 2 N - 1 are mirrored
 
     def image(n):
         epoch, i = divmod(n, copies * N)
@@ -1165,10 +1167,10 @@ def train(args):
         """Samples, scores and curves of this moment."""
         if run.rank > 0:
             return
-        run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
         n = args.batch_gpu  # what D sees at once
+        run.save_picture(common.grid(common.sample(G_ema, *examples, n), 8))
         fakes = common.sample_inputs(G_ema, labels, 20_000, max(500 // n, 1) * n)
-        sets = {"generated": (common.sample(G_ema, *fakes, args.batch), fakes[1])}
+        sets = {"generated": (common.sample(G_ema, *fakes, n), fakes[1])}
         for name, some in (("train", chosen[:500]), ("heldout", held_out[:500])):
             if len(some):
                 some = np.resize(some, max(len(some) // n, 1) * n)  # few are repeated
@@ -1176,7 +1178,7 @@ def train(args):
                 sets[name] = (common.stack([pictures[i] for i in some]), c)
         row = overfitting(D, T, sets, n)
         fid = (inception, args.fid_samples) if inception else None
-        common.score_samples(run, G_ema, pictures, labels, args.batch, fid=fid, **row)
+        common.score_samples(run, G_ema, pictures, labels, n, fid=fid, **row)
         common.save_curves(run.folder, CURVES, args.batch)
         if args.aug == "ada" and T.p > LEAKS:
             run.say(
@@ -1294,7 +1296,8 @@ def from_official(arrays, options=None):
     Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
     """
     arrays = common.stylegan2_names(arrays)
-    lr_mul = common.official_option(options or {}, "mapping_lrmul") or 0.01
+    known = (common.official_option(options or {}, n) for n in ("mapping_lrmul", "lr_multiplier"))
+    lr_mul = next(filter(None, known), 0.01)
     arrays = {
         k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
     }
@@ -1327,11 +1330,12 @@ def timelapse(args):
 
 
 def evaluate(args):
-    """fd8, FID and KID, precision and recall, and path length of untruncated samples."""
+    """fd8, FID and KID, precision and recall, and path length of untruncated samples; all pictures,
+    not mirrored: the official fid50k_full."""
     G, _, saved = common.load_generator(args, load_networks)
     exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
     exact.load_state_dict(G.state_dict())
-    common.evaluate_generator(args, G, exact, saved)
+    common.evaluate_generator(args, G, exact, saved, full=True)
 
 
 def main(argv=None):
@@ -1397,7 +1401,7 @@ def main(argv=None):
 
     p = cli.command("evaluate", evaluate, "fd8, FID, KID, precision, recall and path length")
     common.add_evaluate_options(p)
-    common.add_sample_scores_options(p)
+    common.add_sample_scores_options(p, reals="all")
 
     args = cli.parse(argv)
     args.function(args)

@@ -387,6 +387,24 @@ def test_rounds_of_half_a_batch_sum_the_gradients_of_both(c_dim):
             torch.testing.assert_close(mine[name], grad, msg=f"{kind} {name}")
 
 
+def test_an_overflow_spoils_neither_the_mean_path_length_nor_the_log(monkeypatch):
+    G, pl_mean, found = small_G().requires_grad_(True), torch.tensor(0.5), {}
+    args = types.SimpleNamespace(batch_gpu=None, mixing=0, pl_weight=2, pl_every=4)
+    draws = dict(randn=torch.randn, mean=lambda x: x, backward=lambda loss: None)
+    monkeypatch.setattr(stylegan2, "path_lengths", lambda *_: torch.tensor([1.0, math.inf]))
+    draws = types.SimpleNamespace(**draws)
+    pl = stylegan2.path_length_phase(G, pl_mean, 4, lambda n: None, args, draws, "const")
+    assert pl_mean == 0.5 and not pl.isfinite()
+
+    runner = types.SimpleNamespace(own_half=True, half="float16", world=1, rank=0, sums={})
+    runner.due, runner.log_every, runner.write_log = lambda n: False, 1, found.update
+    for value in (pl, torch.tensor(2.0)):
+        losses = {"G": torch.tensor(1.0), "reg/pl": value, "reg/r1": value * math.inf}
+        common.Run.log(runner, losses)
+    common.Run.flush(runner)
+    assert found == {"loss/G": 1, "reg/pl": 2}  # what has no finite value is not there
+
+
 def test_lazy_regularization_has_the_official_rates_and_betas():
     runner = types.SimpleNamespace(adam=lambda nets, lr, betas: (lr, *betas))
     for every, expected in ((4, (0.0016, 0, 0.99199197)), (16, (0.00188235, 0, 0.99058546))):
@@ -528,6 +546,22 @@ def test_transfer_says_what_was_copied(trained, tmp_path, capsys):
         for f in (trained, tmp_path / "stylegan2-d-000")
     )
     assert all(torch.allclose(start[k], end[k], atol=1e-6) for k in start if "fromrgb" not in k)
+
+
+def test_transfer_keeps_what_options_do_not_ask_for(capsys):
+    G = small_G(img_resolution=8, channel_base=32, z_dim=8, w_dim=8, c_dim=2, use_noise=False)
+    D = small_D(img_resolution=8, channel_base=32, c_dim=2, map_layers=0)
+    arrays = {"G": G.state_dict(), "D": D.state_dict(), "G_ema": G.state_dict()}
+    official_files.write_pytorch_pickle("net.pkl", arrays, {"conv_clamp": 256})
+    data = labelled_zip("d.zip", [0, 1, 1])
+    options = "--cond --size 8 --batch 4 --kimg 1 --mirror --out runs --device cpu".split()
+    main("--data", data, "--checkpoint", "net.pkl", *options)
+    said = capsys.readouterr().out
+    for name in ("G", "D", "G_ema"):
+        assert re.search(rf"^{name}: (\d+) of \1 tensors copied$", said, re.M), said
+    evaluate = ["evaluate", "--checkpoint", "runs/stylegan2-d-000", "--metrics", "fd8"]
+    main(*evaluate, "--samples", 20)
+    assert "mirrored at random" in capsys.readouterr().out  # as in training
 
 
 RESUMED = "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-layers 2".split()
@@ -793,6 +827,8 @@ def to_tensorflow(net):
             _, layer, leaf = name.split(".")
             dense = "mapping/Dense" if in_G else "Mapping"
             label = "mapping/LabelEmbed" if in_G else "LabelEmbed"
+            if not in_G and layer != "embed":
+                t = t / 10  # its multiplier is 0.1, not 0.01
             found[f"{layer.replace('fc', dense).replace('embed', label)}/{leaf}"] = (
                 t.T if leaf == "weight" else t
             )
@@ -892,7 +928,6 @@ OFFICIAL = [  # release, side, widths, architectures of G and D, c_dim, mapping 
     ("pytorch", 16, 128, "skip", "resnet", 0, 2, 8),
     ("pytorch", 32, 256, "resnet", "orig", 3, 8, 8),
     ("pytorch", 32, 128, "orig", "skip", 3, 2, 2),
-    # Those of TensorFlow fail: Conv0_up/mod_weight and bias are flipped like Conv0_up/weight.
     ("tf", 16, 256, "skip", "resnet", 0, 8, 8),
     ("tf", 32, 128, "resnet", "orig", 0, 8, 8),
     ("tf", 16, 128, "orig", "skip", 0, 2, 8),
@@ -937,6 +972,23 @@ def test_an_official_file_makes_the_pictures_and_logits_of_its_networks(case):
     assert np.abs(np.asarray(Image.open("out/seed0003.png"), int) - expected).max() <= 1
 
 
+def test_arguments_that_an_official_file_leaves_out_are_the_defaults_of_its_code():
+    arrays = small_G(img_resolution=16, z_dim=8).state_dict()
+    arguments = [
+        {},  # stylegan3's
+        {"synthesis_kwargs": {"num_fp16_res": 0, "conv_clamp": None}},  # stylegan2-ada-pytorch's
+        {"mapping_kwargs": {"lr_multiplier": 0.1}},
+    ]
+    nets = []
+    for options in arguments:
+        official_files.write_pytorch_pickle("net.pkl", {"G_ema": arrays}, options)
+        nets.append(stylegan2.load_networks("net.pkl")[0]["G_ema"])
+    found = [(net.config["clamp"], net.config["half_res"]) for net in nets]
+    assert found == [(256, 4), (None, 0), (256, 4)]
+    w, w_times_10 = (nets[k].mapping.fc0.weight for k in (0, 2))
+    torch.testing.assert_close(w_times_10, 10 * w)
+
+
 def test_a_training_file_of_rosinality_gets_its_mean_w_from_samples(tmp_path):
     G = small_G(img_resolution=16, z_dim=8)
     nets = {"g_ema": to_rosinality_G(G), "g": to_rosinality_G(G)}
@@ -978,6 +1030,7 @@ def damaged(change):
         (lambda a: a.update({"synthesis.b8.conv1.weight": torch.ones(5, 8, 3, 3)}), "channels"),
         (lambda a: a.update({"synthesis.b8.conv0.bias": torch.ones(3)}), "G_ema"),
         (lambda a: a.update({"mapping.fc1.weight": torch.ones(8)}), "G_ema"),
+        (lambda a: a.update({"ToRGB_lod0/mod_weight": torch.ones(3)}), "grow"),
         (lambda a: a.clear(), "G_ema"),
     ],
 )

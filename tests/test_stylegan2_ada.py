@@ -57,8 +57,8 @@ def definitions(file):
 
 
 OWN = {  # what the second paper changed, and what only names its own file
-    "generator_phase", "discriminator_phase", "r1_phase", "train_step", "train", "new_networks",
-    "fill_options", "check_options", "main",
+    "generator_phase", "discriminator_phase", "r1_phase", "train_step", "train", "fill_options",
+    "check_options", "evaluate", "main",
 }  # fmt: skip
 
 
@@ -865,6 +865,7 @@ def test_generate_and_evaluate_take_a_run(trained):
     assert "3 pictures" in text and Image.open("out/seed0002.png").size == (16, 16)
     text = run("evaluate", "--checkpoint", trained, "--samples", 100, "--out", "s.json")
     assert json.loads(Path("s.json").read_text())["fd8"] > 0 and "of toy at 16x16" in text
+    assert "100 untruncated samples" in text and "4000 pictures" in text
 
 
 def test_stylegan2_projects_into_a_checkpoint_of_ada(trained):
