@@ -1592,6 +1592,11 @@ def square_size(args, source):
         )
     if len(source.names) < 2:
         raise UserError(f"--data {args.data}: one picture is no set to learn from; add others.")
+    if args.size and not source.is_toy:
+        with contextlib.suppress(BadImage):  # which the loader will name
+            side = min(source.image(source.names[0]).size)
+            if side < size:
+                print(f"--size {size} enlarges pictures of {side} pixels.", file=sys.stderr)
     return size
 
 
@@ -1628,14 +1633,15 @@ class LabelledSet(ImageSet):
     """Pictures with label maps: self[i] is uint8 (size, size, 3) and (size, size), cut alike.
 
     images, maps: sources; pairs: {name of a picture: name of its map}; table: the class of each
-    index that a map may hold, uint8. A pair with a file that cannot be read is reported and stood
-    in for as in ImageSet. A map of another shape or with another index is a UserError.
+    index that a map may hold, uint8; swap: see mirror_table. A pair with a file that cannot be read
+    is reported and stood in for as in ImageSet. A map of another shape or with another index is a
+    UserError.
     """
 
-    def __init__(self, images, maps, pairs, prepare, size, table, cache):
+    def __init__(self, images, maps, pairs, prepare, size, table, swap, cache):
         super().__init__(images, prepare, cache=cache)
         self.maps, self.pairs, self.names = maps, pairs, list(pairs)
-        self.size, self.table = size, table
+        self.size, self.table, self.swap = size, table, swap
 
     def __getitem__(self, i):
         both = self.array(i)
@@ -1710,8 +1716,20 @@ def labelled_pictures(args, source, part="train"):
         warning = "each costs memory and time, and the paper has 13; join some if you can"
         print(f"{len(names)} classes: {warning}.", file=sys.stderr)
     prepare = functools.partial(square, size, args.size is None)
-    table = np.array(table, np.uint8)
-    return LabelledSet(images, maps, pairs, prepare, size, table, args.cache), size, names
+    table, swap = np.array(table, np.uint8), mirror_table(names)
+    return LabelledSet(images, maps, pairs, prepare, size, table, swap, args.cache), size, names
+
+
+def mirror_table(names):
+    """The class in a mirrored picture of each index up to NO_CLASS: "left eye" and "right eye", or
+    l_eye and r_eye, change places. uint8."""
+    pairs = [("l", "r"), ("L", "R"), ("left", "right"), ("Left", "Right")]
+    other = dict(pairs) | {right: left for left, right in pairs}
+    table = np.arange(NO_CLASS + 1, dtype=np.uint8)
+    for k, name in enumerate(names):
+        name = re.sub("[A-Za-z]+", lambda m: other.get(m[0], m[0]), name)
+        table[k] = names.index(name) if name in names else k
+    return table
 
 
 def paired(args, images, maps):
@@ -1871,15 +1889,16 @@ def merged_parts(masks, names):
     return Image.fromarray(label)
 
 
-def augment_pair(image, label, rng, flip=True, affine=True):
+def augment_pair(image, label, rng, flip=True, affine=True, swap=None):
     """A pair of a LabelledSet, changed at random, both alike: the official --aug.
 
-    flip: mirrored half of the time. affine: half of the time scaled by 0.8 to 1.2, turned by up to
-    15 degrees and shifted by up to a tenth of the side, each drawn evenly; what moves in from
-    outside is black and NO_CLASS, which one_hot_seg makes -1 in all planes.
+    flip: mirrored half of the time; swap: see mirror_table. affine: half of the time scaled by 0.8
+    to 1.2, turned by up to 15 degrees and shifted by up to a tenth of the side, each drawn evenly;
+    what moves in from outside is black and NO_CLASS, which one_hot_seg makes -1 in all planes.
     """
     if flip and rng.random() < 0.5:
         image, label = image[:, ::-1], label[:, ::-1]
+        label = label if swap is None else swap[label]
     if not affine or rng.random() >= 0.5:
         return image, label
     H, W = label.shape
@@ -4906,13 +4925,14 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
     images, labels = stack(images), torch.from_numpy(np.stack(labels))
     n = min(len(rows) // 10 + 1, 400)
     digest = hashlib.sha256(f"{SEGMENTER_FORMAT} {K} {size} {seed} {steps} {batch}".encode())
-    for part in (images, labels):
+    swap = torch.from_numpy(data.swap)
+    for part in (images, labels, swap):
         digest.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
     path = folder and Path(folder, f"segmenter-{digest.hexdigest()[:32]}.pt")
     net = read_segmenter(path, K) if path and path.exists() else None
     if net is None:
         print(f"training a segmenter of {K} classes on {len(images) - n} pictures", flush=True)
-        net = train_segmenter(images, labels, n, K, device, seed, steps, batch)
+        net = train_segmenter(images, labels, swap, n, K, device, seed, steps, batch)
         if path:
             try:
                 with write_whole(path) as f:
@@ -4940,10 +4960,10 @@ def read_segmenter(path, K):
         return None
 
 
-def train_segmenter(images, labels, held_out, K, device, seed, steps, batch):
+def train_segmenter(images, labels, swap, held_out, K, device, seed, steps, batch):
     """A Segmenter of `steps` steps of Adam on cross entropy, mirrored at random, and its scores on
-    `held_out` random pairs that it does not see."""
-    images, labels = images.to(device), labels.to(device)
+    `held_out` random pairs that it does not see. swap: see mirror_table."""
+    images, labels, swap = images.to(device), labels.to(device), swap.to(device).long()
     with torch.random.fork_rng(devices=[]), exact_float32(device):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
         order = torch.randperm(len(images))
@@ -4956,7 +4976,7 @@ def train_segmenter(images, labels, held_out, K, device, seed, steps, batch):
             mirror = torch.randint(2, (batch,)).to(device).bool()
             x, y = to_float(images[rows], device), labels[rows].long()
             x = torch.where(mirror[:, None, None, None], x.flip(3), x)
-            y = torch.where(mirror[:, None, None], y.flip(2), y)
+            y = torch.where(mirror[:, None, None], swap[y.flip(2)], y)
             loss = F.cross_entropy(net(x), y, ignore_index=NO_CLASS)
             opt.zero_grad()
             loss.backward()

@@ -275,7 +275,8 @@ def fusion_weights(depth, shown=None, see_through=()):
     depth: (N, K, ...), larger is nearer; shown: (N, K), or (K,) for all samples, of 0 and 1:
     regions to draw; None: all of them
     see_through: numbers of regions that do not hide what is behind them: their weights come on top
-    of those of the others, which add up to 1 by themselves. The masks add up to 1 in any case.
+    of those of the others, which add up to 1 by themselves, as the masks do in any case (but for
+    1e-8 where all that is shown is far behind).
     """
     m = depth.softmax(1)
     if shown is not None:
@@ -402,9 +403,13 @@ class Generator(nn.Module):
         K, channels = len(regions), channels or channel_table()
         if not base_layers <= depth_layers <= layers:
             raise ValueError(f"{base_layers} base and {depth_layers} depth layers of {layers}")
-        if not min_size < coarse_size < size or coarse_size % min_size:
+        if not min_size < coarse_size < size or any(
+            side % min_size or (side // min_size).bit_count() > 1 for side in (coarse_size, size)
+        ):
             sides = f"min_size {min_size}, coarse_size {coarse_size}, size {size}"
             raise ValueError(f"sides must grow by doubling: {sides}")
+        if base_layers + 2 * K == K * layers:
+            raise ValueError(f"{K} regions of {layers} layers: ws and codes would be of one width")
         if not all(0 < k < K for k in see_through):
             raise ValueError(f"see-through regions {see_through}: they go from 1 to {K - 1}")
         given = dict(locals()) | dict(regions=list(regions), see_through=list(see_through))
@@ -848,6 +853,13 @@ def new_networks(args, size, regions):
     return {"G": G, "D": D, "G_ema": average_of(G)}
 
 
+def images_of(source):
+    """A source without its label maps, of --data as for training."""
+    if common.has_labels(source) and common.has_subset(source, "train"):
+        source = common.subset(source, "train")
+    return common.subset(source, "images") if common.has_subset(source, "images") else source
+
+
 def train(args):
     if args.precision in ("fp16", "bf16"):
         raise UserError(f"--precision {args.precision}: these networks know fp32 and tf32 only.")
@@ -861,9 +873,8 @@ def train(args):
 
     # ---- data: picture n is a pure function of (seed, n) --------------------------------------
     if args.adapt:  # pictures alone
-        if common.has_subset(source, "images"):
-            source = common.subset(source, "images")
-        (data, size), regions = common.square_pictures(args, source), args.regions.split(",")
+        data, size = common.square_pictures(args, images_of(source))
+        regions = args.regions.split(",")
     else:
         data, size, regions = common.labelled_pictures(args, source)
         args.regions = ",".join(regions)
@@ -874,7 +885,7 @@ def train(args):
         rng = common.item_rng(args.seed, epoch, i)
         if args.adapt:
             return (common.crop_and_flip(data[k], None, args.mirror, rng),)
-        return common.augment_pair(*data[k], rng, args.mirror or args.aug, args.aug)
+        return common.augment_pair(*data[k], rng, args.mirror or args.aug, args.aug, data.swap)
 
     # ---- networks, their average, optimisers --------------------------------------------------
     nets = new_networks(args, size, regions)
@@ -945,7 +956,7 @@ def show_samples(run, G):
 
 
 def score(run, G, data, n=SCORED):
-    """Prints and keeps fd8 of n samples against as many of the pictures."""
+    """Prints and keeps fd8 of n samples against at most as many of the pictures."""
     if run.rank == 0:
         found = data.all(n)
         real = found[0] if isinstance(found, tuple) else found
@@ -971,6 +982,8 @@ def fill_options(args, given):
         raise UserError("--adapt goes on from a --checkpoint that holds G, D and G_ema.")
     if not args.adapt and (args.freeze_local or args.freeze):
         raise UserError("--freeze-local and --freeze are of --adapt.")
+    if args.adapt and args.aug:
+        raise UserError("--aug is of pictures with label maps: --adapt knows --mirror alone.")
     if args.freeze_local and args.freeze:
         raise UserError("--freeze-local is of the average alone, --freeze of both: pass one.")
     if G:
@@ -1151,14 +1164,15 @@ def generate(args):
     ws, shown = mixed(args, G, ws), torch.ones(len(G.config["regions"]))
     shown[[region_named(G, name) for name in filter(None, args.without.split(","))]] = 0
     if args.film:
-        films(args, G, ws[:1])
+        films(args, G, ws[:1], shown)
         return
     save_faces(G, Path(args.out), ws, names, pictures(G, ws, shown))
     print(f"{len(ws)} faces: images, labels, seg, grid.png and latents.npz (w) are in {args.out}")
 
 
-def films(args, G, ws):
-    """A film for each code of --film: it goes through ten random ones, the rest stays."""
+def films(args, G, ws, shown):
+    """A film for each code of --film: it goes through ten random ones, the rest stays. shown: (K,)
+    of 0 and 1, the regions to draw."""
     regions, base = G.config["regions"], G.config["base_layers"]
     names = ["base"] * base + [f"{r}.{part}" for r in regions for part in ("structure", "texture")]
     wanted = set(names if args.film == "all" else args.film.split(","))
@@ -1174,7 +1188,7 @@ def films(args, G, ws):
             path = common.closed_spline(random[:, 0].cpu(), args.frames).to(ws)
             film = ws.repeat(args.frames, 1, 1)
             film[:, rows] = path[:, None]
-            found = pictures(G, film)
+            found = pictures(G, film, shown)
             frames = torch.cat([found.img, common.color_labels(found.seg)], 3)
             file = Path(args.out, f"{rows[0]:02d}_{name.replace('.', '-')}.webp")
             common.save_film(file, map(common.to_picture, frames), fps=20)
@@ -1389,13 +1403,16 @@ def evaluate(args):
     if labelled:
         args.group = args.group or (None if args.classes else saved.get("group"))
         data, _, classes = common.labelled_pictures(args, source)
-        if len(classes) != len(regions):
+        labelled = len(classes) == len(regions)
+        if not labelled and not saved.get("adapt"):
             has = f"{len(classes)} classes, the checkpoint {len(regions)} regions"
             raise UserError(f"--data {args.data} has {has}.")
-    else:
-        data, _ = common.square_pictures(args, source)
+    if not labelled:
+        data, _ = common.square_pictures(args, images_of(source))
     device, n = G.mapping.w_avg.device, args.samples or (4000 if source.is_toy else 50_000)
     n_real = min(args.reals or n, len(data))
+    if min(n, n_real) < 2:
+        raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
 
     def reals():
         for k in range(0, n_real, args.batch):
@@ -1448,7 +1465,8 @@ def evaluate(args):
 
 def add_model_options(p):
     """What official files may lack."""
-    p.add("--base-layers", type=common.positive_int, help="of an official .pt that does not say: 2")
+    say = "needed where an official .pt does not say; the published ones': 2"
+    p.add("--base-layers", type=common.positive_int, help=say)
     p.add("--depth-layers", type=common.positive_int, help="likewise: 6")
     p.add("--residual-refine", action=argparse.BooleanOptionalAction, help="likewise: yes")
     p.add("--see-through", metavar="NAMES", help="likewise: glasses,earring")

@@ -185,7 +185,7 @@ def test_the_19_classes_of_celebamask_are_joined_when_asked_and_not_otherwise(tm
         write_pair(tmp_path, name, raw % 9)
         Image.fromarray(raw.astype(np.uint8)).save(tmp_path / f"labels/{name}.png")
     data, _, classes = load(options(tmp_path, group="celebamask", size=512))
-    assert len(classes) == 13 and capsys.readouterr().err == ""
+    assert len(classes) == 13 and "classes" not in capsys.readouterr().err
     assert (classes[5], classes[10], classes[12]) == ("nose", "glasses", "earring")
     seen = data[0][1][0, np.rint((np.arange(19) + 0.5) * 512 / 19).astype(int)].tolist()
     assert seen == [0, 1, 5, 10, 2, 2, 3, 3, 6, 6, 4, 4, 4, 7, 11, 12, 8, 8, 9]
@@ -290,6 +290,27 @@ def test_an_augmented_picture_and_its_map_stay_aligned_and_what_moves_in_is_blac
     assert wrong <= 5  # of 819,200: Pillow's nearest pixels have places of 16 binary digits
     assert min(shares) > 0.8  # pixels between blocks hold mixed colours
     assert np.mean([seg.max() == NO_CLASS for _, seg in draws(image, label)]) > 0.3
+
+
+def test_left_and_right_change_places_in_a_mirrored_pair(tmp_path):
+    names = ["sky", "l_eye", "r_eye", "neck_l", "Left ear", "Right ear", "brow"]
+    table = common.mirror_table(names)
+    assert table.tolist() == [0, 2, 1, 3, 5, 4, *range(6, 256)]
+    for k in range(2):  # the left half is class 1, the right 2
+        write_pair(tmp_path, str(k), np.repeat([[1, 2]], 8, 1).repeat(16, 0))
+    (tmp_path / "classes.txt").write_text("sky\nleft\nright\n")
+    data, _, _ = load(options(tmp_path))
+    image, label = data[0]
+    for moved, seg in draws(image, label, 20, affine=False, swap=data.swap):
+        assert np.array_equal(seg, label)
+        assert np.array_equal(moved, image) or np.array_equal(moved, image[:, ::-1])
+
+
+def test_enlarged_pictures_are_said_to_be(pairs, capsys):
+    load(options(pairs, size=8)), load(options(size=64))
+    assert "enlarges" not in capsys.readouterr().err
+    load(options(pairs, size=256))
+    assert "--size 256 enlarges pictures of " in capsys.readouterr().err
 
 
 def test_half_of_the_pairs_are_mirrored_and_without_affine_nothing_else_happens():
@@ -627,6 +648,7 @@ class Stripes:
 
     def __init__(self, n=60, size=16, seed=0):
         self.n, self.size, self.seed = n, size, seed
+        self.swap = common.mirror_table("abc")
 
     def __len__(self):
         return self.n
@@ -721,9 +743,11 @@ def test_a_segmenter_takes_every_size_and_averages_large_pictures_to_128_pixels(
 
 
 def test_pictures_that_a_segmenter_is_judged_by_are_not_learned_from():
-    pictures = [
-        (np.full((8, 8, 3), 200 * k, np.uint8), np.full((8, 8), k, np.uint8)) for k in (0, 1)
-    ]
+    class Plain(Stripes):
+        def __getitem__(self, k):
+            return np.full((8, 8, 3), 200 * k, np.uint8), np.full((8, 8), k, np.uint8)
+
+    pictures = Plain(2, 8)
     net = common.load_segmenter(pictures, 2, 8, steps=20)  # of two pictures, one is held out
     assert net.scores == {"accuracy": 0, "mean_iou": 0, "n": 1}
 

@@ -568,6 +568,20 @@ def test_adaptation_goes_on_without_labels_and_freezes_what_it_is_told_to(
     assert moved("D", "of_img") and not moved("D", "of_seg")
 
 
+def test_adaptation_sees_pictures_of_a_labelled_set_alone(trained, tmp_path, monkeypatch, capsys):
+    for part in ("train", "val"):
+        labelled_faces(f"d/{part}", 4)
+        Path(f"d/{part}/names.txt").rename("d/classes.txt")
+    Path("d/classes.txt").write_text("".join(f"{k}\n" for k in range(255)))
+    options = ["--adapt", "--data", "d", "--checkpoint", trained, "--batch", 4, "--iters", 1]
+    main(*options, "--out", "r")
+    assert "4 pictures of 16x16" in capsys.readouterr().out
+    evaluate = ["evaluate", "--checkpoint", "r/semantic_stylegan-d-000", "--pairs", 2]
+    main(*evaluate, "--samples", 4, "--metrics", "fd8")  # though there are other classes
+    out = capsys.readouterr().out
+    assert "against 4 pictures of d" in out and "segmentation" not in out
+
+
 def test_a_checkpoint_decides_the_size_whatever_the_toys_is(trained, monkeypatch):
     monkeypatch.setattr(semantic_stylegan, "score", lambda *_: None)  # 500 more faces to draw
     for name, options in (("a", ["--adapt", "--data", "toy/goblin"]), ("t", ["--data", "toy"])):
@@ -651,8 +665,11 @@ def test_films_vary_the_codes_that_they_are_named_after(trained, rendered):
         steps = (ws - ws.roll(1, 0)).abs().amax([0, 2])
         assert steps.nonzero().flatten().tolist() == rows
         assert torch.equal(ws[:, rows[0]], ws[:, rows[-1]])
-    main("generate", "--checkpoint", trained, "--film", "all", "--frames", 3, "--out", "all")
+    everything = ["--film", "all", "--frames", 3, "--without", "hair,mouth"]
+    main("generate", "--checkpoint", trained, *everything, "--out", "all")
     assert len(names_in("all")) == 1 + 2 * len(TOY)
+    with Image.open("all/00_base.webp") as film, Image.open("out/00_base.webp") as whole:
+        assert film.tobytes() != whole.tobytes()
 
 
 def test_a_face_is_composed_region_by_region(trained):
@@ -961,7 +978,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
     np.savez("none.npz", v=np.zeros(3))
     torch.save({"model": "cyclegan", "nets": {}}, "cyclegan.pt")
     small, net = ["--data", "d", *classes, *TINY], ["--checkpoint", trained]
-    sized = [*TINY, "--size", 64, "--coarse-size", 64]
+    sized = [*TINY, "--coarse-size", 16]
     adapt = ["--adapt", "--data", "goblins", "--out", "runs"]
     cases = [
         (["--data", "alone", *classes, *TINY], "1 pictures without a partner, 3.png"),
@@ -975,8 +992,9 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         (["--data", "images", *TINY], "no folder labels"),
         (["--data", "goblins", *TINY], "no folder images"),
         (["--data", "nowhere", *TINY], "nowhere"),
-        (["--data", "d", *classes, *sized], "doubling: min_size 4, coarse_size 64, size 64"),
+        (["--data", "d", *classes, *sized], "doubling: min_size 4, coarse_size 16, size 16"),
         ([*small, "--min-size", 8], "sides must grow by doubling"),
+        ([*small, "--coarse-size", 12, "--min-size", 6], "sides must grow by doubling"),
         ([*small, "--base-layers", 4], "4 base and 3 depth layers of 4"),
         ([*small, "--depth-layers", 5], "depth layers of 4"),
         ([*small, "--size", 20], "a power of two"),
@@ -986,6 +1004,8 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         ([*small, "--mixing", 2], "--mixing"),
         ([*small, "--freeze"], "of --adapt"),
         ([*adapt, *net, "--freeze", "--freeze-local"], "pass one"),
+        ([*adapt, *net, "--aug"], "--aug is of pictures with label maps"),
+        (["evaluate", *net, "--samples", 1], "--samples 1: scores compare at least 2"),
         ([*small, "--freeze-local"], "of --adapt"),
         ([*small, "--checkpoint", "none.pt"], "none.pt"),
         ([*small, "--checkpoint", "cyclegan.pt"], "holds a cyclegan model"),
