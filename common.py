@@ -314,14 +314,14 @@ def add_translate_options(p):
     add_device_option(p)
 
 
-def add_evaluate_options(p):
-    """The options of every `evaluate`."""
+def add_evaluate_options(p, fid_resize="tf1"):
+    """The options of every `evaluate`. fid_resize: the default, by the protocol of the paper's
+    scores."""
     p.add("--checkpoint", required=True, help="ours or an official one")
     p.add("--data", help="default: what the checkpoint was trained on")
     p.add("--inception", help="weights of FID's network, where they cannot be fetched")
-    p.add(
-        "--fid-resize", choices=RESIZE_MODES, default="tf1", help="pytorch_fid: as CUT and others"
-    )
+    rules = "pictures to Inception's 299 pixels; tf1: as NVIDIA's scores, pytorch_fid: as CUT's"
+    p.add("--fid-resize", choices=RESIZE_MODES, default=fid_resize, help=rules)
     p.add("--out", type=new_file, help="JSON file to write the scores to")
     p.add("--cache", default="auto", choices=("auto", "off"), help="keep pictures in memory")
     add_device_option(p)
@@ -1945,7 +1945,8 @@ def one_hot(args, source):
 
 
 def bicubic(img, size):
-    """Pillow's antialiased bicubic in a third of the time: at most two levels of 255 apart."""
+    """Pillow's antialiased bicubic in a third of the time: mostly within two levels of 255, but
+    further off at hard edges where Pillow takes rows before columns."""
     x = stack([pixels(img)])
     return to_picture(F.interpolate(x, size[::-1], mode="bicubic", antialias=True)[0])
 

@@ -44,7 +44,7 @@ from common import UserError
 LR, BETAS = 2e-4, (0.5, 0.999)  # Adam, sec. 4; the betas are the official code's
 EPOCHS = 200  # sec. 4: 100 at a constant rate, 100 with the rate going linearly to zero
 LAMBDA_CYC, LAMBDA_ID = 10.0, 0.5  # Eq. (3), sec. 4; sec. 5.2, relative to LAMBDA_CYC
-LAMBDA_GP = 10.0  # Gulrajani et al. 2017, only with --gan-mode wgangp
+LAMBDA_GP = 10.0  # Gulrajani et al. 2017, only with --gan-mode wgangp; halved with D's objective
 POOL_SIZE = 50  # sec. 4
 LOAD_SIZE, CROP_SIZE = 286, 256  # official defaults: resize, then a random crop
 INIT_STD = 0.02  # appendix 7.1: weights from N(0, 0.02)
@@ -476,7 +476,7 @@ def discriminator_phase(D_A, D_B, pool_A, pool_B, real_A, real_B, fake_A, fake_B
         if args.gan_mode == "wgangp":
             losses["reg/gp_A"] = gradient_penalty(D_A, real_A, fake_A, run.rand(N)[:, None])
             losses["reg/gp_B"] = gradient_penalty(D_B, real_B, fake_B, run.rand(N)[:, None])
-            loss_D = loss_D + LAMBDA_GP * (losses["reg/gp_A"] + losses["reg/gp_B"])
+            loss_D = loss_D + LAMBDA_GP / 2 * (losses["reg/gp_A"] + losses["reg/gp_B"])
     run.backward(loss_D)
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -688,8 +688,9 @@ def evaluate(args):
     source = common.open_data(data, size=args.size or saved.get("load_size", CROP_SIZE))
     inception = common.load_inception_or_explain(args.inception, device)
     print(
-        f"protocol: G(test pictures) against the {args.fid_real} pictures of the other domain, all"
-        f" of them, each resized to {args.crop_size}x{args.crop_size} (Pillow, bicubic)"
+        "protocol: G(test pictures) against the test pictures of the other domain, FID and KID"
+        f" against the {args.fid_real} pictures, all of them, each resized to"
+        f" {args.crop_size}x{args.crop_size} (Pillow, bicubic)"
     )
     result = scores(G.get("G_AB"), G.get("G_BA"), args, source, device, inception)
     if args.out:
@@ -798,7 +799,7 @@ def main(argv=None):
     p.add("--direction", **directions)
 
     p = cli.command("evaluate", evaluate, "FID, KID, fd8 and cycle error on the test pictures")
-    common.add_evaluate_options(p)
+    common.add_evaluate_options(p, fid_resize="pytorch_fid")
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--size", type=count, help="pixels: the training's crop size, else 256")
     p.add("--fid-real", choices=("test", "train+test"), default="test", help="reals for FID")

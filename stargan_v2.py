@@ -1079,8 +1079,8 @@ def app(args):
 # differ, FID whether all look like the domain's training pictures. Tables 2 and 3 have the means
 # over the pairs of domains.
 
-TABLE = ("fd8", "fid", "kid_x1000", "lpips", "diversity", "error", "error_in_mean_style")
-TABLE += ("error_of_doing_nothing",)
+TABLE = ("fd8", "fid", "kid_x1000", "lpips", "diversity")
+OF_TOY = ("error", "error_in_mean_style", "error_of_doing_nothing")
 
 
 def random_styles(nets, y, n, refs, rng):
@@ -1114,12 +1114,11 @@ def translated_often(G, sources, styles, masks_of, lpips, batch=32):
     return torch.cat(fakes), {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
 
 
-def print_row(name, row, header=False):
-    """A line of the table of scores."""
-    columns = {k: f"{row[k]:{max(11, len(k) + 2)}.4f}" for k in TABLE if k in row}
-    if header:
-        print(" " * 40 + "".join(f"{k:>{len(text)}}" for k, text in columns.items()))
-    print(f"{name:40}" + "".join(columns.values()), flush=True)
+def print_row(name, row, columns):
+    """A line of the table of scores; what a row lacks stays blank."""
+    cells = (f"{row[k]:.4f}" if k in row else "" for k in columns)
+    cells = (f"{text:>{max(11, len(k) + 2)}}" for k, text in zip(columns, cells, strict=True))
+    print(f"{name:40}" + "".join(cells), flush=True)
 
 
 def evaluate(args):
@@ -1158,13 +1157,18 @@ def evaluate(args):
     result = dict(data=args.data, size=args.size, outputs=OUTPUTS, seed=args.seed)
     result |= dict(lpips_features=lpips.label) if lpips else {}
     result |= dict(latent={}, reference={})
+    absent = () if inception else ("fid", "kid_x1000")
+    absent += () if lpips else ("lpips",)
+    columns = [k for k in TABLE if k not in absent] + list(OF_TOY) * source.is_toy
+    print(" " * 40 + "".join(f"{k:>{max(11, len(k) + 2)}}" for k in columns))
     rng = torch.Generator().manual_seed(args.seed)
     pictures = {name: images.all() for name, images in tests.items()}
     for y, target in enumerate(train):
         # Training sets can be too large to be held: fd8 needs 8x8 pixels, FID passes over all.
         reals = common.Again(train[target].batches)
         small = torch.cat([common.averaged(x) for x in reals])
-        if inception:
+        fid = inception and len(small) > 1  # a covariance needs two
+        if fid:
             statistics = common.real_statistics(reals, inception, args.fid_resize)
         for name in (name for name in train if name != target):
             x = pictures[name]
@@ -1176,20 +1180,20 @@ def evaluate(args):
             for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
                 fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
                 row |= common.translation_scores(x, fakes, small)
-                if inception and "fd8" in row:
+                if fid and "fd8" in row:
                     row |= common.fid_kid(statistics, fakes, inception, args.fid_resize)
                 if source.is_toy:
                     row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))
                     row["error_in_mean_style"] = common.mean_abs(in_mean_style, true)
                     row["error_of_doing_nothing"] = common.mean_abs(x, true)
-                header = not result["latent"]
                 result[mode][f"{name} to {target}"] = row
-                print_row(f"{mode}: {name} to {target}", row, header)
+                print_row(f"{mode}: {name} to {target}", row, columns)
     for mode in ("latent", "reference"):
         rows = list(result[mode].values())
-        mean = {k: float(np.mean([row[k] for row in rows])) for k in TABLE if k in rows[0]}
+        means = ((k, [row[k] for row in rows if k in row]) for k in columns)
+        mean = {k: float(np.mean(values)) for k, values in means if len(values) == len(rows)}
         result[mode]["mean"] = mean
-        print_row(f"{mode}: mean", mean)
+        print_row(f"{mode}: mean", mean, columns)
     for warning in {row["warning"] for row in rows if "warning" in row}:
         print(warning)
     if args.out:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import time
 import types
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_evaluate_needs_no_download_and_says_what_it_leaves_out(trained, capsys)
         assert f"{mode}: mean" in said and f"{mean['fd8']:.4f}" in said
     assert result["outputs"] == 10 and result["seed"] == 0 and result["size"] == 32
     assert evaluate(trained) == result != evaluate(trained, "--seed", 1)
+
+
+def test_a_domain_with_one_training_picture_has_no_frechet_distance(trained, tmp_path, capsys):
+    shutil.copytree(domains(tmp_path / "whole"), tmp_path / "one")
+    for path in sorted(Path("one/train/goblin").iterdir())[1:]:
+        path.unlink()
+    result = evaluate(trained, "--data", "one")["latent"]
+    assert "fd8" not in result["human to goblin"] and "fd8" in result["goblin to human"]
+    assert set(result["mean"]) == {"diversity"}
+    said = capsys.readouterr().out.splitlines()
+    header = next(line for line in said if line.split() == ["fd8", "diversity"])
+    row = next(line for line in said if line.startswith("latent: human to goblin"))
+    assert len(header) == len(row)
+    assert row.split()[4:] == [f"{result['human to goblin']['diversity']:.4f}"]
 
 
 def test_lpips_and_diversity_are_means_of_45_pairs_over_batches(files):
