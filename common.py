@@ -2494,12 +2494,14 @@ class Run:
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def restore(self, nets, opts, pools):
+    def restore(self, nets, opts, pools, names):
         """Makes the run folder; on --resume loads its checkpoint. Returns the steps already done.
 
-        nets, opts, pools: {name: object with state_dict()}; pools are each rank's own.
+        nets, opts, pools: {name: object with state_dict()}; pools are each rank's own; names: of
+        the pictures of --data, whose hash checkpoints hold.
         """
         self.nets, self.opts, self.pools = nets, opts, pools
+        self.names = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
         torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
         path = Path(self.args.resume or "", "checkpoint.pt")
         if self.args.resume and path.exists():  # none: it was stopped before the first one
@@ -2556,6 +2558,10 @@ class Run:
         for name in sorted(set(before) & set(now) - {"resume", "out", "device", "workers"}):
             if before[name] != now[name]:
                 self.say(f"--{name.replace('_', '-')} was {before[name]}, is {now[name]} from here")
+        if before["data"] == now["data"] and state.get("names", self.names) != self.names:
+            self.say(
+                f"--data {now['data']} holds other pictures than before: batches differ from here"
+            )
         if len(state["ranks"]) == self.world and state["device"] == self.device.type:
             self.load_rank_state(state["ranks"][self.rank])
         else:
@@ -2600,6 +2606,7 @@ class Run:
             "step": self.steps_done,
             "images": self.images(self.steps_done),
             "device": self.device.type,
+            "names": self.names,
             "sec": self.elapsed + time.monotonic() - self.began,
             "nets": {name: net.state_dict() for name, net in self.nets.items()},
             "opts": {name: opt.state_dict() for name, opt in self.opts.items()},

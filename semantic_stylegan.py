@@ -906,7 +906,7 @@ def train(args):
 
     if not args.resume:
         data.all(SCORED)  # wrong pictures and maps, as far as these show them, leave no run folder
-    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, source.names)
     run.say(
         f"{len(data)} pictures of {size}x{size}; regions: {', '.join(regions)}; G has {count(G):,}"
         f" parameters, D {count(D):,}"

@@ -704,7 +704,7 @@ def train(args):
     shown = open_shown(args, source, list(domains))
     examples = [images.all(2) for images in shown.values()]
     scored = any(common.has_subset(source, part) for part in TEST_PARTS)
-    start = run.restore(nets, opts, {})
+    start = run.restore(nets, opts, {}, source.names)
     counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
     if args.w_hpf > 0:
         run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")

@@ -787,7 +787,7 @@ def train(args):
 
     examples = common.sample_inputs(G_ema, labels, args.seed)
     reals = common.grid(data.all(len(examples[0])), 8)
-    start = run.restore(nets, opts, {})
+    start = run.restore(nets, opts, {}, source.names)
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
         f" from {stages[0].stage.res} to {stages[-1].stage.res} pixels, in batches of"

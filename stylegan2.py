@@ -732,7 +732,7 @@ def train(args):
     if labels is not None:
         all_labels = torch.from_numpy(labels).to(run.device)
 
-    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)})
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, source.names)
     n = args.batch_gpu or args.batch // run.world
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"

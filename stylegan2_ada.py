@@ -1152,7 +1152,8 @@ def train(args):
         inception = common.load_inception_or_explain(args.inception, run.device)
     examples = common.sample_inputs(nets["G"], labels, args.seed)
     reals = common.stack([pictures[chosen[i % N]] for i in range(len(examples[0]))])
-    start = run.restore(nets, opts, {"state": common.Held(pl_mean=pl_mean, signs=signs, p=T.p)})
+    state = common.Held(pl_mean=pl_mean, signs=signs, p=T.p)
+    start = run.restore(nets, opts, {"state": state}, source.names)
     if args.aug != "ada":
         T.p.fill_(args.ada_p)  # on --resume that may have changed
     run.say(

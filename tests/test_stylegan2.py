@@ -548,6 +548,16 @@ def test_transfer_says_what_was_copied(trained, tmp_path, capsys):
     assert all(torch.allclose(start[k], end[k], atol=1e-6) for k in start if "fromrgb" not in k)
 
 
+def test_a_run_resumed_on_other_pictures_says_so(tmp_path, capsys):
+    main("--data", faces("d"), *RESUMED, "--kimg", 1, "--out", tmp_path)
+    folder = tmp_path / "stylegan2-d-000"
+    main("--resume", folder, "--kimg", 2)
+    assert "other pictures" not in capsys.readouterr().out
+    Path("d/3.jpg").unlink()
+    main("--resume", folder, "--kimg", 3)
+    assert "--data d holds other pictures than before" in capsys.readouterr().out
+
+
 def test_transfer_keeps_what_options_do_not_ask_for(capsys):
     G = small_G(img_resolution=8, channel_base=32, z_dim=8, w_dim=8, c_dim=2, use_noise=False)
     D = small_D(img_resolution=8, channel_base=32, c_dim=2, map_layers=0)
