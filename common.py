@@ -2851,7 +2851,7 @@ def load_gan(path, models, build, from_official):
     for name, (kind, arrays, options) in read_official(path).items():
         if name != "augment_pipe":
             try:
-                options = with_unsaid(kind, name, options)
+                options = with_unsaid(kind, arrays, options)
                 nets[ours.get(name, name)] = from_official(arrays, options)
             except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
                 raise UserError(f"{path}: its {name} is no such network: {e}.") from None
@@ -3619,18 +3619,14 @@ def official_option(options, name, default=None):
     return options.get(name, next((v for v in parts if v != default), default))
 
 
-HALF = dict(conv_clamp=256, num_fp16_res=4)
-UNSAID = {  # defaults that files leave out, by kind and first letter of the network
-    ("pytorch", "G"): HALF,  # of stylegan3; stylegan2-ada-pytorch always says them
-    ("pytorch", "D"): HALF,
-    ("tensorflow", "D"): dict(mapping_lrmul=0.1),
-}
-
-
-def with_unsaid(kind, name, options):
-    """The official arguments of a network of that name, and those that its file leaves out."""
-    unsaid = UNSAID.get((kind, name[0]), {}).items()
-    return options | {k: v for k, v in unsaid if official_option(options, k, v) == v}
+def with_unsaid(kind, arrays, options):
+    """The official arguments of a network, with the defaults that its file leaves out."""
+    unsaid = {}
+    if kind == "pytorch":  # stylegan3's; stylegan2-ada-pytorch always says them
+        unsaid = dict(conv_clamp=256, num_fp16_res=4)
+    elif kind == "tensorflow" and any(name.startswith("Mapping") for name in arrays):
+        unsaid = dict(mapping_lrmul=0.1)  # of stylegan2-ada's D
+    return options | {k: v for k, v in unsaid.items() if official_option(options, k, v) == v}
 
 
 # ---- names of StyleGAN2's tensors: the form of stylegan2-ada-pytorch stands for all -----------
