@@ -639,6 +639,8 @@ def from_official(arrays, options):
             found[ours] = a
     for name, parts in regions.items():  # one tensor of all regions, but for the background's depth
         found[name] = torch.stack([parts[k] for k in sorted(parts)])
+    times = (options.get("lr_mlp") or 0.01) / 0.01  # lr_mul of the mapping network, ours is 0.01
+    found = {k: a * times if k.startswith("mapping.fc") else a for k, a in found.items()}
     shape = {name: tuple(a.shape) for name, a in found.items()}
     try:
         config = official_G(shape, options) if "position.weight" in shape else official_D(shape)

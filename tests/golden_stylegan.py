@@ -45,6 +45,7 @@ def network(case, arrays, kind):
     in which these variables are what gradients are of."""
     a = dict(case.args[kind])
     plain = {k: t.detach().cpu() for k, t in arrays.items()}
+    case.patch.setattr(stylegan, "W_AVG_BETA", a.get("dlatent_avg_beta", 0.995))
     net = stylegan.from_official(plain, a).to(case.file.device, case.file.dtype)
     checks = dict(img_resolution=a["resolution"], c_dim=a["label_size"])
     checks |= dict(channel_max=a["fmap_max"]) if a["fmap_max"] == net.config["channel_max"] else {}
@@ -97,16 +98,19 @@ def gain_of(kwargs):
 def scaled(w, kwargs):
     """A weight in official layout, (kh, kw, I, O) or (I, O), in ours and scaled."""
     w = w.permute(3, 2, 0, 1) if w.ndim == 4 else w.T
-    if not kwargs.get("use_wscale", False):
-        return w
-    return w * gain_of(kwargs) / (w[0].numel()) ** 0.5 * kwargs.get("lrmul", 1)
+    return w * runtime_scale(w[0].numel(), kwargs)
+
+
+def runtime_scale(fan_in, kwargs):
+    he = gain_of(kwargs) / fan_in**0.5
+    return (he if kwargs.get("use_wscale", False) else 1) * kwargs.get("lrmul", 1)
 
 
 def dense(x, p, kwargs):
     """stylegan.Linear with the weight in the place of its own."""
     I, O = p["weight"].shape
     layer = stylegan.Linear(I, O, bias=False, lr_mul=kwargs.get("lrmul", 1), gain=gain_of(kwargs))
-    layer.gain = layer.gain if kwargs.get("use_wscale", False) else 1.0
+    layer.gain = runtime_scale(I, kwargs)
     return functional_call(layer, {"weight": p["weight"].T}, (x.flatten(1),))
 
 
@@ -139,38 +143,45 @@ def convolved(x, p, kwargs):
 
 
 def doubled(x, p, kwargs):
-    w = scaled(p["weight"], kwargs)
-    return stylegan.ops.double_conv2d(x, w.flip([2, 3]) if kwargs["fused_scale"] else w)
+    w, fused = scaled(p["weight"], kwargs), kwargs.get("fused_scale", "auto")
+    fused = 2 * min(x.shape[2:]) >= 128 if fused == "auto" else fused
+    return stylegan.ops.double_conv2d(x, w.flip([2, 3]) if fused else w)
 
 
 def style_mod(x, p, dlatent, kwargs):
     C = x.shape[1]
     layer = stylegan.Linear(dlatent.shape[1], 2 * C)
+    layer.gain = runtime_scale(dlatent.shape[1], kwargs | {"gain": 1})
     given = {"weight": p["StyleMod/weight"].T, "bias": p["StyleMod/bias"]}
     scale, shift = functional_call(layer, given, (dlatent,)).chunk(2, 1)
     return x * (scale + 1)[:, :, None, None] + shift[:, :, None, None]
 
 
+def pixel_norm(x, epsilon=1e-8):
+    assert epsilon == 1e-8  # that of stylegan.normalize
+    return stylegan.normalize(x)
+
+
 OPS = {
     "blur2d": lambda t, p, k: blur2d(t["x"], k),
-    "upscale2d": lambda t, p, k: stylegan.upscale(t["x"], k["factor"]),
-    "downscale2d": lambda t, p, k: stylegan.downscale(t["x"], k["factor"]),
+    "upscale2d": lambda t, p, k: stylegan.upscale(t["x"], k.get("factor", 2)),
+    "downscale2d": lambda t, p, k: stylegan.downscale(t["x"], k.get("factor", 2)),
     "dense": lambda t, p, k: dense(t["x"], p, k),
     "conv2d": lambda t, p, k: convolved(t["x"], p, k),
     "upscale2d_conv2d": lambda t, p, k: doubled(t["x"], p, k),
     "conv2d_downscale2d": lambda t, p, k: stylegan.ops.conv2d_pool2(t["x"], scaled(p["weight"], k)),
-    "apply_bias": lambda t, p, k: stylegan.ops.bias_act(t["x"], p["bias"] * k["lrmul"]),
+    "apply_bias": lambda t, p, k: stylegan.ops.bias_act(t["x"], p["bias"] * k.get("lrmul", 1)),
     "leaky_relu": lambda t, p, k: stylegan.ops.bias_act(
-        t["x"], act="lrelu", alpha=k["alpha"], gain=1
+        t["x"], act="lrelu", alpha=k.get("alpha", 0.2), gain=1
     ),
-    "pixel_norm": lambda t, p, k: stylegan.normalize(t["x"]),
-    "instance_norm": lambda t, p, k: stylegan.instance_norm(t["x"]),
+    "pixel_norm": lambda t, p, k: pixel_norm(t["x"], **k),
+    "instance_norm": lambda t, p, k: stylegan.ops.norm_act(t["x"], eps=k.get("epsilon", 1e-8)),
     "style_mod": lambda t, p, k: style_mod(t["x"], p, t["dlatent"], k),
     "apply_noise": lambda t, p, k: stylegan.ops.fused_act(
         t["x"], None, t["noise"], p["Noise/weight"]
     ),
     "minibatch_stddev_layer": lambda t, p, k: stylegan.minibatch_std(
-        t["x"], k["group_size"], k.get("num_new_features", 1)
+        t["x"], k.get("group_size", 4), k.get("num_new_features", 1)
     ),
     "lerp_clip": lambda t, p, k: t["a"].lerp(t["b"], t["t"].clamp(0, 1)),
 }
@@ -181,7 +192,7 @@ def tf_op(case):
     op, kwargs = args.pop("op"), args.pop("kwargs", {})
     assert not set(args) - {"order", "second_x"}, args
     if op == "process_reals":
-        assert kwargs["mirror_augment"] is False
+        assert not kwargs.get("mirror_augment", False)
         assert (kwargs["drange_data"], kwargs["drange_net"]) == ([0, 255], [-1, 1])
         real = stylegan.faded(case.inputs["x"] / 127.5 - 1, kwargs["lod"])
         case.equal("y", stylegan.upscale(real, 2 ** int(kwargs["lod"])))
@@ -200,7 +211,7 @@ def tf_op(case):
     wanted = {k: given[k] for k in first} | params
     d = grads((y * v).sum(), wanted, create_graph=True)
     for k, g in d.items():
-        case.equal_present(**{(f"dparam.{k}" if k in params else f"d{k}"): g})
+        case.equal(f"dparam.{k}" if k in params else f"d{k}", g)
     r = d[x].square().sum()
     second = {k: given[k] for k in ("x", "v") if f"g2{k}" in case.outputs}
     for k, g in grads(r, second).items():
@@ -225,7 +236,9 @@ def tf_mapping(case):
     ours = {k.removeprefix("mapping."): t for k, t in stylegan.official_tensors(arrays).items()} | {
         "w_avg": net.w_avg
     }
-    assert set(ours) == set(net.state_dict())
+    assert set(ours) == set(net.state_dict()) and a.get("use_wscale", True)
+    times = a.get("mapping_lrmul", 0.01) / 0.01
+    ours = {k: t * times if k.startswith("fc") else t for k, t in ours.items()}
     z, c = case.inputs["z"].requires_grad_(), labels(case)
     ws = functional_call(net, ours, (z, c))
     case.equal("dlatents", ws)
@@ -286,17 +299,21 @@ class Recorded(Eager):
 def tf_generator(case):
     forward = dict(case.args["forward"])
     assert forward.pop("randomize_noise") is False
+    beta = forward.pop("dlatent_avg_beta", case.args["G"].get("dlatent_avg_beta", 0.995))
     G, _ = network(case, tensors(case, "G"), "G")
-    training = forward.pop("is_training", False)
+    case.patch.setattr(stylegan, "W_AVG_BETA", beta)
+    training, validation = (forward.pop(f"is_{k}", False) for k in ("training", "validation"))
+    psi, cutoff = forward.pop("truncation_psi", 0.7), forward.pop("truncation_cutoff", 8)
+    for_validation = [forward.pop(f"truncation_{k}_val", None) for k in ("psi", "cutoff")]
+    psi, cutoff = for_validation if validation else (psi, cutoff)
     G.train(training)
     z, c = case.inputs["z"], labels(case)
     if training:
         run = Recorded(case, lambda: G.num_ws - 2 * int(G.synthesis.lod))
-        args = types.SimpleNamespace(mixing=forward.pop("style_mixing_prob") or 0)
+        args = types.SimpleNamespace(mixing=forward.pop("style_mixing_prob", 0.9) or 0)
         ws = stylegan.mix(G, z, c, args, run)
         assert not run.draws
     else:
-        psi, cutoff = forward.pop("truncation_psi"), forward.pop("truncation_cutoff", 8)
         ws = G.mapping(z, c, 1 if psi is None else psi, cutoff)
     assert not forward
     case.equal("images", G.synthesis(ws, "const"))
@@ -323,17 +340,17 @@ KINDS_OF_LOSS = {  # official name: ours
 }  # fmt: skip
 
 
-def options(a):
-    """The options of the training that the phases read."""
-    kind = KINDS_OF_LOSS[a["loss"]]
-    kwargs = dict(a["loss_kwargs"])
+def options(case, loss, kwargs):
+    """The options of the training that the phases read, of an official loss; DRIFT is set."""
+    kind, kwargs = KINDS_OF_LOSS[loss], dict(kwargs)
     gp = stylegan.LOSSES[kind].get("gp_lambda", 0.0)
+    r1_gamma = 10.0 if loss.endswith("simplegp") else 0.0
     args = types.SimpleNamespace(
-        loss=kind, batch_gpu=None, mixing=a["G"].get("style_mixing_prob") or 0,
-        r1_gamma=kwargs.pop("r1_gamma", 0.0), r2_gamma=kwargs.pop("r2_gamma", 0.0),
+        loss=kind, batch_gpu=None, mixing=case.args["G"].get("style_mixing_prob", 0.9) or 0,
+        r1_gamma=kwargs.pop("r1_gamma", r1_gamma), r2_gamma=kwargs.pop("r2_gamma", 0.0),
         gp_lambda=kwargs.pop("wgan_lambda", gp), gp_target=kwargs.pop("wgan_target", 1.0),
     )  # fmt: skip
-    assert kwargs.pop("wgan_epsilon", stylegan.DRIFT) == stylegan.DRIFT
+    case.patch.setattr(stylegan, "DRIFT", kwargs.pop("wgan_epsilon", 0.001))
     assert not kwargs, kwargs
     return args
 
@@ -373,7 +390,8 @@ class Watch:
 
 
 def tf_loss(case):
-    args, tag = options(case.args), case.args["loss"][0]
+    tag = case.args["loss"][0]
+    args = options(case, case.args["loss"], case.args["loss_kwargs"])
     arrays = {k: tensors(case, k, gradient=True) for k in "GD"}
     G, call_G = network(case, arrays["G"], "G")
     D, call_D = network(case, arrays["D"], "D")
@@ -416,11 +434,14 @@ def tf_schedule(case):
         lr = sched.get(f"{net}_lrate_base", 0.001)
         table = {k: v / lr for k, v in sched.get(f"{net}_lrate_dict", {}).items()}
         rates[net] = dict(lr=lr, rates=table)
+    ticks, base = sched.pop("tick_kimg_dict", stylegan.TICKS), sched.pop("tick_kimg_base", 160)
+    ticks = {2**k: ticks.get(2**k, base) for k in range(2, 12)}
+    case.patch.setattr(stylegan, "TICKS", ticks)
     known = set(names) | {f"{net}_lrate_{k}" for net in "GD" for k in ("base", "dict")}
     assert set(sched) <= known, set(sched) - known
     kimg = case.inputs["cur_nimg"].double() / 1000
     G, D = ([stylegan.schedule(k, **both, **rates[net]) for k in kimg.tolist()] for net in "GD")
-    case.equal("kimg", kimg)
+    case.equal("kimg", kimg, 1e-12)
     case.equal("lod", [s.lod for s in G], 1e-12)
     case.equal("resolution", [s.res for s in G], 0)
     case.equal("minibatch", [s.batch for s in G], 0)
@@ -436,8 +457,11 @@ def numbered(table):
 def tf_trajectory(case):
     """Steps of train_step at falling lods with recorded draws; everything at 1e-5."""
     a = case.args
-    args = options(a | {"loss": a["D_loss"], "loss_kwargs": a["D_loss_kwargs"]})
-    assert KINDS_OF_LOSS[a["G_loss"]] == args.loss
+    args = options(case, a["D_loss"], a["D_loss_kwargs"])
+    if a["G_loss"] == "G_logistic_saturating":
+        args.loss = {"logistic": "saturating"}[args.loss]  # D's is the same
+    else:
+        assert KINDS_OF_LOSS[a["G_loss"]] == ("logistic" if args.loss == "logistic" else "wgan")
     nets = {k: network(case, tensors(case, k), k)[0].train() for k in "GD"}
     nets["Gs"] = copy.deepcopy(nets["G"]).eval()
     start = {k: copy.deepcopy(dict(net.named_parameters())) for k, net in nets.items()}
@@ -446,10 +470,12 @@ def tf_trajectory(case):
     for net in "GD":
         adam = a[f"{net}_opt"]
         betas = (adam["beta1"], adam["beta2"])
-        assert (betas, adam["epsilon"]) == (stylegan.BETAS, stylegan.EPS)
+        case.patch.setattr(stylegan, "BETAS", betas)
+        case.patch.setattr(stylegan, "EPS", adam["epsilon"])
         opts.append(torch.optim.Adam(nets[net].parameters(), a["lrate"], betas, adam["epsilon"]))
     run = Recorded(case, lambda: G.num_ws - 2 * int(G.synthesis.lod))
-    beta = 0.5 ** (a["minibatch"] / (1000 * a["G_smoothing_kimg"]))
+    half_life = 1000 * a["G_smoothing_kimg"]
+    beta = 0.5 ** (a["minibatch"] / half_life) if half_life else 0.0
     found, age, before = {"D_loss": [], "G_loss": [], "dlatent_avg": [], "reset": []}, 0, -1
     for s, lod in enumerate(a["lods"]):
         found["reset"].append(float(stylegan.is_growth(lod, before)))
@@ -510,5 +536,6 @@ KINDS = {
 
 def check(path, **how):
     for case in Vectors(path, **how).cases():
-        KINDS[case.kind](case)
+        with pytest.MonkeyPatch.context() as case.patch:
+            KINDS[case.kind](case)
         case.finish()
