@@ -1930,10 +1930,11 @@ def conv2d_resample(
 def double_conv2d(x, w, blur=False, impl=None):
     """Each pixel 2x2 times, a 3x3 convolution, and, with `blur`, the filter [1, 2, 1]; zeros are
     outside. x: (N, I, H, W), w: (O, I, 3, 3) -> (N, O, 2 H, 2 W)"""
-    w = w.flip([2, 3]).transpose(0, 1)
-    if blur and kernels(x, impl) is not None:
+    fused = blur and kernels(x, impl) is not None
+    w = (w if fused else widened(w)).flip([2, 3]).transpose(0, 1)
+    if fused:
         return box_blur(conv_transpose2d(x, w, stride=2), gain=4, impl=impl)
-    x = conv_transpose2d(x, widened(w), stride=2, padding=1)
+    x = conv_transpose2d(x, w, stride=2, padding=1)
     return filter2d(x, binomial(3, x.device), impl=impl) if blur else x
 
 

@@ -18,7 +18,8 @@ In this file, in the order of the signal              paper
 
 Results: README. Differs from the paper, with the official code (NVlabs/stylegan): noise, bias and
 leaky ReLU come before the normalisation, which Fig. 1 leaves open; R1 is that of images enlarged to
-full size, so that it weighs four times as much after each doubling of the resolution.
+full size, so that it weighs four times as much after each doubling of the resolution. Differs from
+both: a GPU computes the four highest resolutions in float16; --precision fp32 is the paper's way.
 """
 
 import argparse
@@ -59,7 +60,7 @@ LOSSES = {  # what D's loss is regularized with; logistic: FFHQ and LSUN, wgan-g
     "wgan": {},
     "wgan-gp": dict(gp_lambda=10.0, lr_max=0.002),
     "hinge": {},
-    "hinge-gp": dict(gp_lambda=10.0, lr_max=0.002),
+    "hinge-gp": dict(gp_lambda=10.0),
 }
 DRIFT = 0.001  # of wgan: keeps D's logits on real images near 0
 # By resolution: images per step (of eight GPUs, 32 where none is given), factor of the learning
@@ -75,9 +76,9 @@ SCHEDULE = ("start_size", "train_kimg", "fade_kimg", "batches", "batch_max")  # 
 MIXING = 0.9  # sec. 3.1
 EMA_KIMG = 10.0  # half-life of the weights' average, thousands of images
 W_AVG_BETA = 0.995
-PSI = 0.7  # of pictures; the paper's figures are untruncated
+PSI = 0.7  # of pictures, as of Fig. 2; figures that show a range have their own
 PATHS = 100_000  # of path length
-FP16_BLOCKS, CLAMP = 4, 256.0  # with --precision fp16: as StyleGAN2 has it
+FP16_BLOCKS, CLAMP = 4, 256.0  # not the paper's: float16 as StyleGAN2-ADA has it, D's clamped
 
 # What a plain `python stylegan.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64)
@@ -87,8 +88,9 @@ TOY |= dict(ema_kimg=2.0, every=10)
 # =============================================================================
 # Networks
 # =============================================================================
-# Weights are N(0, 1) and scaled where they are used (equalized learning rate, Karras et al. 2017,
-# sec. 4.1). Where a leaky ReLU follows, the scale holds its gain, sqrt(2).
+# Weights are N(0, 1), with lr_mul N(0, 1 / lr_mul^2), and scaled where they are used (equalized
+# learning rate, Karras et al. 2017, sec. 4.1). Where a leaky ReLU follows, the scale holds its
+# gain, sqrt(2).
 
 
 class Linear(nn.Module):
@@ -153,7 +155,8 @@ class MappingNetwork(nn.Module):
     """f: Z x C -> W (Fig. 1b), an MLP with a running mean of its output for truncation.
 
     forward(z, c=None, psi=1, cutoff=None) -> ws (N, num_ws, w_dim)
-        z: (N, z_dim), any scale if normalize_z; c: (N, c_dim), None if c_dim is 0
+        z: (N, z_dim), N(0, 1); any scale if normalize_z and c_dim is 0
+        c: (N, c_dim), None if c_dim is 0
         psi: 1 = no truncation, 0 = mean image, in the first `cutoff` layers (None: all)
     In training mode w_avg moves, unless update_avg=False (the second latents of style mixing).
     Raises ValueError if a conditional model gets no c.
@@ -436,15 +439,16 @@ class DiscriminatorEpilogue(nn.Module):
     """The 4x4 end of D: minibatch standard deviation, convolution, two dense layers.
 
     forward(x, c): (N, I, 4, 4) -> logits (N, 1); c: (N, c_dim) picks one of c_dim, or None
+    O: width of the dense layer
     """
 
-    def __init__(self, I, c_dim, img_channels, mbstd_group):
+    def __init__(self, I, O, c_dim, img_channels, mbstd_group):
         super().__init__()
         self.mbstd_group = mbstd_group
         self.fromrgb = Conv2d(img_channels, I, 1, "lrelu")
         self.conv = Conv2d(I + bool(mbstd_group), I, 3, "lrelu")
-        self.fc = Linear(I * 16, I, "lrelu")
-        self.out = Linear(I, c_dim or 1)
+        self.fc = Linear(I * 16, O, "lrelu")
+        self.out = Linear(O, c_dim or 1)
 
     def features(self, img):
         """(N, img_channels, 4, 4) -> (N, I, 4, 4)"""
@@ -482,7 +486,8 @@ class Discriminator(nn.Module):
                 widths[res], widths[res // 2], img_channels, kind, clamp, blur
             )
             self.add_module(f"b{res}", block)
-        self.b4 = DiscriminatorEpilogue(widths[4], c_dim, img_channels, mbstd_group)
+        last = channels(2, channel_base, channel_max)
+        self.b4 = DiscriminatorEpilogue(widths[4], last, c_dim, img_channels, mbstd_group)
 
     def grow(self, lod):
         """Sets the level of detail."""
@@ -591,7 +596,8 @@ def schedule(
     images, batch, rate and tick are its own as soon as its fade begins. batches, batch_max (per
     process), rates: by resolution.
     """
-    phase, rest = divmod(kimg, train_kimg + fade_kimg)
+    duration = train_kimg + fade_kimg
+    phase, rest = divmod(kimg, duration) if duration else (0, kimg)
     lod = math.log2(size) - math.log2(start_size) - phase
     if fade_kimg > 0:
         lod -= max(rest - train_kimg, 0) / fade_kimg
@@ -713,7 +719,7 @@ def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, n
     real_c: (N, c_dim), of the fakes that D sees, too, or None; sample_c(n): labels of n fakes;
     noise: see Epilogue, in training run.randn. `run` gives rand, randn, backward, and graph(phase,
     optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
-    the optimizer. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
+    the optimizer. A GPU repeats phases as CUDA graphs, so that all that changes must be tensors.
     """
     opt_G, opt_D = opts
 
@@ -746,7 +752,7 @@ def train(args):
     first = common.first_weights(args)
     given = load_networks(first)[0] if first else {}
     fill_options(args, given)
-    run = common.Run("stylegan", args, __file__, own_half=True, precision="fp32")
+    run = common.Run("stylegan", args, __file__, own_half=True)
     run.log_every, run.fixed = 1000, ("batch", "config", "loss", *SCHEDULE)
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
     source = common.open_data(args.data, size=args.size, toy=toy)
@@ -823,8 +829,9 @@ def train(args):
         run.log(losses, kimg=kimg, res=stage.res, lod=round(stage.lod, 3))
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due((args.every or stage.tick) * 1000):
-            run.save_picture(common.grid(common.sample(G_ema, *examples, args.batch), 8))
-            common.score_samples(run, G_ema, data, labels, args.batch)
+            n = args.batch_gpu or args.batch // run.world
+            run.save_picture(common.grid(common.sample(G_ema, *examples, n), 8))
+            common.score_samples(run, G_ema, data, labels, n)
             for net in (G, G_ema):
                 net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
             run.save(keep=keep)
@@ -989,6 +996,9 @@ def official_config(arrays, options):
     size, most = max(widths), max(widths.values())
     narrow = [r * w for r, w in widths.items() if w < most]
     config = dict(channel_max=most, channel_base=max(narrow, default=size * most))
+    last = most if prefix else shape["b4.fc.weight"][0]
+    if last > most:  # D's dense layer alone is wider
+        config = dict(channel_max=last, channel_base=max(4 * most, 2 * last))
     if widths != {r: channels(r, **config) for r in widths}:
         raise ValueError(f"{widths} channels are not those of a StyleGAN network")
     config |= dict(img_resolution=size, blur=bool(options.get("blur_filter", True)))
@@ -997,7 +1007,7 @@ def official_config(arrays, options):
         group = options.get("mbstd_group_size") or 4
         config |= dict(img_channels=shape[f"b{size}.fromrgb.weight"][1])
         config |= dict(mbstd_group=group if shape["b4.conv.weight"][1] > widths[4] else 0)
-        return dict(kind="D", c_dim=c_dim if c_dim > 1 else 0, **config)
+        return dict(kind="D", c_dim=options.get("label_size", c_dim if c_dim > 1 else 0), **config)
     layers = [n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)]
     c_dim, z_dim = shape.get("mapping.embed", (0, 0))
     w_dim, inputs = (shape["mapping.w_avg"][0],) * 2
@@ -1112,7 +1122,7 @@ def generate(args):
     """Pictures of seeds, a figure of the paper, or an interpolation film."""
     G, c, _ = common.load_generator(args, load_networks)
     if args.psi is None:
-        args.psi = 1.0 if args.figure else PSI
+        args.psi = 1.0 if args.figure or not G.config["use_styles"] else PSI
     if not args.figure:
         common.generate(args, G, c)
         return
@@ -1146,7 +1156,7 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp32",
+        p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp16+tf32",
         own_half=True,
     )  # fmt: skip
     p.add("--config", choices=list(CONFIGS), help="row of Table 1: F, or that of --checkpoint")
@@ -1171,7 +1181,7 @@ def main(argv=None):
         "--lr",
         type=above_0,
         default=LR,
-        help="times 1.5 at 128 pixels, 2 at 256, 3 from 512; ...-gp: up to 0.002",
+        help="times 1.5 at 128 pixels, 2 at 256, 3 at 512 and 1024; wgan-gp: up to 0.002",
     )
     p.add("--lr-rampup", type=from_0, default=0.0, help="kimg over which the rate rises from 0")
     p.add("--mixing", type=common.probability, help="probability of style mixing: 0.9")

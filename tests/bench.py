@@ -69,9 +69,9 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
         ("translate by latents,", 256, 1, "tf32"), ("translate by references,", 256, 1, "tf32"),
     ],
     "stylegan": [
-        ("train", 64, 32, "fp16"), ("train", 256, 32, "fp16"), ("train", 512, 16, "fp16"),
-        ("train", 1024, 8, "fp16"), ("train", 256, 32, "fp32"), ("generate", 256, 32, "fp32"),
-        ("train, half faded in,", 256, 32, "fp32"), ("train at 8 px, of", 256, 32, "fp32"),
+        ("train", 64, 32, MIXED), ("train", 256, 32, MIXED), ("train", 512, 16, MIXED),
+        ("train", 1024, 8, MIXED), ("train", 256, 32, "fp32"), ("generate", 256, 32, MIXED),
+        ("train, half faded in,", 256, 32, MIXED), ("train at 8 px, of", 256, 32, MIXED),
     ],
     "stylegan2": [
         ("train", 64, 32, MIXED), ("train", 256, 32, "fp32", 76, 12.7, 114),
@@ -286,7 +286,7 @@ def new_pair(paper, args, run, device):
 
 def of_stylegan(what, args, device):
     stylegan.fill_options(args, {})
-    run = Phases(args, own_half=True, precision="fp32")
+    run = Phases(args, own_half=True)
     G, D, G_ema = new_pair(stylegan, args, run, device)
     if what == "generate":
         return generation(G, args.batch, device)

@@ -395,6 +395,11 @@ def test_every_row_of_table_1_trains(tmp_path, config):
     assert G["blur"] == (config != "A") and G["map_layers"] == (0 if config in "AB" else 2)
     assert ("reg/gp" in jsonl(folder / "log.jsonl")[0]) == (config == "A")
     main("generate", "--checkpoint", folder, "--seeds", 1)
+    G = stylegan.load_networks(folder)[0]["G_ema"].eval()
+    w, whole = np.load("out/latents.npz")["w"], G.mapping(common.latents([1], G.config["z_dim"]))
+    assert np.allclose(w, whole.detach().numpy(), atol=1e-6) == (
+        config in "AB"
+    )  # the others truncate it
 
 
 @pytest.mark.parametrize(
