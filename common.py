@@ -1595,8 +1595,8 @@ def square_size(args, source):
     if args.size and not source.is_toy:
         with contextlib.suppress(BadImage):  # which the loader will name
             side = min(source.image(source.names[0]).size)
-            if side < size:
-                print(f"--size {size} enlarges pictures of {side} pixels.", file=sys.stderr)
+            if side < size and os.environ.get("RANK", "0") == "0":
+                print(f"--size {size} enlarges pictures of {side} pixels")
     return size
 
 

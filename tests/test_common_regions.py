@@ -185,7 +185,7 @@ def test_the_19_classes_of_celebamask_are_joined_when_asked_and_not_otherwise(tm
         write_pair(tmp_path, name, raw % 9)
         Image.fromarray(raw.astype(np.uint8)).save(tmp_path / f"labels/{name}.png")
     data, _, classes = load(options(tmp_path, group="celebamask", size=512))
-    assert len(classes) == 13 and "classes" not in capsys.readouterr().err
+    assert len(classes) == 13 and capsys.readouterr().err == ""
     assert (classes[5], classes[10], classes[12]) == ("nose", "glasses", "earring")
     seen = data[0][1][0, np.rint((np.arange(19) + 0.5) * 512 / 19).astype(int)].tolist()
     assert seen == [0, 1, 5, 10, 2, 2, 3, 3, 6, 6, 4, 4, 4, 7, 11, 12, 8, 8, 9]
@@ -308,9 +308,9 @@ def test_left_and_right_change_places_in_a_mirrored_pair(tmp_path):
 
 def test_enlarged_pictures_are_said_to_be(pairs, capsys):
     load(options(pairs, size=8)), load(options(size=64))
-    assert "enlarges" not in capsys.readouterr().err
+    assert "enlarges" not in capsys.readouterr().out
     load(options(pairs, size=256))
-    assert "--size 256 enlarges pictures of " in capsys.readouterr().err
+    assert "--size 256 enlarges pictures of " in capsys.readouterr().out
 
 
 def test_half_of_the_pairs_are_mirrored_and_without_affine_nothing_else_happens():
