@@ -425,7 +425,7 @@ class DiscriminatorBlock(nn.Module):
         self.half = half
         self.fromrgb = Conv2d(img_channels, I, 1, "lrelu", clamp=clamp)
         self.conv0 = Conv2d(I, I, 3, "lrelu", clamp=clamp)
-        self.conv1 = Conv2d(I, O, 3, "lrelu", True, blurred, clamp)
+        self.conv1 = Conv2d(I, O, 3, "lrelu", down=True, blurred=blurred, clamp=clamp)
 
     def forward(self, x):
         return self.conv1(self.conv0(x.to(block_type(self, x))))
