@@ -1596,7 +1596,7 @@ def square_size(args, source):
         with contextlib.suppress(BadImage):  # which the loader will name
             side = min(source.image(source.names[0]).size)
             if side < size and os.environ.get("RANK", "0") == "0":
-                print(f"--size {size} enlarges pictures of {side} pixels")
+                print(f"pictures of {side} pixels are enlarged to {size}")
     return size
 
 
@@ -2498,7 +2498,7 @@ class Run:
         """Makes the run folder; on --resume loads its checkpoint. Returns the steps already done.
 
         nets, opts, pools: {name: object with state_dict()}; pools are each rank's own; names: of
-        the pictures of --data, whose hash checkpoints hold.
+        the pictures to learn from, whose hash checkpoints hold.
         """
         self.nets, self.opts, self.pools = nets, opts, pools
         self.names = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
@@ -4307,7 +4307,9 @@ def generator_scores(reals, fakes, pairs, n, args, device, paths=PPL2):
         row["fid"] = fid_kid(reals, fakes, net, args.fid_resize)
     without = "precision and recall are left out"
     if "pr" in metrics and (vgg := load_or_explain(without, load_vgg16, args.vgg, device=device)):
-        features = [vgg_features(images, vgg).to(device) for images in (reals, fakes)]
+        most = 200_000 // args.batch  # batches of pictures, as officially
+        some = (itertools.islice(images, most) for images in (reals, fakes))
+        features = [vgg_features(images, vgg).to(device) for images in some]
         row["precision"], row["recall"] = precision_recall(*features)
     distances = {"path": pixel_distance} if "path" in metrics else {}
     without, files = "perceptual path length is left out", (args.vgg, args.lpips)
@@ -5606,7 +5608,7 @@ def sample(G, z, c=None, batch=32, **options):
 
 
 def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
-    """Prints and keeps fd8 of n samples against as many of the pictures, with fid = (network, m)
+    """Prints and keeps fd8 of n samples against at most as many pictures, with fid = (network, m)
     also FID of m samples against all pictures, and keeps `more` numbers beside them."""
     if run.rank == 0:
         real, fake = data.all(n), sample(G, *sample_inputs(G, labels, 10_000, n), batch)

@@ -596,8 +596,9 @@ def train(args):
         return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
 
     examples = fixed_examples(args, source)
-    opts_and_pools = dict(G=opts[0], D=opts[1]), dict(fake_A=pools[0], fake_B=pools[1])
-    start = run.restore(nets, *opts_and_pools, source.names)
+    named_pools = dict(fake_A=pools[0], fake_B=pools[1])
+    names = [*data_A.names, *data_B.names]
+    start = run.restore(nets, dict(G=opts[0], D=opts[1]), named_pools, names)
     run.say(
         f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps;"
         " G_AB translates A to B, G_BA translates B to A"

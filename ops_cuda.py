@@ -7,10 +7,10 @@ In this file                                what it is
     norm_act                                pad(act(instance_norm(x) * scale + shift)) + residual
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
     pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
-    box_blur, blur_box                      [1, 1] and [1, 2, 1], either way round, in one pass
+    box_then_blur, blur_then_box            [1, 1] and [1, 2, 1] in one pass
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
     to_image, from_image                    1x1 convolutions to and from few channels
-    double_conv2d, conv2d_pool2             3x3 convolutions of doubled pixels, or followed by means
+    upscale_conv2d, conv2d_downscale        3x3 convolutions of doubled pixels, or averaged after
     conv2d_resample                         a convolution that also resamples, in the best order
     grid_sample                             twice differentiable in the image
     warp                                    upsample by a lowpass and read through an affine map
@@ -649,7 +649,7 @@ struct Fir {
     int lanes, tiles, bands, steps;  // of fir_kernel: columns and rows of blocks; steps of a thread
 };
 
-// Odd edges, see box_blur: the outermost pixels of the padding are minus those of the image.
+// Odd edges, see box_then_blur: the outermost pixels of the padding are minus those of the image.
 __device__ __forceinline__ bool outside(int i, int n) { return unsigned(i) >= unsigned(n); }
 __device__ __forceinline__ int mirrored(int i, int n, int pad) {
     return i < 0 ? -pad - i : i < n ? i : 2 * n - 2 + pad - i;
@@ -1678,11 +1678,11 @@ def double(x, impl=None):
 # Box and blur, [1, 1] and [1, 2, 1], are [1, 3, 3, 1], but for the edges: outside of the image
 # between the two is zero. One pass gets that from odd edges, where the outermost pixels of the
 # padding are minus those of x: the box makes 0 of -a and a.
-#   box_blur   padding 1: -x_0, x_0, x_1, ...
-#   blur_box   padding 2: -x_0, 0, x_0, x_1, ...    each is the adjoint of the other
+#   box_then_blur   padding 1: -x_0, x_0, x_1, ...
+#   blur_then_box   padding 2: -x_0, 0, x_0, x_1, ...    each is the adjoint of the other
 
 
-def box_blur(x, gain=1, impl=None):
+def box_then_blur(x, gain=1, impl=None):
     """The box where it fits, then the blur, times gain: (N, C, H, W) -> (N, C, H - 1, W - 1)"""
     if kernels(x, impl) is not None:
         return odd_edged(x, 1, gain)
@@ -1690,7 +1690,7 @@ def box_blur(x, gain=1, impl=None):
     return filter2d(x, binomial(3, x.device), impl=impl)
 
 
-def blur_box(x, gain=1, impl=None):
+def blur_then_box(x, gain=1, impl=None):
     """The blur, then the box at every place that it meets: (N, C, H, W) -> (N, C, H + 1, W + 1)"""
     if kernels(x, impl) is not None:
         return odd_edged(x, 2, gain)
@@ -1699,7 +1699,7 @@ def blur_box(x, gain=1, impl=None):
 
 
 def odd_edged(x, pad, gain):
-    (H, W), f = x.shape[2:], binomial(4, x.device)
+    (H, W), f = x.shape[2:], binomial(4, x.device).float()
     size = (W + 2 * pad - 3, H + 2 * pad - 3)
     return Upfirdn2d.apply(x, f, (1, 1), (1, 1), (pad, pad), size, False, gain, True)
 
@@ -1924,25 +1924,25 @@ def conv2d_resample(
 
 # Convolutions between sides of 1 : 2, of progressive GANs. Doubling or averaging pixels, the box
 # [1, 1], and a 3x3 kernel w are one 4x4 kernel of stride 2, and a blur with [1, 2, 1] is a pass.
-# With w alone of stride 2, 9/16 of the work, box and blur are one pass, too: box_blur, blur_box.
+# With w alone of stride 2, 9/16 of the work, box and blur are one pass, too.
 
 
-def double_conv2d(x, w, blur=False, impl=None):
+def upscale_conv2d(x, w, blur=False, impl=None):
     """Each pixel 2x2 times, a 3x3 convolution, and, with `blur`, the filter [1, 2, 1]; zeros are
     outside. x: (N, I, H, W), w: (O, I, 3, 3) -> (N, O, 2 H, 2 W)"""
     fused = blur and kernels(x, impl) is not None
     w = (w if fused else widened(w)).flip([2, 3]).transpose(0, 1)
     if fused:
-        return box_blur(conv_transpose2d(x, w, stride=2), gain=4, impl=impl)
+        return box_then_blur(conv_transpose2d(x, w, stride=2), gain=4, impl=impl)
     x = conv_transpose2d(x, w, stride=2, padding=1)
     return filter2d(x, binomial(3, x.device), impl=impl) if blur else x
 
 
-def conv2d_pool2(x, w, blur=False, impl=None):
+def conv2d_downscale(x, w, blur=False, impl=None):
     """With `blur`, the filter [1, 2, 1], a 3x3 convolution, means of 2x2 pixels; zeros are outside.
     x: (N, I, H, W), sides even, w: (O, I, 3, 3) -> (N, O, H / 2, W / 2)"""
     if blur and kernels(x, impl) is not None:
-        return conv2d(blur_box(x, impl=impl), w, stride=2)
+        return conv2d(blur_then_box(x, impl=impl), w, stride=2)
     x = filter2d(x, binomial(3, x.device), impl=impl) if blur else x
     return conv2d(x, widened(w) / 4, stride=2, padding=1)
 
@@ -2105,6 +2105,7 @@ def operators(N, C, H, W, device):
     norms = {
         "norm, lrelu": (lambda x, impl, *t: norm_act(x, *t, "lrelu", impl=impl), [small[0], far]),
         "norm, pad": (lambda x, impl, *_: norm_act(x, pad=1, impl=impl), []),
+        "box, blur": (lambda x, impl, *_: box_then_blur(x, impl=impl), []),
     }
     return (norms if H * W > 1 else {}) | {
         "bias_act": (lambda x, impl, b: bias_act(x, b, act="lrelu", impl=impl), small[3:]),
@@ -2119,8 +2120,7 @@ def operators(N, C, H, W, device):
         "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
         "downsample, 4 taps": (fir(f4, down=2), []),
         "filter, 12 taps": (fir(f12), []),
-        "box, blur": (lambda x, impl, *_: box_blur(F.pad(x, (0, 1, 0, 1)), impl=impl), []),
-        "blur, box": (lambda x, impl, *_: blur_box(x, impl=impl), []),
+        "blur, box": (lambda x, impl, *_: blur_then_box(x, impl=impl), []),
         "upsample, 12 taps": (fir(f12, up=2, gain=4), []),
         "downsample, 12 taps": (fir(f12, down=2), []),
         "warp": (warped, []),

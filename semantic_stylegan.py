@@ -856,7 +856,7 @@ def new_networks(args, size, regions):
 
 
 def images_of(source):
-    """A source without its label maps, of --data as for training."""
+    """The pictures that training sees, without label maps."""
     if common.has_labels(source) and common.has_subset(source, "train"):
         source = common.subset(source, "train")
     return common.subset(source, "images") if common.has_subset(source, "images") else source
@@ -908,7 +908,7 @@ def train(args):
 
     if not args.resume:
         data.all(SCORED)  # wrong pictures and maps, as far as these show them, leave no run folder
-    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, source.names)
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, data.names)
     run.say(
         f"{len(data)} pictures of {size}x{size}; regions: {', '.join(regions)}; G has {count(G):,}"
         f" parameters, D {count(D):,}"

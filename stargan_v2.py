@@ -95,9 +95,9 @@ class Conv2d(nn.Conv2d):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         w = self.weight.to(x.dtype)
         if self.resample == "up":
-            x = ops.double_conv2d(x, w)
+            x = ops.upscale_conv2d(x, w)
         elif self.resample == "down":
-            x = ops.conv2d_pool2(x, w)
+            x = ops.conv2d_downscale(x, w)
         else:
             x = ops.conv2d(x, w, padding=self.padding)
         return x if self.bias is None else ops.bias_act(x, self.bias, act=self.act, gain=self.gain)
@@ -704,7 +704,8 @@ def train(args):
     shown = open_shown(args, source, list(domains))
     examples = [images.all(2) for images in shown.values()]
     scored = any(common.has_subset(source, part) for part in TEST_PARTS)
-    start = run.restore(nets, opts, {}, source.names)
+    names = [f"{name}/{path}" for name, images in domains.items() for path in images.names]
+    start = run.restore(nets, opts, {}, names)
     counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
     if args.w_hpf > 0:
         run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")
@@ -1167,8 +1168,7 @@ def evaluate(args):
         # Training sets can be too large to be held: fd8 needs 8x8 pixels, FID passes over all.
         reals = common.Again(train[target].batches)
         small = torch.cat([common.averaged(x) for x in reals])
-        fid = inception and len(small) > 1  # a covariance needs two
-        if fid:
+        if inception and len(small) > 1:  # a covariance needs two
             statistics = common.real_statistics(reals, inception, args.fid_resize)
         for name in (name for name in train if name != target):
             x = pictures[name]
@@ -1180,7 +1180,7 @@ def evaluate(args):
             for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
                 fakes, row = translated_often(nets["G"], x, s, masks_of, lpips)
                 row |= common.translation_scores(x, fakes, small)
-                if fid and "fd8" in row:
+                if inception and "fd8" in row:
                     row |= common.fid_kid(statistics, fakes, inception, args.fid_resize)
                 if source.is_toy:
                     row["error"] = common.mean_abs(fakes, true.repeat_interleave(OUTPUTS, 0))

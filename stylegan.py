@@ -140,7 +140,7 @@ class Conv2d(nn.Module):
     def forward(self, x):
         w = (self.weight * self.gain).to(x.dtype)
         if self.down:
-            x = ops.conv2d_pool2(x, w, self.blurred)
+            x = ops.conv2d_downscale(x, w, self.blurred)
         else:
             x = ops.conv2d(x, w, padding=w.shape[2] // 2)
         return ops.bias_act(x, self.bias, act=self.act, gain=1, clamp=self.clamp)
@@ -254,7 +254,7 @@ class SynthesisLayer(Epilogue):
     def forward(self, x, w, noise="random"):
         weight = (self.weight * self.gain).to(x.dtype)
         if self.up:
-            x = ops.double_conv2d(x, weight, self.blurred)
+            x = ops.upscale_conv2d(x, weight, self.blurred)
         else:
             x = ops.conv2d(x, weight, padding=1)
         return super().forward(x, w, noise)
@@ -793,7 +793,7 @@ def train(args):
 
     examples = common.sample_inputs(G_ema, labels, args.seed)
     reals = common.grid(data.all(len(examples[0])), 8)
-    start = run.restore(nets, opts, {}, source.names)
+    start = run.restore(nets, opts, {}, data.names)
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
         f" from {stages[0].stage.res} to {stages[-1].stage.res} pixels, in batches of"
@@ -829,7 +829,8 @@ def train(args):
         run.log(losses, kimg=kimg, res=stage.res, lod=round(stage.lod, 3))
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due((args.every or stage.tick) * 1000):
-            n = args.batch_gpu or args.batch // run.world
+            share = stage.batch // run.world
+            n = min(args.batch_gpu or share, share)  # at once, as in training
             run.save_picture(common.grid(common.sample(G_ema, *examples, n), 8))
             common.score_samples(run, G_ema, data, labels, n)
             for net in (G, G_ema):

@@ -732,7 +732,7 @@ def train(args):
     if labels is not None:
         all_labels = torch.from_numpy(labels).to(run.device)
 
-    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, source.names)
+    start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, data.names)
     n = args.batch_gpu or args.batch // run.world
     run.say(
         f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
@@ -884,7 +884,8 @@ def edit(args):
 
 
 def evaluate(args):
-    """fd8, FID and KID, precision and recall, and path length of untruncated samples."""
+    """fd8, FID and KID, precision and recall, and path length of untruncated samples, against
+    pictures that are mirrored at random if training mirrored them."""
     G, _, saved = common.load_generator(args, load_networks)
     exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
     exact.load_state_dict(G.state_dict())

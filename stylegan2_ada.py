@@ -1153,7 +1153,7 @@ def train(args):
     examples = common.sample_inputs(nets["G"], labels, args.seed)
     reals = common.stack([pictures[chosen[i % N]] for i in range(len(examples[0]))])
     state = common.Held(pl_mean=pl_mean, signs=signs, p=T.p)
-    start = run.restore(nets, opts, {"state": state}, source.names)
+    start = run.restore(nets, opts, {"state": state}, pictures.names)
     if args.aug != "ada":
         T.p.fill_(args.ada_p)  # on --resume that may have changed
     run.say(

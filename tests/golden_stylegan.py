@@ -145,7 +145,7 @@ def convolved(x, p, kwargs):
 def doubled(x, p, kwargs):
     w, fused = scaled(p["weight"], kwargs), kwargs.get("fused_scale", "auto")
     fused = 2 * min(x.shape[2:]) >= 128 if fused == "auto" else fused
-    return stylegan.ops.double_conv2d(x, w.flip([2, 3]) if fused else w)
+    return stylegan.ops.upscale_conv2d(x, w.flip([2, 3]) if fused else w)
 
 
 def style_mod(x, p, dlatent, kwargs):
@@ -169,7 +169,9 @@ OPS = {
     "dense": lambda t, p, k: dense(t["x"], p, k),
     "conv2d": lambda t, p, k: convolved(t["x"], p, k),
     "upscale2d_conv2d": lambda t, p, k: doubled(t["x"], p, k),
-    "conv2d_downscale2d": lambda t, p, k: stylegan.ops.conv2d_pool2(t["x"], scaled(p["weight"], k)),
+    "conv2d_downscale2d": lambda t, p, k: stylegan.ops.conv2d_downscale(
+        t["x"], scaled(p["weight"], k)
+    ),
     "apply_bias": lambda t, p, k: stylegan.ops.bias_act(t["x"], p["bias"] * k.get("lrmul", 1)),
     "leaky_relu": lambda t, p, k: stylegan.ops.bias_act(
         t["x"], act="lrelu", alpha=k.get("alpha", 0.2), gain=1

@@ -36,6 +36,7 @@ class Vectors:
         self.device, self.dtype, self.impl = device, dtype, impl
 
     def cases(self):
+        assert self.meta["cases"]
         for name, case in self.meta["cases"].items():
             yield Case(self, name, case)
 
@@ -91,7 +92,7 @@ class Case:
 
     def finish(self):
         missing = set(self.outputs) - self.compared
-        assert not missing, f"{self.name}: not compared: {sorted(missing)}"
+        assert self.outputs and not missing, f"{self.name}: not compared: {sorted(missing)}"
 
     def network(self, tag, net, prefix=""):
         """Fills net with the formula weights; every one of its tensors must be listed."""

@@ -308,9 +308,9 @@ def test_left_and_right_change_places_in_a_mirrored_pair(tmp_path):
 
 def test_enlarged_pictures_are_said_to_be(pairs, capsys):
     load(options(pairs, size=8)), load(options(size=64))
-    assert "enlarges" not in capsys.readouterr().out
+    assert "enlarged" not in capsys.readouterr().out
     load(options(pairs, size=256))
-    assert "--size 256 enlarges pictures of " in capsys.readouterr().out
+    assert "pixels are enlarged to 256" in capsys.readouterr().out
 
 
 def test_half_of_the_pairs_are_mirrored_and_without_affine_nothing_else_happens():

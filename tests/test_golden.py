@@ -177,6 +177,7 @@ class Case:
             k for k in self.arrays.files if k != "meta" and not k.startswith(("in/", "f32/"))
         }
         outputs -= {"loss_names"}
+        assert outputs, "nothing to compare"
         assert self.compared == outputs, f"not compared: {sorted(outputs - self.compared)}"
 
 

@@ -467,7 +467,7 @@ def test_the_kernel_of_two_taps_equals_torch_s_pooling_and_doubling(device, func
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("function", [ops.box_blur, ops.blur_box])
+@pytest.mark.parametrize("function", [ops.box_then_blur, ops.blur_then_box])
 def test_box_and_blur_are_one_pass_with_odd_edges(device, function, dtype, last):
     torch.manual_seed(0)
     for shape in ((2, 8, 11, 6), (1, 3, 2, 3), (1, 40, 7, 37), (2, 16, 133, 3)):
@@ -478,14 +478,14 @@ def test_box_and_blur_are_one_pass_with_odd_edges(device, function, dtype, last)
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("blur", [False, True])
-@pytest.mark.parametrize("function", [ops.double_conv2d, ops.conv2d_pool2])
+@pytest.mark.parametrize("function", [ops.upscale_conv2d, ops.conv2d_downscale])
 def test_convolutions_between_sides_equal_their_steps(device, function, blur, last):
     torch.manual_seed(0)
     x, w = torch.randn(2, 8, 10, 6), torch.randn(4, 8, 3, 3)
 
     def steps(x, w):
         f = ops.setup_filter([1, 2, 1], separable=True).to(x)
-        if function is ops.double_conv2d:
+        if function is ops.upscale_conv2d:
             y = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w, padding=1)
             return ops.filter2d(y, f, impl="ref") if blur else y
         y = F.conv2d(ops.filter2d(x, f, impl="ref") if blur else x, w, padding=1)

@@ -72,16 +72,16 @@ def test_copies_are_equal(name):
 def test_a_fused_upsampling_convolution_is_the_plain_one_with_its_kernel_turned(size):
     x, w = torch.randn(2, 3, *size).double(), torch.randn(4, 3, 3, 3).double()
     plain = F.conv2d(stylegan.upscale(x), w, padding=1)
-    torch.testing.assert_close(ops.double_conv2d(x, w), plain)
+    torch.testing.assert_close(ops.upscale_conv2d(x, w), plain)
     # the official one: the sum of four shifted kernels, transposed and not turned
     fused = F.conv_transpose2d(x, ops.widened(w).transpose(0, 1), stride=2, padding=1)
-    torch.testing.assert_close(ops.double_conv2d(x, w.flip([2, 3])), fused)
+    torch.testing.assert_close(ops.upscale_conv2d(x, w.flip([2, 3])), fused)
 
 
 def test_a_downsampling_convolution_is_the_plain_one_and_an_average():
     x, w = torch.randn(2, 3, 6, 8).double(), torch.randn(4, 3, 3, 3).double()
     plain = F.avg_pool2d(F.conv2d(x, w, padding=1), 2)
-    torch.testing.assert_close(ops.conv2d_pool2(x, w), plain)
+    torch.testing.assert_close(ops.conv2d_downscale(x, w), plain)
 
 
 def test_adain_gives_each_map_the_mean_and_deviation_of_its_style():
