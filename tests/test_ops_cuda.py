@@ -887,7 +887,7 @@ def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, arc
 @pytest.mark.parametrize(("half", "allowed"), [(None, 1e-4), ("float16", 0.1)])
 def test_stylegan_trains_on_the_kernels(device, monkeypatch, half, allowed):
     torch.manual_seed(0)
-    both = dict(img_resolution=32, channel_base=256, channel_max=16, lod=0.5)
+    both = dict(img_resolution=16, channel_base=128, channel_max=16, lod=0.5)
     both |= dict(half_res=4, half=half) if half else {}
     G = stylegan.Generator(16, 0, 16, map_layers=2, **both)
     D = stylegan.Discriminator(mbstd_group=2, **both, **dict(clamp=256.0) if half else {})
@@ -905,7 +905,7 @@ def test_stylegan_trains_on_the_kernels(device, monkeypatch, half, allowed):
 
     def gradients():
         run = Draws(device)
-        real = run.randn(4, 3, 32, 32)
+        real = run.randn(4, 3, 16, 16)
         D.requires_grad_(False)
         stylegan.generator_phase(G, D, 4, lambda n: None, args, run, run.randn)
         D.requires_grad_(True)
