@@ -914,7 +914,8 @@ def main(argv=None):
     p.add("--lr", type=above_0, default=LR)
     p.add("--r1-gamma", type=from_0, help="weight of R1: config F 10, E 100")
     p.add("--r1-every", type=number, default=R1_EVERY, help="steps between R1")
-    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help="of path length; 0: off")
+    pl = "of path length, unstable in batches below 8; 0: off"
+    p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help=pl)
     p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
     p.add("--mixing", type=from_0, default=MIXING, help="probability of style mixing")
     p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
