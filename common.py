@@ -1578,12 +1578,14 @@ def square_pictures(args, source, channels=3):
 def square_size(args, source):
     """--size, or the side of the first picture; UserError if it does not suit."""
     size = args.size
+    if not source.is_toy:
+        name, sides = first_sides(source)
     if size is None and not source.is_toy:
-        W, size = source.image(source.names[0]).size
+        W, size = sides
         if W != size:
             raise UserError(
-                f"--data {args.data}: {source.names[0]} is {W}x{size}, not square. Pass --size, a"
-                " power of two such as 256, to crop and resize."
+                f"--data {args.data}: {name} is {W}x{size}, not square. Pass --size, a power of two"
+                " such as 256, to crop and resize."
             )
     if size < 8 or size & (size - 1):
         given = "--size" if args.size else f"--data {args.data}: pictures of"
@@ -1592,12 +1594,17 @@ def square_size(args, source):
         )
     if len(source.names) < 2:
         raise UserError(f"--data {args.data}: one picture is no set to learn from; add others.")
-    if args.size and not source.is_toy:
-        with contextlib.suppress(BadImage):  # which the loader will name
-            side = min(source.image(source.names[0]).size)
-            if side < size and os.environ.get("RANK", "0") == "0":
-                print(f"pictures of {side} pixels are enlarged to {size}")
+    if not source.is_toy and min(sides) < size and os.environ.get("RANK", "0") == "0":
+        print(f"pictures of {min(sides)} pixels are enlarged to {size}")
     return size
+
+
+def first_sides(source):
+    """Name and (width, height) of the first picture that can be read."""
+    for name in source.names:
+        with contextlib.suppress(BadImage):  # which the loader will name
+            return name, source.image(name).size
+    raise UserError(f"{source.path}: none of its {len(source.names)} pictures can be read.")
 
 
 def square(size, exact, img, resample=Image.Resampling.LANCZOS):
@@ -2243,7 +2250,8 @@ class Run:
 
         self.total, self.began, self.first = stop, time.monotonic(), start
         if start >= stop:
-            self.say("this run is finished: lengthen it to go on")
+            length = next(n for n in ("epochs", "iters", "kimg") if n in vars(self.args))
+            self.say(f"this run is finished: a larger --{length} makes it go on")
         elif self.rank == 0 and self.args.resume:
             write_args(self.folder, self.model, self.args)
         with self.stop_signals():

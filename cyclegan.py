@@ -688,6 +688,8 @@ def evaluate(args):
     if data is None:
         raise UserError("--data is missing: an official file does not say what it was trained on.")
     source = common.open_data(data, size=args.size or saved.get("load_size", CROP_SIZE))
+    for d in "AB":  # before anything is fetched
+        common.subset(source, f"test{d}")
     inception = common.load_inception_or_explain(args.inception, device)
     print(
         "protocol: G(test pictures) against the test pictures of the other domain, FID and KID"

@@ -710,6 +710,8 @@ def train(args):
     if args.w_hpf > 0:
         run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")
     run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
+    if len(names) < args.batch:
+        run.say(f"only {len(names)} pictures: a batch of {args.batch} holds each more than once")
 
     for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
         y, y_ref = ys.unbind(1)

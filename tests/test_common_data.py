@@ -665,3 +665,11 @@ def test_a_subset_is_the_seeds_own_and_the_rest_is_held_out():
     )
     with pytest.raises(common.UserError, match="there are 10 pictures"):
         common.split(10, 11, 3)
+
+
+def test_a_damaged_first_picture_does_not_decide_the_size(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of its 1 pictures can be read"):
+        common.first_sides(common.open_data(str(tmp_path)))
+    Image.new("RGB", (16, 12)).save(tmp_path / "b.png")
+    assert common.first_sides(common.open_data(str(tmp_path))) == ("b.png", (16, 12))

@@ -1021,6 +1021,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         (["generate", *net, "--mix", "hair.colour=5"], "--mix hair.colour=5: REGION=SEED"),
         (["generate", *net, "--mix", "beard=5"], "no region 'beard'; there are background"),
         (["generate", *net, "--film", "beard"], "--film: no beard"),
+        (["generate", *net, "--latents", "l/latents.npz", "--out", "l"], "would be written over"),
         (["generate", *net, "--psi", "x"], "--psi"),
         (["compose", *net, "--regions", "background,beard"], "no region 'beard'"),
         (["edit", *net], "Either --region, or --direction"),
