@@ -564,7 +564,7 @@ def test_transfer_keeps_what_options_do_not_ask_for(capsys):
     arrays = {"G": G.state_dict(), "D": D.state_dict(), "G_ema": G.state_dict()}
     official_files.write_pytorch_pickle("net.pkl", arrays, {"conv_clamp": 256})
     data = labelled_zip("d.zip", [0, 1, 1])
-    options = "--cond --size 8 --batch 4 --kimg 1 --mirror --out runs --device cpu".split()
+    options = "--cond --size 8 --batch 48 --kimg 1 --mirror --out runs --device cpu".split()
     main("--data", data, "--checkpoint", "net.pkl", *options)
     said = capsys.readouterr().out
     for name in ("G", "D", "G_ema"):
