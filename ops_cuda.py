@@ -2102,12 +2102,12 @@ def operators(N, C, H, W, device):
         return warp(x, G.to(exact), reach, f12, impl)
 
     far = 6 * scale.sub(1).sign().to(device)  # of 0, the kink, for most x
-    norms = {
+    of_many_pixels = {
         "norm, lrelu": (lambda x, impl, *t: norm_act(x, *t, "lrelu", impl=impl), [small[0], far]),
         "norm, pad": (lambda x, impl, *_: norm_act(x, pad=1, impl=impl), []),
         "box, blur": (lambda x, impl, *_: box_then_blur(x, impl=impl), []),
     }
-    return (norms if H * W > 1 else {}) | {
+    return (of_many_pixels if H * W > 1 else {}) | {
         "bias_act": (lambda x, impl, b: bias_act(x, b, act="lrelu", impl=impl), small[3:]),
         "fused_act": (
             lambda x, impl, s, t, b: fused_act(x, s, small[1], t, b, "lrelu", clamp=1, impl=impl),
@@ -2119,8 +2119,8 @@ def operators(N, C, H, W, device):
         "filter, 4 taps": (fir(f4), []),
         "upsample, 4 taps": (fir(f4, up=2, gain=4), []),
         "downsample, 4 taps": (fir(f4, down=2), []),
-        "filter, 12 taps": (fir(f12), []),
         "blur, box": (lambda x, impl, *_: blur_then_box(x, impl=impl), []),
+        "filter, 12 taps": (fir(f12), []),
         "upsample, 12 taps": (fir(f12, up=2, gain=4), []),
         "downsample, 12 taps": (fir(f12, down=2), []),
         "warp": (warped, []),

@@ -1120,8 +1120,8 @@ def locality_of_swap(G, ws, other, k, part="both"):
 def faces_of(args, G):
     """ws (N, num_ws, w_dim) and names of the faces of --latents, or of --seeds."""
     if args.latents:
-        written = args.command in ("generate", "edit") and Path(args.out, "latents.npz").resolve()
-        if Path(args.latents).resolve() == written:
+        written = Path(args.out, "latents.npz").resolve()
+        if args.command in ("generate", "edit") and Path(args.latents).resolve() == written:
             raise UserError(f"--latents {args.latents} would be written over: name another --out.")
         ws = common.load_array(args.latents, "w", (None, G.num_ws, G.config["w_dim"]))
         stem = Path(args.latents).stem

@@ -45,7 +45,7 @@ def network(case, arrays, kind):
     in which these variables are what gradients are of."""
     a = dict(case.args[kind])
     plain = {k: t.detach().cpu() for k, t in arrays.items()}
-    case.patch.setattr(stylegan, "W_AVG_BETA", a.get("dlatent_avg_beta", 0.995))
+    case.set(stylegan, "W_AVG_BETA", a.get("dlatent_avg_beta", 0.995), 0.995)
     net = stylegan.from_official(plain, a).to(case.file.device, case.file.dtype)
     checks = dict(img_resolution=a["resolution"], c_dim=a["label_size"])
     checks |= dict(channel_max=a["fmap_max"]) if a["fmap_max"] == net.config["channel_max"] else {}
@@ -303,7 +303,7 @@ def tf_generator(case):
     assert forward.pop("randomize_noise") is False
     beta = forward.pop("dlatent_avg_beta", case.args["G"].get("dlatent_avg_beta", 0.995))
     G, _ = network(case, tensors(case, "G"), "G")
-    case.patch.setattr(stylegan, "W_AVG_BETA", beta)
+    case.set(stylegan, "W_AVG_BETA", beta, 0.995)
     training, validation = (forward.pop(f"is_{k}", False) for k in ("training", "validation"))
     psi, cutoff = forward.pop("truncation_psi", 0.7), forward.pop("truncation_cutoff", 8)
     for_validation = [forward.pop(f"truncation_{k}_val", None) for k in ("psi", "cutoff")]
@@ -352,7 +352,7 @@ def options(case, loss, kwargs):
         r1_gamma=kwargs.pop("r1_gamma", r1_gamma), r2_gamma=kwargs.pop("r2_gamma", 0.0),
         gp_lambda=kwargs.pop("wgan_lambda", gp), gp_target=kwargs.pop("wgan_target", 1.0),
     )  # fmt: skip
-    case.patch.setattr(stylegan, "DRIFT", kwargs.pop("wgan_epsilon", 0.001))
+    case.set(stylegan, "DRIFT", kwargs.pop("wgan_epsilon", 0.001), 0.001)
     assert not kwargs, kwargs
     return args
 
@@ -472,9 +472,10 @@ def tf_trajectory(case):
     for net in "GD":
         adam = a[f"{net}_opt"]
         betas = (adam["beta1"], adam["beta2"])
-        case.patch.setattr(stylegan, "BETAS", betas)
-        case.patch.setattr(stylegan, "EPS", adam["epsilon"])
-        opts.append(torch.optim.Adam(nets[net].parameters(), a["lrate"], betas, adam["epsilon"]))
+        case.set(stylegan, "BETAS", betas, (0.0, 0.99))
+        case.set(stylegan, "EPS", adam["epsilon"], 1e-8)
+        params = nets[net].parameters()
+        opts.append(torch.optim.Adam(params, a["lrate"], stylegan.BETAS, stylegan.EPS))
     run = Recorded(case, lambda: G.num_ws - 2 * int(G.synthesis.lod))
     half_life = 1000 * a["G_smoothing_kimg"]
     beta = 0.5 ** (a["minibatch"] / half_life) if half_life else 0.0

@@ -58,6 +58,12 @@ class Case:
             draws = [p.reshape(shape) for p, (_, shape) in zip(parts, kinds, strict=True)]
             self.inputs[k] = list(zip([kind for kind, _ in kinds], draws, strict=True))
 
+    def set(self, module, name, value, default):
+        """Sets a constant of ours for this case, but where the file has the official default: there
+        ours must be right by itself."""
+        if value != default:
+            self.patch.setattr(module, name, value)
+
     def fetch(self, spec):
         if isinstance(spec, str):
             array = self.file.z[spec]
@@ -390,8 +396,8 @@ class Watch:
 def options(case, a, loss):
     """The options of the training that the phases read; its constants are set."""
     paper = case.paper
-    case.patch.setattr(paper, "PL_DECAY", loss.get("pl_decay", 0.01))
-    case.patch.setattr(paper, "PL_SHRINK", loss.get("pl_batch_shrink", 2))
+    case.set(paper, "PL_DECAY", loss.get("pl_decay", 0.01), 0.01)
+    case.set(paper, "PL_SHRINK", loss.get("pl_batch_shrink", 2), 2)
     return types.SimpleNamespace(
         mixing=loss.get("style_mixing_prob", 0.9), r1_gamma=loss.get("r1_gamma", 10),
         pl_weight=loss.get("pl_weight", paper.PL_WEIGHT), pl_every=a.get("G_reg_interval", 1),
@@ -490,7 +496,7 @@ def trajectory(case):
     start = {tag: copy.deepcopy(net) for tag, net in (("G", G), ("D", D))}
     run = Recorded(case, G.num_ws, a["batch_gpu"])
     run.adam = lambda nets, lr, betas: torch.optim.Adam(nets[0].parameters(), lr, betas, a["eps"])
-    case.patch.setattr(case.paper, "BETAS", tuple(a["betas"]))
+    case.set(case.paper, "BETAS", tuple(a["betas"]), (0.0, 0.99))
     opts = (
         case.paper.lazy_adam(run, G, a["lr"], args.pl_every),
         case.paper.lazy_adam(run, D, a["lr"], args.r1_every),
