@@ -1,6 +1,7 @@
 """No test fetches anything, or reads what is cached on this machine."""
 
 import os
+import signal
 import tempfile
 
 import torch  # noqa: F401  this process keeps its threads, those that tests start get one each
@@ -8,3 +9,4 @@ import torch  # noqa: F401  this process keeps its threads, those that tests sta
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GANS_OFFLINE"] = "1"
 os.environ["GANS_CACHE"] = tempfile.mkdtemp(prefix="gans-cache-")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C

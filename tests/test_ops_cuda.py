@@ -209,7 +209,7 @@ def test_impl_cuda_is_refused_where_there_is_no_kernel():
 # ---- kernels against references: on a GPU, else the same source emulated on the CPU ----
 
 
-@pytest.fixture(scope="module", params=["gpu", "emulated", "emulated backwards"])
+@pytest.fixture(scope="module", params=["gpu", "emulated"])
 def device(request, tmp_path_factory):
     """Where the kernels run. The emulation runs all threads of the source, compiled by g++."""
     if request.param == "gpu":
@@ -231,6 +231,11 @@ def device(request, tmp_path_factory):
         patch.setattr(ops, "launch", call)
         yield "cpu"
 
+
+# For kernels whose threads wait for one another: last to first, too.
+both_orders = pytest.mark.parametrize(
+    "device", ["gpu", "emulated", "emulated backwards"], indirect=True, scope="module"
+)
 
 TYPES = {
     torch.float32: 2e-5,
@@ -286,6 +291,7 @@ def compare(function, inputs, dtype, device, last, derivatives=second_order):
 SHAPES = [(2, 16, 4, 4), (3, 5, 7, 3), (1, 8, 1, 1), (2, 24, 9, 8), (1, 1, 33, 40), (2, 300, 3, 2)]
 
 
+@both_orders
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -314,6 +320,7 @@ def test_the_kernel_of_fused_act_equals_its_reference(device, shape, dtype, last
     compare(lambda impl, **t: run(impl, "relu", 0.8, None, **t), few, dtype, device, last)
 
 
+@both_orders
 def test_more_channels_than_a_block_has_threads_are_taken_in_turns(device):
     x, scale, b = torch.randn(2, 1032, 2, 2), torch.rand(2, 1032) + 0.5, torch.randn(1032)
 
@@ -371,6 +378,7 @@ def test_bias_act_takes_any_shape_and_dimension(device, shape, dim, act):
 NORMED = [(2, 16, 9, 8), (3, 5, 7, 4), (1, 8, 1, 6), (2, 1, 3, 5), (2, 300, 3, 2), (2, 24, 17, 13)]
 
 
+@both_orders
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", NORMED, ids=str)
@@ -399,6 +407,7 @@ def test_the_kernels_of_norm_act_equal_their_reference(device, shape, dtype, las
     compare(run, everything, dtype, device, last)  # the second order, by the reference
 
 
+@both_orders
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 def test_the_moments_of_maps_far_from_0_and_of_one_outlier_are_exact(device, last):
     torch.manual_seed(0)
@@ -569,6 +578,7 @@ def warping(m, reach, shape, device):
     return run
 
 
+@both_orders
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("m", MAPS)
 @pytest.mark.parametrize("shape", [(2, 3, 9, 6), (2, 1, 4, 19), (2, 4, 7, 7), (2, 2, 1, 1)])
@@ -585,6 +595,7 @@ def test_warp_takes_half_precision_and_any_number_of_channels(device, dtype):
     compare(warping("turns", "all", shape, device), {"x": torch.randn(shape)}, dtype, device, False)
 
 
+@both_orders
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("m", MAPS)
 def test_the_backward_pass_of_warp_is_the_transposed_matrix(device, m, reach):
