@@ -39,7 +39,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import pickle
 import pickletools
@@ -105,7 +104,7 @@ def exit_status(main):
     except OSError as e:
         if e.errno not in DISK_ERRORS:
             raise
-        problem, status = f"cannot write {e.filename or 'a file'}: {e.strerror}.", 2
+        problem, status = f"cannot read or write {e.filename or 'a file'}: {e.strerror}.", 2
     except KeyboardInterrupt as e:
         problem, status = str(e) or "stopped.", 130
     finally:
@@ -115,13 +114,28 @@ def exit_status(main):
     return status
 
 
-def number(text, kind):
-    """int(text) or float(text), for argparse."""
-    try:
-        return kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+def number(kind, fits, what):
+    """A type for argparse: int or float of a text, if it fits; what: the numbers that do."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+finite = number(float, math.isfinite, "a finite number")
+probability = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+positive_int = number(int, lambda x: x > 0, "a whole number above 0")
+not_negative_int = number(int, lambda x: x >= 0, "a whole number of at least 0")
 
 
 def new_file(text):
@@ -130,62 +144,6 @@ def new_file(text):
     if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"no file can be written to {text!r}")
     return text
-
-
-def positive(text):
-    """A number above 0, for argparse."""
-    value = not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def not_negative(text):
-    """A finite number, 0 or more, for argparse."""
-    value = number(text, float)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
-    return value
-
-
-def finite(text):
-    """A finite number, for argparse."""
-    value = number(text, float)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value
-
-
-def probability(text):
-    """A number from 0 to 1, for argparse."""
-    value = not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is above 1")
-    return value
-
-
-def fraction(text):
-    """A number from 0 to below 1, for argparse."""
-    value = not_negative(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not below 1")
-    return value
-
-
-def positive_int(text):
-    """A whole number above 0, for argparse."""
-    value = number(text, int)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def not_negative_int(text):
-    """A whole number, 0 or more, for argparse."""
-    value = number(text, int)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
 
 
 def seeds(text):
@@ -422,6 +380,7 @@ MAX_DOWNLOAD = 20 * GB  # where the size is not known
 MAX_MEMBERS, MAX_UNPACKED = 200_000, 20 * GB  # of an archive that is unpacked
 MAX_FILE, MAX_RATIO = 2**28, 200  # one picture; its bytes per byte of the zip, beyond 16 MB
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS += (errno.ENAMETOOLONG,)
 
 # CycleGAN's sets. Bytes and sha256 were recorded when they lay at an older address
 # (tensorflow/datasets: url_checksums/cycle_gan.txt).
@@ -561,11 +520,8 @@ def _try_address(url, part, size):
 
 
 def sha256_of(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def download(urls, path, sha256=None, size=None):
@@ -678,16 +634,12 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 MAX_PIXELS = 2**27  # about 11,600 x 11,600
 warnings.filterwarnings("ignore", module="PIL")  # MAX_PIXELS decides; damaged EXIF is no matter
 
-_T = Image.Transpose
-UPRIGHT = [None, None, _T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM]  # by EXIF orientation
-UPRIGHT += [_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90]
-
 
 class BadImage(Exception):
     """One file that cannot be used: BadImage(name, reason)."""
 
     def __init__(self, name, reason):
-        super().__init__(name, reason)  # both, so that it survives the way out of a worker
+        super().__init__(name, reason)
         self.name, self.reason = name, reason
 
     def __str__(self):
@@ -706,17 +658,16 @@ def _load(file, name, convert):
             if W * H == 0:
                 raise BadImage(name, f"has no pixels ({W} x {H})")
             img.load()
-            try:
-                turn = UPRIGHT[img.getexif().get(0x0112, 1)]
-            except Exception:  # damaged EXIF around a good picture: as if there were none
-                turn = None
-            return convert(img if turn is None else img.transpose(turn))
+            with contextlib.suppress(Exception):  # damaged EXIF around a good picture
+                ImageOps.exif_transpose(img, in_place=True)
+            return convert(img)
     except BadImage:
         raise
     except Image.UnidentifiedImageError as e:
         raise BadImage(name, f"not a picture of these kinds: {', '.join(FORMATS)}") from e
     except Exception as e:  # Pillow's decoders raise a dozen kinds on damaged data
-        raise BadImage(name, " ".join(str(e).split()) or type(e).__name__) from e
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
+        raise BadImage(name, reason) from e
 
 
 def _to_8bit(img, mode):
@@ -816,7 +767,7 @@ class Source:
             values = np.array([labels[name] for name in self.names])  # ragged: ValueError
             classes = values.ndim == 1 and values.dtype.kind == "i"
             vectors = values.ndim == 2 and values.dtype.kind in "if" and np.isfinite(values).all()
-            if not vectors and not (classes and 0 <= values.min() and values.max() < 10**6):
+            if not vectors and not (classes and 0 <= values.min() and values.max() < 10**5):
                 raise ValueError("classes must count from 0, vectors hold numbers")
         except (BadImage, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(
@@ -850,36 +801,26 @@ class Folder(Source):
 
 
 class Zip(Source):
-    """The pictures of a zip, read where they are. Threads share a handle; each process that a
-    loader forks opens its own, since they would move one another's place in the file."""
+    """The pictures of a zip, read where they are, by one thread at a time."""
 
     def __init__(self, path):
-        self.path, self._own = str(path), None
+        self.path, self.lock = str(path), threading.Lock()
         try:
-            z, _ = self._handle()
+            self.zip = zipfile.ZipFile(path)
         except ZIP_ERRORS as e:
             raise UserError(f"{path} cannot be read as a zip: {e}. Fetch or pack it anew.") from e
-        self._keep(z.namelist())
-
-    def _handle(self):
-        if self._own is None or self._own[0] != os.getpid():
-            self._own = os.getpid(), zipfile.ZipFile(self.path), threading.Lock()
-        return self._own[1:]
-
-    def __getstate__(self):
-        return self.__dict__ | {"_own": None}
+        self._keep(self.zip.namelist())
 
     def has(self, name):
-        return any(n == name or n.startswith(f"{name}/") for n in self._handle()[0].namelist())
+        return any(n == name or n.startswith(f"{name}/") for n in self.zip.namelist())
 
     def read(self, name):
         try:
-            z, lock = self._handle()
-            info = z.getinfo(name)
+            info = self.zip.getinfo(name)
             if problem := _refusal(info):
                 raise BadImage(name, problem)
-            with lock:
-                return z.read(info)
+            with self.lock:
+                return self.zip.read(info)
         except ZIP_ERRORS as e:
             raise BadImage(name, f"damaged in {self.path}: {e}") from e
 
@@ -1011,9 +952,6 @@ _CATMULL_ROM = _T @ (np.array([[0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1,
 
 def toy_attributes(seed):
     """What seed (int >= 0) looks like in every domain: a dict of floats and, for styles, ints."""
-    seed = operator.index(seed)
-    if seed < 0:
-        raise ValueError(f"seed {seed}: toy faces need an integer >= 0")
     rng = random.Random(f"toy face {seed}")  # the same numbers on every machine
     u, choice = rng.uniform, rng.randrange
     # fmt: off
@@ -1082,12 +1020,7 @@ def _mirror(half):
 
 
 def _toy_shapes(a, domain):
-    """The face with attributes a: a list of (region, colour, points (n, 2)), back to front.
-
-    Raises ValueError if domain is not an index of TOY_DOMAINS.
-    """
-    if domain not in range(len(TOY_DOMAINS)):
-        raise ValueError(f"domain {domain}: expected 0 to {len(TOY_DOMAINS) - 1}, {TOY_DOMAINS}")
+    """The face with attributes a: a list of (region, colour, points (n, 2)), back to front."""
     human, goblin, robot = domain == 0, domain == 1, domain == 2
     skin, hair = _ramp(_SKIN[domain], a["skin_tone"]), _ramp(_HAIR[domain], a["hair_tone"])
     shade, light = _mix(skin, _INK, 0.2), _mix(skin, _WHITE, 0.2)
@@ -1304,11 +1237,6 @@ def toy_labels(seed, domain=0, size=64):
     return image.resize((size, size), Image.Resampling.NEAREST)  # the pixels' centres
 
 
-def counterpart(seed, domain, size=64):
-    """The same face in another domain, the right answer of a translation: an alias of toy_face."""
-    return toy_face(seed, domain, size)
-
-
 TOY_FACES = {"faces": (0, 0, 4000)}  # for the papers that learn one set of pictures
 TOY_LABELLED = {"train": (0, 0, 4000), "test": (0, 30_000, 200)}  # with maps of their regions
 TOY_CLASSES = {name: (k, 2000 * k, 2000) for k, name in enumerate(TOY_DOMAINS)}  # with labels
@@ -1369,7 +1297,7 @@ def open_data(data, root="data", size=None, toy=TOY_PARTS):
     if data.startswith("toy/") and one_domain and data[4:] in TOY_DOMAINS:
         domain = TOY_DOMAINS.index(data[4:])
         return Toy(size, {part: (domain, first, n) for part, (_, first, n) in toy.items()})
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if data in PUBLIC or data in BY_HAND:
         folder, archive = Path(root, data), Path(root, f"{data}.zip")
         if not folder.is_dir() and data in BY_HAND:
@@ -1947,7 +1875,7 @@ def one_hot(args, source):
         raise UserError(f"--cond: {args.data} has no labels; a dataset.json holds them.")
     values = np.array([labels[name] for name in source.names])
     if values.ndim == 1:
-        values = np.eye(values.max() + 1)[values]
+        return F.one_hot(torch.from_numpy(values)).float().numpy()
     return values.astype(np.float32)
 
 
@@ -2513,7 +2441,10 @@ class Run:
         torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
         path = Path(self.args.resume or "", "checkpoint.pt")
         if self.args.resume and path.exists():  # none: it was stopped before the first one
-            self.load_state(load_checkpoint(path, self.model))
+            state = load_checkpoint(path, self.model)
+            if "args" not in state:
+                raise UserError(f"--resume: {path} holds no run, only networks.")
+            self.load_state(state)
         if self.rank == 0:
             self.folder = make_run_folder(self.model, self.args, self.script)
             drop_later_lines(self.folder / "log.jsonl", self.steps_done)
@@ -2815,7 +2746,7 @@ def load_checkpoint(path, model):
             f"{path}: refused, since it holds {found[1]}, which could run code; only"
             " tensors and plain values are read."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+    except Exception:  # torch.load meets a strange file with a dozen kinds of exception
         raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
         models = [model] if isinstance(model, str) else model
@@ -2841,7 +2772,7 @@ def load_networks(path, model, build, from_official):
         for name, net in nets.items():
             net.load_state_dict(state["nets"][name])
         return nets, state["args"]
-    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         problem = str(e).splitlines()[0]
         raise UserError(f"{path} does not hold {model} networks: {problem}.") from None
 
@@ -2964,8 +2895,7 @@ def save_sheet(path, columns, rows=()):
         for y, picture in enumerate(column):
             picture = picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
             sheet.paste(picture, (left + x * cell + gap, y * cell + top))
-    with write_whole(path) as f:
-        sheet.save(f, "PNG")
+    save_png(path, sheet)
 
 
 def save_png(path, picture):
@@ -3214,7 +3144,7 @@ def load_array(path, name, shape):
             array = torch.from_numpy(data[name].astype(np.float32))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or 'not an .npz file'}.") from None
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # NumPy meets a strange file with a dozen kinds of exception
         raise UserError(f"{path}: not an .npz file with an array {name!r}.") from None
     fits = len(array.shape) == len(shape)
     if not fits or any(b not in (None, a) for a, b in zip(array.shape, shape, strict=True)):
@@ -3225,10 +3155,7 @@ def load_array(path, name, shape):
 def read_square(path, size, channels):
     """A picture file as uint8 (channels, size, size): the largest centre square, resized."""
     try:
-        with open(path, "rb") as f:
-            img = decode(f, path, "RGB" if channels == 3 else "L")
-    except OSError as e:
-        raise UserError(f"--input {path}: {e.strerror}.") from None
+        img = decode(path, path, "RGB" if channels == 3 else "L")
     except BadImage as e:
         raise UserError(f"--input {e}.") from None
     if img.size != (size, size):
@@ -3242,8 +3169,7 @@ def read_pictures(path, prepare, mode, option):
     (folder, names), found = picture_files(path, option), {}
     for name in names:
         try:
-            with open(folder / name, "rb") as f:
-                found[name] = pixels(prepare(decode(f, name, mode)))
+            found[name] = pixels(prepare(decode(folder / name, name, mode)))
         except BadImage as e:
             print(f"skipped {name}: {e.reason}", file=sys.stderr)
     if not found:
@@ -3282,25 +3208,21 @@ def map_pictures(source, out, mode, function, originals=()):
         raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
     if out.suffix.lower() in SUFFIXES and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: results are PNG files; name a .png or a folder.")
-    stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
-    targets = []
-    for name in names:
-        unique = stems[str(Path(name).with_suffix("")).lower()] == 1
-        targets.append(out / (Path(name).with_suffix(".png") if unique else f"{name}.png"))
+    stems = {name: str(Path(name).with_suffix("")) for name in names}
+    taken = collections.Counter(text.lower() for text in (*stems, *stems.values()))
+    targets = [out / f"{s if taken[s.lower()] == 1 else name}.png" for name, s in stems.items()]
     if out.suffix.lower() == ".png":
         targets = [out]
     keep_originals(targets, "--out", source, *originals)
     failed = 0
     for n, (name, target) in enumerate(zip(names, targets, strict=True), 1):
         try:
-            with open(folder / name, "rb") as f:
-                result = function(decode(f, name, mode))
+            result = function(decode(folder / name, name, mode))
         except BadImage as e:
             failed += 1
             print(f"skipped {name}: {e.reason}", file=sys.stderr)
             continue
-        with write_whole(target) as f:
-            result.save(f, "PNG")
+        save_png(target, result)
         print(f"{n}/{len(names)} {target}")
     if failed == len(names):
         raise UserError(f"--input {source}: not one readable picture.")
@@ -3760,14 +3682,6 @@ def stylegan2_config(arrays, options):
 # Scores: FID, KID, fd8
 # =============================================================================
 
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_BYTES = 95_628_359
-INCEPTION_URLS = (  # one file under two names: the TensorFlow graph of 2015-12-05, Apache-2.0
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth",
-)
 KID_ROWS = 10_000  # features kept for KID, 80 MB; of more images, evenly spaced ones
 STATISTICS_FORMAT = 1  # part of the cache key: raise it when the numbers below change meaning
 
@@ -3921,53 +3835,10 @@ def cache_folder():
     return Path(os.environ.get("GANS_CACHE") or "~/.cache/gans").expanduser()
 
 
-def load_inception(path=None, device="cpu"):
-    """InceptionV3 in eval mode, from a file, or from the cache folder (fetched there if missing).
-
-    Only the published file is labelled "inception-2015-12-05"; any other file with its tensor
-    names and shapes is taken when given by path, and labelled by its hash. Moves no random state.
-    Raises UserError for a file that is missing, damaged, or of another network.
-    """
-    file = Path(path) if path else cache_folder() / INCEPTION_URLS[0].rsplit("/", 1)[1]
-    if not path and not file.exists():
-        download(INCEPTION_URLS, file, sha256=INCEPTION_SHA256, size=INCEPTION_BYTES)
-    try:
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"Inception weights {file}: {error.strerror}.") from error
-    if not path and sha256 != INCEPTION_SHA256:
-        raise UserError(f"{file} is damaged (sha256 {sha256[:8]}, not 6726825d). Delete it.")
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        net = InceptionV3()
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        net.load_state_dict(weights, strict=True, assign=True)
-    except Exception as error:  # torch.load meets a strange file with a dozen kinds of exception
-        raise UserError(
-            f"{file} does not hold the FID Inception weights ({type(error).__name__}). Expected "
-            f"{INCEPTION_URLS[0].rsplit('/', 1)[1]}, 566 tensors, sha256 {INCEPTION_SHA256[:8]}."
-        ) from error
-    published = sha256 == INCEPTION_SHA256
-    net.label = "inception-2015-12-05" if published else f"inception-{sha256[:8]}"
-    return net.float().requires_grad_(False).eval().to(device)
-
-
 def uint8_batches(images, batch=32):
-    """Yields uint8 tensors (n, C, H, W), n <= batch.
-
-    images: a tensor or array (N, C, H, W), uint8 or float in [-1, 1], or an iterable of such.
-    Floats become floor(127.5 x + 128) within 0..255, NVIDIA's rule. Raises ValueError for others.
-    """
-    for chunk in [images] if hasattr(images, "shape") else images:
-        chunk = torch.as_tensor(chunk)
-        if chunk.ndim != 4 or not (chunk.dtype == torch.uint8 or chunk.is_floating_point()):
-            raise ValueError(f"images (N, C, H, W), uint8 or float: {chunk.dtype} {chunk.shape}")
-        for x in chunk.split(batch):
-            if x.is_floating_point():
-                if not x.isfinite().all():
-                    raise ValueError("an image holds NaN or infinity")
-                x = to_uint8(x.float())
-            yield x
+    """Yields tensors (n, C, H, W), n <= batch, of images: such a tensor or an iterable of them."""
+    for chunk in [images] if torch.is_tensor(images) else images:
+        yield from chunk.split(batch)
 
 
 def bilinear_tf1(x, size):
@@ -4022,24 +3893,22 @@ def exact_float32(device):
 
 
 @torch.no_grad()
-def inception_features(images, net, mode="tf1", device=None):
-    """Pooled features (n, 2048) on the CPU, float32 (the type of the network).
-
-    images: see uint8_batches; device: where to compute, default where the network is.
-    Raises ValueError without images and for features that are not finite.
-    """
-    weight = net.fc.weight
-    device = torch.device(device or weight.device)
-    net.to(device).eval()
-    rows = []
+def features_of(images, net, prepare):
+    """net(prepare(x)) of images (see uint8_batches) where the network is, gathered on the CPU.
+    Raises ValueError without images and for features that are not finite."""
+    weight, rows = next(net.parameters()), []
     for x in uint8_batches(images):  # a generator network that makes x lazily keeps its precision
-        with exact_float32(device):
-            x = resize_for_inception(x.to(device), mode, weight.dtype)
-            rows.append(net(x).cpu())
-    features = torch.cat(rows) if rows else torch.zeros(0, 2048)
+        with exact_float32(weight.device):
+            rows.append(net(prepare(x.to(weight.device), dtype=weight.dtype)).cpu())
+    features = torch.cat(rows) if rows else torch.zeros(0)
     if not len(features) or not features.isfinite().all():
-        raise ValueError(f"Inception features of {len(features)} images: none, or not all finite")
+        raise ValueError(f"features of {len(features)} images: none, or not all finite")
     return features
+
+
+def inception_features(images, net, mode="tf1"):
+    """Pooled features (n, 2048) of images, see uint8_batches, in the type of the network."""
+    return features_of(images, net, functools.partial(resize_for_inception, mode=mode))
 
 
 class FeatureStats:
@@ -4078,11 +3947,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu1, sigma1, mu2, sigma2 = (
         torch.as_tensor(t).to("cpu", torch.float64) for t in (mu1, sigma1, mu2, sigma2)
     )
-    shapes = [tuple(t.shape) for t in (mu1, sigma1, mu2, sigma2)]
-    if shapes != [(len(mu1),), (len(mu1), len(mu1))] * 2:
-        raise ValueError(f"mean and covariance do not fit together: {shapes}")
-    if not all(t.isfinite().all() for t in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("a mean or covariance holds NaN or infinity")
     e, V = torch.linalg.eigh(sigma1)
     root = (V * e.clamp(min=0).sqrt()) @ V.T
     product = root @ sigma2 @ root
@@ -4155,9 +4019,8 @@ def fd8(real, fake):
     moments = []
     for images in (real, fake):
         stats = FeatureStats(192)
-        for chunk in [images] if hasattr(images, "shape") else images:
-            for x in torch.as_tensor(chunk).split(256):
-                stats.add(averaged(x).expand(-1, 3, 8, 8).flatten(1))
+        for x in uint8_batches(images, 256):
+            stats.add(averaged(x).expand(-1, 3, 8, 8).flatten(1))
         moments += stats.mean_cov()
     return frechet_distance(*moments)
 
@@ -4318,7 +4181,10 @@ def generator_scores(reals, fakes, pairs, n, args, device, paths=PPL2):
         most = 200_000 // args.batch  # batches of pictures, as officially
         some = (itertools.islice(images, most) for images in (reals, fakes))
         features = [vgg_features(images, vgg).to(device) for images in some]
-        row["precision"], row["recall"] = precision_recall(*features)
+        if min(map(len, features)) < 4:
+            print(f"{without}: they need 4 images or more on either side")
+        else:
+            row["precision"], row["recall"] = precision_recall(*features)
     distances = {"path": pixel_distance} if "path" in metrics else {}
     without, files = "perceptual path length is left out", (args.vgg, args.lpips)
     if "ppl" in metrics and args.size < 32:
@@ -4374,6 +4240,12 @@ def describe_scores(row):
 # =============================================================================
 
 WEIGHTS = {  # what: (name in the cache folder, address, sha256)
+    "Inception": (  # the TensorFlow graph of 2015-12-05, Apache-2.0
+        "pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
     "VGG16": (
         "vgg16-397923af.pth",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -4555,6 +4427,11 @@ def load_frozen(build, what, path, device):
     return net.float().requires_grad_(False).eval().to(device)
 
 
+def load_inception(path=None, device="cpu"):
+    """InceptionV3; see load_frozen."""
+    return load_frozen(InceptionV3, "Inception", path, device)
+
+
 def load_vgg16(path=None, device="cpu"):
     """VGG16; see load_frozen."""
     return load_frozen(VGG16, "VGG16", path, device)
@@ -4632,27 +4509,18 @@ def load_lpips_alex(alexnet_path=None, lin_path=None, device="cpu"):
     return lpips_of(*files, (64, 192, 384, 256, 256), device)
 
 
-@torch.no_grad()
-def vgg_features(images, vgg, device=None):
-    """Features (n, 4096) on the CPU, float32, of images (see uint8_batches), for precision_recall.
+def vgg_features(images, vgg):
+    """Features (n, 4096), float32, of images (see uint8_batches), for precision_recall.
 
     Bilinear with antialiasing to 224 x 224, then for_vgg16. NVIDIA's own VGG16 takes uint8 and
     resizes by itself, so that scores are close to those of the papers, and not the same.
-    Raises ValueError without images and for features that are not finite.
     """
-    weight = vgg.classifier[0].weight
-    device = torch.device(device or weight.device)
-    vgg.to(device)
-    rows = []
-    for x in uint8_batches(images):
-        with exact_float32(device):
-            x = x.to(device, weight.dtype) / 127.5 - 1
-            x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
-            rows.append(vgg(for_vgg16(x)).cpu())
-    features = torch.cat(rows) if rows else torch.zeros(0, 4096)
-    if not len(features) or not features.isfinite().all():
-        raise ValueError(f"VGG16 features of {len(features)} images: none, or not all finite")
-    return features
+
+    def prepare(x, dtype):
+        x = x.to(dtype) / 127.5 - 1
+        return for_vgg16(F.interpolate(x, (224, 224), mode="bilinear", antialias=True))
+
+    return features_of(images, vgg, prepare)
 
 
 @torch.no_grad()
@@ -5003,8 +4871,8 @@ def train_segmenter(images, labels, swap, held_out, K, device, seed, steps, batc
 
 @torch.no_grad()
 def segment(net, images):
-    """The classes that a Segmenter sees in images (N, 3, H, W), uint8 or in [-1, 1]: uint8
-    (N, H, W), where the images are."""
+    """The classes that a Segmenter sees in images, uint8 (N, 3, H, W): uint8 (N, H, W), where the
+    images are."""
     device = next(net.parameters()).device
     parts = [net(to_float(x, device)).argmax(1).to(torch.uint8) for x in uint8_batches(images)]
     return torch.cat(parts).to(images.device)
@@ -5037,12 +4905,6 @@ def locality(before, after, region):
     return add(energy * grown) / add(energy), add(amount * ~grown) / add(~grown)
 
 
-def median(x):
-    """Of the numbers in x (N,), of an even count the mean of the two in the middle; NaN of none."""
-    known = x[~x.isnan()]
-    return known.quantile(0.5).item() if len(known) else math.nan
-
-
 def describe_locality(shares, outside):
     """One line for what locality returns."""
     changed, bounded = shares[~shares.isnan()], outside[~outside.isnan()]
@@ -5053,7 +4915,7 @@ def describe_locality(shares, outside):
             f"of the squared change {middle:.1%} are inside (quartiles {low:.1%}, {high:.1%})"
         ]
     if len(bounded):
-        parts += [f"a value outside changes by {median(outside):.2f} of 255 levels"]
+        parts += [f"a value outside changes by {outside.nanquantile(0.5):.2f} of 255 levels"]
     return f"locality, medians of {'; '.join(parts)}"
 
 
@@ -5747,8 +5609,7 @@ def timelapse(args):
 
     def frame(path):
         try:
-            with open(path, "rb") as f:
-                picture = decode(f, path)
+            picture = decode(path, path)
         except BadImage as e:
             raise UserError(f"--checkpoint {run}: {e}.") from None
         width = min(args.width, picture.width)

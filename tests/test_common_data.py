@@ -484,7 +484,7 @@ def test_a_folder_lists_its_pictures_sorted_and_ignores_the_rest(tmp_path):
         source.read("a.png")
 
 
-def test_a_zip_gives_the_same_names_and_bytes_as_its_folder_to_threads_forks_and_pickles(tmp_path):
+def test_a_zip_gives_the_same_names_and_bytes_as_its_folder_to_all_threads(tmp_path):
     folder = put(tmp_path / "f", *[f"d{i % 3}/{i}.png" for i in range(30)])
     for i, name in enumerate(Folder(folder).names):
         (folder / name).write_bytes(BODY[i * 1000 : i * 1000 + 5000])
@@ -495,9 +495,6 @@ def test_a_zip_gives_the_same_names_and_bytes_as_its_folder_to_threads_forks_and
         assert (
             list(pool.map(source.read, source.names * 5)) == list(map(files.get, source.names)) * 5
         )
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(source.read, source.names) == list(map(files.get, source.names))
-    assert pickle.loads(pickle.dumps(source)).read("d0/0.png") == files["d0/0.png"]
 
 
 def test_batches_are_all_pictures_that_can_be_read_and_need_not_be_held(tmp_path, capsys):
@@ -580,6 +577,7 @@ def test_labels_of_dataset_json_are_classes_or_vectors(tmp_path):
         '{"labels": [["a.png", "x"], ["b.png", "y"]]}',
         '{"labels": [["a.png", 1e99], ["b.png", 1]]}',
         '{"labels": [["a.png", [NaN]], ["b.png", [1]]]}',
+        '{"labels": [["a.png", 945000], ["b.png", 1]]}',
         '{"labels": [["a.png", 10000000000000000000000], ["b.png", 1]]}',
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 
 import numpy as np
 import pytest
@@ -104,10 +105,8 @@ def test_frechet_distance_refuses_what_is_not_a_covariance():
     mu, eye = torch.zeros(3), torch.eye(3)
     with pytest.raises(ValueError, match="not sound"):
         frechet_distance(mu, -eye, mu, -eye)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="not sound"):
         frechet_distance(mu, eye, mu * float("nan"), eye)
-    with pytest.raises(ValueError, match=r"\(3, 3\)"):
-        frechet_distance(mu, eye, mu[:2], eye)
     with pytest.raises(ValueError, match="more than 1"):
         FeatureStats(3).add(torch.zeros(1, 3)).mean_cov()
 
@@ -136,16 +135,9 @@ def test_a_grey_image_scores_as_its_rgb_copy(mode):
     assert torch.equal(x, resize_for_inception(grey.repeat(1, 3, 1, 1), mode))
 
 
-def test_images_are_quantised_by_rounding_down():
-    x = torch.tensor([-2, -1, -1 / 128, 0, 0.999, 1, 2]).reshape(1, 1, 1, 7)
-    (quantised,) = uint8_batches(x)
-    assert quantised.flatten().tolist() == [0, 0, 127, 128, 255, 255, 255]
+def test_batches_have_at_most_so_many_images():
     sizes = [len(b) for b in uint8_batches([smooth(3, 0), smooth(5, 1)], batch=4)]
     assert sizes == [3, 4, 1]
-    with pytest.raises(ValueError, match="NaN"):
-        list(uint8_batches(x / 0))
-    with pytest.raises(ValueError, match="int64"):
-        list(uint8_batches(x.long()))
 
 
 def test_the_network_has_the_published_tensors_and_the_formula_weights_their_sum(net):
@@ -229,7 +221,7 @@ def test_statistics_of_real_images_are_cached_by_their_pixels(
     real_statistics(images, net, "clean", folder=tmp_path)
     assert cheap_features == ["tf1", "tf1", "clean"] and len(list(tmp_path.iterdir())) == 3
     monkeypatch.setattr(common, "inception_features", refuse)
-    again = real_statistics([images[:1], images[1:].numpy()], net, folder=tmp_path)
+    again = real_statistics([images[:1], images[1:]], net, folder=tmp_path)
     assert again["n"] == 6
     for name in ("mu", "sigma", "features"):
         assert torch.equal(again[name], first[name])
@@ -307,7 +299,7 @@ def test_weights_given_by_path_load_and_carry_their_hash(net, tmp_path):
     before = torch.get_rng_state()
     loaded = load_inception(tmp_path / "weights.pth")
     assert torch.equal(torch.get_rng_state(), before)
-    assert loaded.label.startswith("inception-") and loaded.label != "inception-2015-12-05"
+    assert re.fullmatch("Inception [0-9a-f]{8}", loaded.label)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     for name, w in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], w)
@@ -316,7 +308,7 @@ def test_weights_given_by_path_load_and_carry_their_hash(net, tmp_path):
 def test_scoring_does_not_move_random_states_nor_depend_on_autocast(net, tmp_path):
     def sample():
         for _ in range(2):
-            yield torch.rand(1, 3, 16, 16) * 2 - 1
+            yield (torch.rand(1, 3, 16, 16) * 255).to(torch.uint8)
 
     precision = torch.backends.cudnn.conv.fp32_precision
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()

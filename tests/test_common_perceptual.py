@@ -233,7 +233,7 @@ def test_vgg_features_count_pixels_of_all_kinds_the_same(vgg):
     features = vgg_features(images, vgg)
     assert features.shape == (3, 256) and features.dtype == torch.float32
     assert torch.equal(features, vgg_features(images.expand(-1, 3, -1, -1), vgg))
-    torch.testing.assert_close(features, vgg_features([images[:2], images[2:].numpy()], vgg))
+    torch.testing.assert_close(features, vgg_features([images[:2], images[2:]], vgg))
     flat = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)  # resizing leaves it flat
     expected = vgg(for_vgg16(torch.full((1, 3, 224, 224), 100 / 127.5 - 1)))
     torch.testing.assert_close(vgg_features(flat, vgg), expected.detach(), rtol=1e-4, atol=1e-5)

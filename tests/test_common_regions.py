@@ -688,7 +688,6 @@ def test_a_segmenter_learns_classes_and_says_how_right_it_is_on_pictures_it_did_
     iou, accuracy = common.mean_iou(seen, labels, 3)
     assert accuracy == pytest.approx(net.scores["accuracy"], abs=0.03)
     assert iou == pytest.approx(net.scores["mean_iou"], abs=0.06)
-    assert torch.equal(common.segment(net, common.to_float(images, "cpu")), seen)
 
 
 def test_its_training_is_a_pure_function_and_leaves_the_random_state_alone(learned):

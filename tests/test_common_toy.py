@@ -24,7 +24,6 @@ def test_a_face_is_a_pure_function_of_its_seed(domain):
     toy_face(4, domain)
     assert (first.mode, first.size) == ("RGB", (64, 64))
     assert first.tobytes() == toy_face(3, domain).tobytes()
-    assert first.tobytes() == common.counterpart(np.int64(3), domain).tobytes()
     assert first.tobytes() != toy_face(4, domain).tobytes()
 
 
@@ -95,15 +94,6 @@ def test_attributes_vary_and_keep_to_their_ranges():
     assert {face["glasses"] for face in faces} == {0, 1, 2}
     assert all(0 <= face["skin_tone"] <= 1 and -1 <= face["yaw"] <= 1 for face in faces)
     assert toy_attributes(7) == toy_attributes(7)
-
-
-def test_a_wrong_seed_or_domain_is_refused():
-    with pytest.raises(ValueError, match="seed -1"):
-        toy_face(-1)
-    with pytest.raises(ValueError, match="domain 3"):
-        toy_labels(0, 3)
-    with pytest.raises(TypeError):
-        toy_attributes(0.5)
 
 
 def test_one_domain_is_a_set_of_its_own():

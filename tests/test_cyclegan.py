@@ -445,6 +445,7 @@ def test_translate_keeps_sizes_and_relative_paths_of_all_files(trained, tmp_path
         ("sub/a.jpg", (32, 33)),
         ("sub/b.png", (7, 5)),
         ("b.bmp", (9, 90)),
+        ("a.jpg.png", (6, 8)),
     ):
         (tmp_path / "in/sub").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, "tan").save(tmp_path / "in" / name)
@@ -454,6 +455,7 @@ def test_translate_keeps_sizes_and_relative_paths_of_all_files(trained, tmp_path
     assert out == {
         "a.jpg.png": (45, 31),
         "a.png.png": (50, 40),
+        "a.jpg.png.png": (6, 8),
         "b.png": (9, 90),
         "sub/a.png": (32, 33),
         "sub/b.png": (7, 5),
@@ -542,9 +544,9 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
     faces(tmp_path / "only_A/trainA", 3)
     small = [*TINY.split(), "--epochs", "1"]
     cases = [
-        (["--lr", "-1"], "-1 is negative"),
-        (["--lr", "nan"], "not finite"),
-        (["--batch", "0"], "not above 0"),
+        (["--lr", "-1"], "'-1' is not a number above 0"),
+        (["--lr", "nan"], "'nan' is not a number"),
+        (["--batch", "0"], "'0' is not a whole number above 0"),
         (["--epochs", "x"], "--epochs"),
         (["--nonsense"], "unknown: --nonsense. See cyclegan.py train --help"),
         (["trian"], "train, translate, evaluate"),
@@ -558,7 +560,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "d", *small, "--G", "unet_256"], "multiple of 256"),
         (["--data", "d", *small, "--channels-A", "1"], "--lambda-id 0"),
         (["--epochs", "3", "--epochs-decay", "4"], "--epochs-decay 4"),
-        (["--beta1", "1.5"], "not below 1"),
+        (["--beta1", "1.5"], "not a number from 0 to below 1"),
         (["--gan-mode", "wgangp", "--preprocess", "none"], "that crops"),
         (["--device", "warp"], "--device warp"),
         (["--resume", "nowhere"], "--resume nowhere"),
@@ -566,6 +568,8 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["translate", "--checkpoint", "none.pt", "--input", "d"], "none.pt"),
         (["translate", "--input", "d"], "--checkpoint"),
         (["--resume", "d/trainA/0.jpg"], "no args.json"),
+        (["--data", "~nobody/d"], "~nobody/d"),
+        (["--data", "d" * 300], "too long"),
         (["evaluate", "--checkpoint", "d"], "a folder"),
     ]
     if not torch.cuda.is_available():
@@ -596,6 +600,9 @@ def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
     torch.save({"model": "stylegan2", "nets": {}}, "other.pt")
     torch.save({"some.weight": torch.zeros(3)}, "foreign.pth")
     torch.save([1, 2], "list.pt")
+    torch.save({"model": "cyclegan", "config": 3}, "config.pt")
+    # Numbers from the middle of a file that torch.load stumbles over with kinds of its own.
+    Path("strange.pt").write_bytes(b"\x80\x02N.\x80\x02N.\x80\x02N.")
     picture = faces(tmp_path / "in", 1)
     for name, message in (
         ("cut.pt", "damaged"),
@@ -604,6 +611,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
         ("other.pt", "stylegan2"),
         ("foreign.pth", "not a CycleGAN network"),
         ("list.pt", "neither"),
+        ("config.pt", "does not hold"),
+        ("strange.pt", "not a checkpoint"),
     ):
         line = fails(capsys, "translate", "--checkpoint", name, "--input", picture)
         assert message in line and name in line
@@ -706,9 +715,11 @@ def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys
     folder.mkdir()
     for name in ("args.json", "log.jsonl"):
         (folder / name).write_bytes((trained[0] / name).read_bytes())
-    (folder / "checkpoint.pt").write_bytes(b"PK damaged")
     log = (folder / "log.jsonl").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(b"PK damaged")
     assert "damaged" in fails(capsys, "--resume", folder)
+    torch.save({"some.weight": torch.zeros(3)}, folder / "checkpoint.pt")
+    assert "does not hold" in fails(capsys, "--resume", folder)
     assert (folder / "log.jsonl").read_bytes() == log
 
 

@@ -30,12 +30,12 @@ def warp_without_a_look_at_reach(x, G, reach, f):
     return ops.warp_ref(x, G, reach, f, max(x.shape[2:]))
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=needs_gpu)])
 def device(request, monkeypatch):
     """A device on which common.graph records."""
     if request.param == "emulated":
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(common, "side_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(common, "record", emulated_graph.record)

@@ -642,7 +642,7 @@ def test_more_than_2_31_elements_on_a_gpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_the_kernels_can_be_captured_in_a_cuda_graph():
+def test_a_gpu_captures_the_kernels_in_a_graph():
     x, b = torch.randn(2, 8, 16, 16, device="cuda"), torch.randn(8, device="cuda")
     f = ops.setup_filter(F4, separable=True).cuda()
 

@@ -156,7 +156,7 @@ def test_minibatch_std_takes_the_largest_group_that_divides_the_batch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("half", "rel"), [("float16", 0.02), ("bfloat16", 0.1)])
-def test_half_precision_agrees_with_float32(half, rel):
+def test_half_precision_agrees_with_float32_on_a_gpu(half, rel):
     for lod in (0.0, 0.5):
         options = dict(img_resolution=64, channel_base=1024, channel_max=64, lod=lod)
         nets = [small_G(**options), small_D(**options)]
