@@ -251,6 +251,19 @@ def add_train_options(
     add_device_option(p)
 
 
+def add_stylegan_train_options(p):
+    """What the StyleGANs' `train` have in common, beside add_train_options."""
+    p.add("--size", type=positive_int, help="pixels: crop and resize; default: as the pictures are")
+    p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
+    p.add("--batch-gpu", type=positive_int, help="images at once, per process: less memory")
+    p.add("--channel-max", type=positive_int, help="channels at most: 512")
+    p.add(
+        "--z-dim", type=positive_int, help="512; these and the widths default to a --checkpoint's"
+    )
+    p.add("--w-dim", type=positive_int, help="512")
+    p.add("--keep-every", type=positive_int, default=1000, help="kimg between kept checkpoints")
+
+
 def add_preprocess_options(p, load, crop):
     """The options of resize_for and crop_and_flip."""
     modes = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
@@ -2816,9 +2829,12 @@ def in_batches(function, device, batch, *inputs, generators=()):
     for k in range(0, len(inputs[0]), batch):
         # Copies: those of the recording are written over.
         part = [None if x is None else x[k : k + batch].to(device, copy=True) for x in inputs]
-        result = (recorded if len(part[0]) == batch else function)(*part)
-        results.append(result.to("cpu", copy=True))  # the next one would overwrite it
-    return torch.cat(results)
+        found = (recorded if len(part[0]) == batch else function)(*part)
+        several = isinstance(found, tuple)
+        # copies: the next ones would overwrite them
+        results.append([t.to("cpu", copy=True) for t in (found if several else (found,))])
+    columns = [torch.cat(column) for column in zip(*results, strict=True)]
+    return tuple(columns) if several else columns[0]
 
 
 @torch.no_grad()
@@ -3086,6 +3102,28 @@ def fill(net, arrays, optional=()):
         if [n for n in t.shape if n > 1] != [n for n in own[name].shape if n > 1]:
             raise ValueError(f"{name} is {tuple(t.shape)}, not {tuple(own[name].shape)}")
     net.load_state_dict(own | {name: t.reshape(own[name].shape) for name, t in arrays.items()})
+
+
+def set_missing(args, options):
+    """Gives options that were left out their values."""
+    for name, value in options.items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
+
+
+def stylegan2_options(nets):
+    """The options of stylegan2.py's `train` that networks {name: net} were made with; G decides."""
+    options = {}
+    for kind, net in sorted(nets.items()):
+        held = net.config
+        options |= {k: held[k] for k in ("channel_base", "channel_max")}
+        if kind == "D":
+            options |= dict(D=held["architecture"])
+            options |= dict(D_map_layers=held["map_layers"]) if held["c_dim"] else {}
+        else:
+            options |= dict(G=held["architecture"], noise_inputs=held["use_noise"])
+            options |= {k: held[k] for k in ("z_dim", "w_dim", "map_layers")}
+    return options
 
 
 def copy_matching(nets, found, say):
@@ -3610,7 +3648,7 @@ def rosinality_D(res):
     )
 
 
-def stylegan2_names(arrays):
+def stylegan2_names(arrays, options):
     """The tensors of an official StyleGAN2 network of any kind, named and laid out as those of
     stylegan2-ada-pytorch are, but for sides of 1. Raises ValueError if that cannot be."""
     arrays = {k: v for k, v in arrays.items() if not k.endswith(("_filter", ".kernel", "lod"))}
@@ -3639,7 +3677,9 @@ def stylegan2_names(arrays):
         for pattern, ours in rules:
             name = re.sub(pattern, ours, name)
         found[name] = t
-    return found
+    known = (official_option(options, name) for name in ("mapping_lrmul", "lr_multiplier"))
+    times = next(filter(None, known), 0.01) / 0.01  # the learning rate's factor, ours is 0.01
+    return {k: t * times if k.startswith("mapping.fc") else t for k, t in found.items()}
 
 
 def stylegan2_config(arrays, options):
@@ -5451,6 +5491,11 @@ def project(
 # cutoff) -> ws (N, num_ws, w_dim) and synthesis(ws, noise) -> images in [-1, 1].
 
 
+def count(net):
+    """How many parameters a network has."""
+    return sum(p.numel() for p in net.parameters())
+
+
 def latents(seeds, z_dim):
     """z (N, z_dim) of seeds, as the official generate.py draws them."""
     return torch.from_numpy(
@@ -5511,6 +5556,14 @@ def w_statistics(G, c=None, n=10_000):
     return w.mean(0), (w - w.mean(0)).square().sum(1).mean().sqrt()
 
 
+def data_of(args, saved):
+    """--data, or what a checkpoint was trained on, of whose options `saved` are."""
+    data = args.data or saved.get("data")
+    if data is None:
+        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    return data
+
+
 def load_generator(args, load_networks):
     """G_ema (else G) of --checkpoint in evaluation mode on the device, the label c (1, c_dim) or
     None of --class, and the options of its training. load_networks(path): as load_gan."""
@@ -5542,19 +5595,19 @@ def synthesize(G, ws, noise="const", batch=16, generators=()):
 
 
 @torch.no_grad()
-def ws_of_seeds(args, G, c, seeds):
-    """ws (N, num_ws, w_dim) of seeds, truncated by --psi in --cutoff layers."""
+def ws_of_seeds(G, c, seeds, psi=1.0, cutoff=None):
+    """ws (N, num_ws, w_dim) of seeds, truncated by psi in `cutoff` layers."""
     device = next(G.parameters()).device
     z = latents(seeds, G.config["z_dim"]).to(device)
     c = None if c is None else c.to(device).expand(len(z), -1)
-    return G.mapping(z, c, args.psi, args.cutoff)
+    return G.mapping(z, c, psi, cutoff)
 
 
 def generate(args, G, c):
     """The command `generate`: pictures of seeds or of a file, a style-mixing table, or a film."""
     out_folder(args)
     out, device = Path(args.out), next(G.parameters()).device
-    ws_of = functools.partial(ws_of_seeds, args, G, c)
+    ws_of = functools.partial(ws_of_seeds, G, c, psi=args.psi, cutoff=args.cutoff)
 
     if args.mix_rows or args.mix_cols:  # the style-mixing table of StyleGAN, Fig. 3
         layers = args.mix_layers or list(range(round(0.39 * G.num_ws)))  # 0-6 of 18, as officially
@@ -5647,35 +5700,57 @@ def load_noise(path, G):
             noise.copy_(load_array(path, name, tuple(noise.shape)))
 
 
-def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False, full=False):
-    """The command `evaluate`: scores of untruncated samples. exact: G in float32 throughout; paths:
-    see generator_scores; mirror: flip pictures at random; full: against all pictures, not as many
-    as samples."""
-    device = next(G.parameters()).device
-    exact.to(device)
-    metrics_of(args)
-    data = args.data or saved.get("data")
-    if data is None:
-        raise UserError("--data is missing: an official file does not say what it was trained on.")
-    args.data, args.size = data, G.config["img_resolution"]
-    toy = TOY_CLASSES if G.config["c_dim"] else TOY_FACES
-    source = open_data(data, size=args.size, toy=toy)
-    images, _ = square_pictures(args, source, G.config["img_channels"])
-    labels = one_hot(args, source) if G.config["c_dim"] else None
+def number_of_samples(args, source):
+    """--samples, or its default."""
+    return args.samples or (4000 if source.is_toy else 50_000)
 
-    n = args.samples or (4000 if source.is_toy else 50_000)
-    if args.samples or source.is_toy:
-        paths = {name: options | dict(n=n) for name, options in paths.items()}
-    n_real = min(args.reals or (len(images) if full else n), len(images))
+
+def sample_scores(args, n, fakes, n_real, real, device, pairs=None, paths=PPL2, how=""):
+    """The scores of n untruncated samples, fakes(rng, m) -> m uint8 images, against n_real
+    pictures, real(i) -> uint8 (H, W, C). pairs, paths: see generator_scores; how: a remark."""
     if min(n, n_real) < 2:
         raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
 
-    def reals():
+    def all_reals():
         for k in range(0, n_real, args.batch):
-            yield stack([
-                crop_and_flip(images[i], None, mirror, item_rng(args.seed, 0, i))
-                for i in range(k, min(k + args.batch, n_real))
-            ])  # fmt: skip
+            yield stack([real(i) for i in range(k, min(k + args.batch, n_real))])
+
+    def all_fakes():  # the same at every call
+        rng = np.random.default_rng(args.seed)
+        for k in range(0, n, args.batch):
+            torch.manual_seed(args.seed + k)  # of the noise maps
+            yield fakes(rng, min(args.batch, n - k))
+
+    print(
+        f"protocol: {n} untruncated samples of random noise against {n_real} pictures of"
+        f" {args.data} at {args.size}x{args.size}{how}"
+    )
+    both = Again(all_reals), Again(all_fakes)
+    return generator_scores(*both, pairs, n, args, device, paths)
+
+
+def evaluate_generator(args, load_networks, build, paths=PPL2, full=False):
+    """The command `evaluate`: scores of untruncated samples. load_networks, build: see load_gan;
+    paths: see generator_scores; full: against all pictures as they are, not as many as samples,
+    flipped at random if training did so."""
+    G, _, saved = load_generator(args, load_networks)
+    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)  # in float32 throughout
+    exact.load_state_dict(G.state_dict())
+    device, mirror = next(G.parameters()).device, bool(saved.get("mirror")) and not full
+    exact.to(device)
+    metrics_of(args)
+    args.data, args.size = data_of(args, saved), G.config["img_resolution"]
+    toy = TOY_CLASSES if G.config["c_dim"] else TOY_FACES
+    source = open_data(args.data, size=args.size, toy=toy)
+    images, _ = square_pictures(args, source, G.config["img_channels"])
+    labels = one_hot(args, source) if G.config["c_dim"] else None
+    n = number_of_samples(args, source)
+    n_real = min(args.reals or (len(images) if full else n), len(images))
+    if args.samples or source.is_toy:
+        paths = {name: options | dict(n=n) for name, options in paths.items()}
+
+    def real(i):
+        return crop_and_flip(images[i], None, mirror, item_rng(args.seed, 0, i))
 
     def random_z(rng, m):
         """z and the labels of random images."""
@@ -5683,11 +5758,8 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False, full=Fal
         of = None if labels is None else labels[rng.integers(len(labels), size=m)]
         return z, None if of is None else torch.from_numpy(of)
 
-    def fakes():  # the same at every call
-        rng = np.random.default_rng(args.seed)
-        for k in range(0, n, args.batch):
-            torch.manual_seed(args.seed + k)  # of the noise maps
-            yield sample(G, *random_z(rng, min(args.batch, n - k)), args.batch, noise="random")
+    def fakes(rng, m):
+        return sample(G, *random_z(rng, m), args.batch, noise="random")
 
     rng = np.random.default_rng(args.seed)
 
@@ -5703,17 +5775,13 @@ def evaluate_generator(args, G, exact, saved, paths=PPL2, mirror=False, full=Fal
         a, b = (exact.mapping(half, c) for half in z.chunk(2))
         return a, b, lambda ws: exact.synthesis(ws, "const")
 
-    print(
-        f"protocol: {n} untruncated samples of random noise against {n_real} pictures of {data} at"
-        f" {args.size}x{args.size}, {'mirrored at random' if mirror else 'not mirrored'}"
-    )
-    row = {"n_real": n_real, "n_fake": n}
-    found = generator_scores(Again(reals), Again(fakes), pairs, n, args, device, paths)
+    how = f", {'mirrored at random' if mirror else 'not mirrored'}"
+    found = sample_scores(args, n, fakes, n_real, real, device, pairs, paths, how)
     if "ls" in metrics_of(args):
         found |= separability(args, G, source, random_z)
     if not found:
         raise UserError("no score is left to compute.")
-    row |= found
+    row = {"n_real": n_real, "n_fake": n} | found
     print(describe_scores(row))
     if args.out:
         write_json(args.out, row)
@@ -5723,9 +5791,7 @@ def edit_generator(args, G, c, saved):
     """The command `edit` of a StyleGAN: latents in W; a segmenter finds the regions."""
     out_folder(args)
     device = next(G.parameters()).device
-    data, args.size = args.data or saved.get("data"), G.config["img_resolution"]
-    if data is None:
-        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    data, args.size = data_of(args, saved), G.config["img_resolution"]
     if G.config["img_channels"] != 3:
         raise UserError("edit needs a model of colour pictures.")
     if data == "toy" and c is not None:

@@ -74,38 +74,6 @@ def norm2d(norm, C):
     return layers[norm](C) if norm != "none" else nn.Identity()
 
 
-def through(layers, x, residual=None):
-    """x through the layers, then plus the residual. Where there are kernels, an instance norm and
-    what follows of ReLU, reflection padding and that sum are one pass over memory, and a bias
-    before it is neither added nor trained: the norm takes it out again."""
-    if ops.kernels(x, None) is None:
-        for layer in layers:
-            x = layer(x)
-        return x if residual is None else x + residual
-    layers = list(layers)
-    while layers:
-        layer = layers.pop(0)
-        if not isinstance(layer, InstanceNorm):
-            normed = layers and isinstance(layers[0], InstanceNorm)
-            x = without_bias(layer, x) if normed else layer(x)
-            continue
-        slope, pad = 1.0, 0
-        if layers and isinstance(layers[0], nn.ReLU | nn.LeakyReLU):
-            slope = getattr(layers.pop(0), "negative_slope", 0.0)
-        if layers and isinstance(layers[0], nn.ReflectionPad2d):
-            pad = layers.pop(0).padding[0]
-        added, residual = (None, residual) if layers else (residual, None)
-        x = ops.norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
-    return x if residual is None else x + residual
-
-
-def without_bias(conv, x):
-    options = dict(stride=conv.stride, padding=conv.padding)
-    if isinstance(conv, nn.Conv2d):
-        return F.conv2d(x, conv.weight, **options)
-    return F.conv_transpose2d(x, conv.weight, **options, output_padding=conv.output_padding)
-
-
 def init_weights(net, std=INIT_STD):
     """Convolution weights ~ N(0, std), biases 0; batch norm weights ~ N(1, std) (appendix 7.1)."""
     for m in net.modules():
@@ -165,15 +133,15 @@ class ResnetGenerator(nn.Module):
     def forward(self, x):
         if ops.kernels(x, None) is None:
             return self.model(x).to(x.dtype)
-        # The same in fewer passes over memory, see `through`. Layers 0-9 stand before the blocks.
+        # The same in fewer passes over memory, see ops.through. Layers 0-9 stand before the blocks.
         # These begin with a padding; as that of a sum is the sum of the paddings, what goes from
         # block to block can stay padded.
         layers, end = list(self.model), 10 + self.config["blocks"]
-        y = through([*layers[:10], nn.ReflectionPad2d(1)], x)
+        y = ops.through([*layers[:10], nn.ReflectionPad2d(1)], x)
         for block in layers[10:end]:
             padding, *rest = block.conv_block
-            y = through([*rest, padding], y, residual=y)
-        return through(layers[end:], y[:, :, 1:-1, 1:-1]).to(x.dtype)
+            y = ops.through([*rest, padding], y, residual=y)
+        return ops.through(layers[end:], y[:, :, 1:-1, 1:-1]).to(x.dtype)
 
 
 class UnetLevel(nn.Module):
@@ -201,7 +169,7 @@ class UnetLevel(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x):
-        y = through(self.model, x)
+        y = ops.through(self.model, x)
         return y if self.outermost else torch.cat([x, y], 1)
 
 
@@ -253,7 +221,7 @@ class PatchDiscriminator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, x):
-        return through(self.model, x).to(x.dtype)
+        return ops.through(self.model, x).to(x.dtype)
 
 
 class PixelDiscriminator(nn.Module):
@@ -271,7 +239,7 @@ class PixelDiscriminator(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(2 * ndf, 1, 1, bias=bias))
 
     def forward(self, x):
-        return through(self.net, x).to(x.dtype)
+        return ops.through(self.net, x).to(x.dtype)
 
 
 def build(config):
@@ -279,57 +247,6 @@ def build(config):
     kinds = dict(resnet=ResnetGenerator, unet=UnetGenerator)
     kinds |= dict(patch=PatchDiscriminator, pixel=PixelDiscriminator)
     return kinds[config["kind"]](**{k: v for k, v in config.items() if k != "kind"})
-
-
-def from_official(arrays):
-    """A ready generator or discriminator from an official state dict, {name: tensor or array}.
-
-    Kind, sizes, norm and dropout are read off names and shapes. Files of PyTorch before 0.4 also
-    hold running statistics of instance norms, which were never used: they are dropped. A U-Net's
-    dropout leaves no trace in its names, so it is off. Raises ValueError for anything else.
-    """
-    arrays = {name.removeprefix("module."): torch.as_tensor(a) for name, a in arrays.items()}
-    convs = {name: tuple(a.shape) for name, a in arrays.items() if a.ndim == 4}
-    try:
-        if "model.model.0.weight" in convs:
-            first, conv, norm = "model.model.0", "model.model.1.model.1", "model.model.1.model.2"
-            config = dict(kind="unet", out_channels=convs["model.model.3.weight"][1])
-            config |= dict(downs=len(convs) // 2)
-        elif blocks := sum(name.endswith("conv_block.1.weight") for name in convs):
-            first, conv, norm = "model.1", "model.1", "model.2"
-            config = dict(kind="resnet", out_channels=convs[f"model.{17 + blocks}.weight"][0])
-            config |= dict(blocks=blocks, dropout="model.10.conv_block.6.weight" in convs)
-        elif "net.0.weight" in convs:
-            first, conv, norm = "net.0", "net.2", "net.3"
-            config = dict(kind="pixel")
-        else:
-            first, conv, norm = "model.0", "model.2", "model.3"
-            config = dict(kind="patch", n_layers=len(convs) - 2)
-            convs["model.5.weight"]  # the third convolution: no such network has fewer
-        width = "ngf" if "out_channels" in config else "ndf"
-        config[width], config["in_channels"] = convs[f"{first}.weight"][:2]
-    except KeyError as e:
-        raise ValueError(f"not a CycleGAN network: no convolution {e.args[0]!r}") from None
-
-    affine = f"{norm}.weight" in arrays and f"{norm}.weight" not in convs
-    if f"{conv}.bias" in arrays:  # the bias rule: only before an instance norm
-        if affine:
-            raise ValueError(
-                f"{norm} is an affine instance norm (mid-2017), which is not supported"
-            )
-        config["norm"] = "instance"
-        stale = ("running_mean", "running_var", "num_batches_tracked")
-        arrays = {name: a for name, a in arrays.items() if not name.endswith(stale)}
-    else:
-        config["norm"] = "batch" if affine else "none"
-    net = build(config)
-    counts = {k: a for k, a in net.state_dict().items() if k.endswith("num_batches_tracked")}
-    try:
-        net.load_state_dict(counts | arrays)  # batch norms of old files do not count batches
-    except RuntimeError as e:
-        problem = str(e).splitlines()[1].strip()
-        raise ValueError(f"does not fit a {config['kind']} network: {problem}") from None
-    return net
 
 
 # =============================================================================
@@ -525,6 +442,57 @@ def new_networks(args):
     return {name: init_weights(net, args.init_gain) for name, net in nets.items()}
 
 
+def from_official(arrays):
+    """A ready generator or discriminator from an official state dict, {name: tensor or array}.
+
+    Kind, sizes, norm and dropout are read off names and shapes. Files of PyTorch before 0.4 also
+    hold running statistics of instance norms, which were never used: they are dropped. A U-Net's
+    dropout leaves no trace in its names, so it is off. Raises ValueError for anything else.
+    """
+    arrays = {name.removeprefix("module."): torch.as_tensor(a) for name, a in arrays.items()}
+    convs = {name: tuple(a.shape) for name, a in arrays.items() if a.ndim == 4}
+    try:
+        if "model.model.0.weight" in convs:
+            first, conv, norm = "model.model.0", "model.model.1.model.1", "model.model.1.model.2"
+            config = dict(kind="unet", out_channels=convs["model.model.3.weight"][1])
+            config |= dict(downs=len(convs) // 2)
+        elif blocks := sum(name.endswith("conv_block.1.weight") for name in convs):
+            first, conv, norm = "model.1", "model.1", "model.2"
+            config = dict(kind="resnet", out_channels=convs[f"model.{17 + blocks}.weight"][0])
+            config |= dict(blocks=blocks, dropout="model.10.conv_block.6.weight" in convs)
+        elif "net.0.weight" in convs:
+            first, conv, norm = "net.0", "net.2", "net.3"
+            config = dict(kind="pixel")
+        else:
+            first, conv, norm = "model.0", "model.2", "model.3"
+            config = dict(kind="patch", n_layers=len(convs) - 2)
+            convs["model.5.weight"]  # the third convolution: no such network has fewer
+        width = "ngf" if "out_channels" in config else "ndf"
+        config[width], config["in_channels"] = convs[f"{first}.weight"][:2]
+    except KeyError as e:
+        raise ValueError(f"not a CycleGAN network: no convolution {e.args[0]!r}") from None
+
+    affine = f"{norm}.weight" in arrays and f"{norm}.weight" not in convs
+    if f"{conv}.bias" in arrays:  # the bias rule: only before an instance norm
+        if affine:
+            raise ValueError(
+                f"{norm} is an affine instance norm (mid-2017), which is not supported"
+            )
+        config["norm"] = "instance"
+        stale = ("running_mean", "running_var", "num_batches_tracked")
+        arrays = {name: a for name, a in arrays.items() if not name.endswith(stale)}
+    else:
+        config["norm"] = "batch" if affine else "none"
+    net = build(config)
+    counts = {k: a for k, a in net.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        net.load_state_dict(counts | arrays)  # batch norms of old files do not count batches
+    except RuntimeError as e:
+        problem = str(e).splitlines()[1].strip()
+        raise ValueError(f"does not fit a {config['kind']} network: {problem}") from None
+    return net
+
+
 def load_networks(path, direction="AtoB"):
     """({name: network}, options of its training) from a checkpoint or run folder of ours; from an
     official .pth, whose one generator is taken for `direction` unless its name says which it is; or
@@ -575,8 +543,8 @@ def train(args):
     nets = {k: net.to(run.device, memory_format=run.order) for k, net in nets.items()}
     G_AB, G_BA, D_A, D_B = nets.values()
     betas = (args.beta1, BETAS[1])
-    opts = [run.adam([G_AB, G_BA], args.lr, betas), run.adam([D_A, D_B], args.lr, betas)]
-    pools = [ImagePool(args.pool_size), ImagePool(args.pool_size)]
+    opts = {"G": run.adam([G_AB, G_BA], args.lr, betas), "D": run.adam([D_A, D_B], args.lr, betas)}
+    pools = {"fake_A": ImagePool(args.pool_size), "fake_B": ImagePool(args.pool_size)}
 
     # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
     multiple = max(G_AB.multiple, G_BA.multiple)
@@ -596,9 +564,7 @@ def train(args):
         return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
 
     examples = fixed_examples(args, source)
-    named_pools = dict(fake_A=pools[0], fake_B=pools[1])
-    names = [*data_A.names, *data_B.names]
-    start = run.restore(nets, dict(G=opts[0], D=opts[1]), named_pools, names)
+    start = run.restore(nets, opts, pools, [*data_A.names, *data_B.names])
     run.say(
         f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps;"
         " G_AB translates A to B, G_BA translates B to A"
@@ -609,13 +575,14 @@ def train(args):
         lr = args.lr * lr_factor(
             epoch, args.lr_policy, args.epochs, args.epochs_decay, args.lr_decay_every
         )
-        run.set_lr(opts, lr)
-        losses = train_step(nets.values(), opts, pools, real_A, real_B, args, run)
+        run.set_lr(opts.values(), lr)
+        losses = train_step(nets.values(), opts.values(), pools.values(), real_A, real_B, args, run)
         run.log(losses, epoch=epoch, lr=lr)
-        keep = run.steps_done % (steps_per_epoch * args.keep_every) == 0
-        if keep or run.due(args.every) or run.steps_done == run.total:
+        done = run.steps_done
+        keep = done % (steps_per_epoch * args.keep_every) == 0 or done == run.total
+        if keep or run.due(args.every):
             run.save_picture(sample_sheet(G_AB, G_BA, examples, run.device))
-            run.save(keep=keep or run.steps_done == run.total)
+            run.save(keep=keep)
 
     if run.rank == 0 and common.has_subset(source, "testA") and common.has_subset(source, "testB"):
         run.save_scores(scores(G_AB, G_BA, args, source, run.device))
@@ -684,9 +651,7 @@ def evaluate(args):
     for name, net in G.items():
         A, B = net.config["in_channels"], net.config["out_channels"]
         args.channels_A, args.channels_B = (A, B) if name == "G_AB" else (B, A)
-    data = args.data or saved.get("data")
-    if data is None:
-        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    data = common.data_of(args, saved)
     source = common.open_data(data, size=args.size or saved.get("load_size", CROP_SIZE))
     for d in "AB":  # before anything is fetched
         common.subset(source, f"test{d}")

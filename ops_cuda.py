@@ -24,6 +24,7 @@ environment turns the kernels off. Kernels load and store the tensor's type and 
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import functools
@@ -1183,16 +1184,17 @@ def memory_order(x):
 # After a modulated convolution this is one pass over the network's largest tensors instead of six.
 
 SQRT2 = math.sqrt(2)
-ACTIVATIONS = {  # name: (f(u, alpha), alpha, gain); the kernels know them by their number
-    "linear": (lambda u, alpha: u, 0.0, 1.0),
-    "relu": (lambda u, alpha: F.relu(u), 0.0, SQRT2),
-    "lrelu": (F.leaky_relu, 0.2, SQRT2),
-    "tanh": (lambda u, alpha: torch.tanh(u), 0.0, 1.0),
-    "sigmoid": (lambda u, alpha: torch.sigmoid(u), 0.0, 1.0),
-    "elu": (lambda u, alpha: F.elu(u), 0.0, 1.0),
-    "selu": (lambda u, alpha: F.selu(u), 0.0, 1.0),
-    "softplus": (lambda u, alpha: F.softplus(u), 0.0, 1.0),
-    "swish": (lambda u, alpha: F.silu(u), 0.0, SQRT2),
+Activation = collections.namedtuple("Activation", "f alpha gain")  # f(u, alpha)
+ACTIVATIONS = {  # the kernels know them by their number
+    "linear": Activation(lambda u, alpha: u, 0.0, 1.0),
+    "relu": Activation(lambda u, alpha: F.relu(u), 0.0, SQRT2),
+    "lrelu": Activation(F.leaky_relu, 0.2, SQRT2),
+    "tanh": Activation(lambda u, alpha: torch.tanh(u), 0.0, 1.0),
+    "sigmoid": Activation(lambda u, alpha: torch.sigmoid(u), 0.0, 1.0),
+    "elu": Activation(lambda u, alpha: F.elu(u), 0.0, 1.0),
+    "selu": Activation(lambda u, alpha: F.selu(u), 0.0, 1.0),
+    "softplus": Activation(lambda u, alpha: F.softplus(u), 0.0, 1.0),
+    "swish": Activation(lambda u, alpha: F.silu(u), 0.0, SQRT2),
 }
 PIECEWISE = ("linear", "relu", "lrelu")
 
@@ -1208,9 +1210,8 @@ def fused_act(
     slope below 0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the
     type of x.
     """
-    _, default_alpha, default_gain = ACTIVATIONS[act]
-    alpha = default_alpha if alpha is None else float(alpha)
-    gain = default_gain if gain is None else float(gain)
+    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
+    gain = ACTIVATIONS[act].gain if gain is None else float(gain)
     check_shapes(x, scale, noise, strength, b)
     library = kernels(x, impl)
     if library is None or (noise is not None and noise.requires_grad):  # only `project` trains it
@@ -1233,7 +1234,7 @@ def check_shapes(x, scale, noise, strength, b):
 
 
 def fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp):
-    dtype, f = x.dtype, ACTIVATIONS[act][0]
+    dtype, f = x.dtype, ACTIVATIONS[act].f
     x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
     # gain * f(u) = f(gain * u) of the piecewise linear kinds: gain goes to the small tensors.
     inner = gain if act in PIECEWISE and gain > 0 else 1.0
@@ -1395,7 +1396,7 @@ def norm_act(
     pad: by reflection, on all sides; residual: None or of y's shape. Returns the type of x.
     """
     N, C, H, W = x.shape
-    alpha = ACTIVATIONS[act][1] if alpha is None else float(alpha)
+    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
     if act not in PIECEWISE or H * W == 1 or not 0 <= pad < min(H, W):
         raise ValueError(f"act {act!r}, padding {pad} of {tuple(x.shape)}")
     given = [None if t is None else tuple(t.shape) for t in (scale, shift, residual)]
@@ -1424,9 +1425,41 @@ def norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps):
     # its gradients are wrong on a CPU where N is 1 and dL/dy is channels last.
     maps = x.contiguous().view(1, N * C, -1)
     y = F.batch_norm(maps, None, None, scale, shift, training=True, eps=eps).view(x.shape)
-    y = ACTIVATIONS[act][0](y, alpha)
+    y = ACTIVATIONS[act].f(y, alpha)
     y = F.pad(y, (pad,) * 4, "reflect") if pad else y
     return (y if residual is None else y + residual).to(dtype)
+
+
+def through(layers, x, residual=None):
+    """x through the layers, then plus the residual. Where there are kernels, an instance norm and
+    what follows of ReLU, reflection padding and that sum are one pass over memory, and a bias
+    before it is neither added nor trained: the norm takes it out again."""
+    if kernels(x, None) is None:
+        for layer in layers:
+            x = layer(x)
+        return x if residual is None else x + residual
+    layers = list(layers)
+    while layers:
+        layer = layers.pop(0)
+        if not isinstance(layer, torch.nn.InstanceNorm2d):
+            normed = layers and isinstance(layers[0], torch.nn.InstanceNorm2d)
+            x = without_bias(layer, x) if normed else layer(x)
+            continue
+        slope, pad = 1.0, 0
+        if layers and isinstance(layers[0], torch.nn.ReLU | torch.nn.LeakyReLU):
+            slope = getattr(layers.pop(0), "negative_slope", 0.0)
+        if layers and isinstance(layers[0], torch.nn.ReflectionPad2d):
+            pad = layers.pop(0).padding[0]
+        added, residual = (None, residual) if layers else (residual, None)
+        x = norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
+    return x if residual is None else x + residual
+
+
+def without_bias(conv, x):
+    options = dict(stride=conv.stride, padding=conv.padding)
+    if isinstance(conv, torch.nn.Conv2d):
+        return F.conv2d(x, conv.weight, **options)
+    return F.conv_transpose2d(x, conv.weight, **options, output_padding=conv.output_padding)
 
 
 class NormAct(Function):

@@ -130,6 +130,7 @@ class Conv2d(nn.Module):
         self.up, self.down, self.pad = up, down, k // 2
 
     def forward(self, x, gain=1.0):
+        # Where nothing follows the convolution its weight takes the gain: no pass over x for that.
         plain = self.bias is None and self.act == "linear" and self.clamp is None
         w = (self.weight * (self.gain * gain if plain else self.gain)).to(x.dtype)
         # Like the official code, convolve where it upsamples and correlate elsewhere.
@@ -139,7 +140,7 @@ class Conv2d(nn.Module):
         if plain:
             return x
         clamp = None if self.clamp is None else self.clamp * gain
-        act_gain = ops.ACTIVATIONS[self.act][2] * gain
+        act_gain = ops.ACTIVATIONS[self.act].gain * gain
         return ops.bias_act(x, self.bias, act=self.act, gain=act_gain, clamp=clamp)
 
 
@@ -531,127 +532,6 @@ def build(config):
 
 
 # =============================================================================
-# Official checkpoints
-# =============================================================================
-
-OFFICIAL_G = (  # pattern of an official name, ours; ours hold all regions, theirs one each
-    (r"pos_embed\.weights", "position.weight"),
-    (r"style\.(\d+)\.(weight|bias)", lambda m: f"mapping.fc{int(m[1]) - 1}.{m[2]}"),
-    (r"local_nets\.\d+\.linears\.(\d+)\.conv\.weight", r"local.layers.\1.weight"),
-    (
-        r"local_nets\.\d+\.linears\.(\d+)\.conv\.modulation\.(weight|bias)",
-        r"local.layers.\1.affine_\2",
-    ),
-    (r"local_nets\.\d+\.linears\.(\d+)\.activate\.bias", r"local.layers.\1.bias"),
-    (r"local_nets\.\d+\.to_feat\.(?:conv\.)?(weight|modulation|bias)", r"local.to_feature.\1"),
-    (r"local_nets\.\d+\.to_depth\.(?:conv\.)?(weight|modulation|bias)", r"local.to_depth.\1"),
-    (r"render_net\.convs\.(\d+)\.(weight|modulation)", r"render.layers.\1.\2"),
-    (r"render_net\.convs\.(\d+)\.noise\.weight", r"render.layers.\1.noise_strength"),
-    (r"render_net\.convs\.(\d+)\.activate\.bias", r"render.layers.\1.bias"),
-    (r"render_net\.noises\.noise_(\d+)", r"render.layers.\1.noise_const"),
-    (
-        r"render_net\.to_(rgb|seg)s\.(\d+)\.(?:conv\.)?(weight|modulation|bias)",
-        r"render.to_\1.\2.\3",
-    ),
-)
-OFFICIAL_D = (
-    (r"convs_(img|seg)\.0\.0\.weight", r"of_\1.0.weight"),
-    (r"convs_(img|seg)\.0\.1\.bias", r"of_\1.0.bias"),
-    (r"convs_(img|seg)\.(\d+)\.conv1\.[01]\.(weight|bias)", r"of_\1.\2.conv0.\3"),
-    (r"convs_(img|seg)\.(\d+)\.conv2\.[12]\.(weight|bias)", r"of_\1.\2.conv1.\3"),
-    (r"convs_(img|seg)\.(\d+)\.skip\.1\.weight", r"of_\1.\2.skip.weight"),
-    (r"final_conv\.[01]\.(weight|bias)", r"conv.\1"),
-    (r"final_linear\.0\.(weight|bias)", r"fc.\1"),
-    (r"final_linear\.1\.(weight|bias)", r"out.\1"),
-)
-# What shapes of tensors do not tell, by its official name: ours.
-UNSEEN = {"base_layers": "base_layers", "depth_layers": "depth_layers"}
-UNSEEN |= {"residual_refine": "residual_refine", "transparent_dims": "see_through"}
-
-
-def our_name(name):
-    """(our name, region or None) of an official tensor; (None, None) for filters, which are
-    constants. Raises ValueError for other names."""
-    if name.endswith(".kernel"):
-        return None, None
-    for pattern, ours in (*OFFICIAL_G, *OFFICIAL_D):
-        if m := re.fullmatch(pattern, name):
-            region = re.match(r"local_nets\.(\d+)\.", name)
-            return m.expand(ours) if isinstance(ours, str) else ours(m), region and int(region[1])
-    raise ValueError(f"not a tensor of SemanticStyleGAN: {name!r}")
-
-
-def region_names(K):
-    """Of an official file, which has none."""
-    return list(FACES) if K == len(FACES) else [str(k) for k in range(K)]
-
-
-def official_G(shape, options):
-    """The config of a generator with tensors of these shapes."""
-    missing = [theirs for theirs in UNSEEN if options.get(theirs) is None]
-    if missing:
-        options = ", ".join(f"--{UNSEEN[theirs].replace('_', '-')}" for theirs in missing)
-        raise ValueError(f"neither its tensors nor saved options say them: pass {options}")
-    K, _, local_channels = shape["local.layers.0.weight"][:3]
-    w_dim = shape["mapping.fc0.weight"][0]
-    coarse_channels = shape["local.to_feature.weight"][1]
-    stages = range(sum(name.startswith("render.to_rgb.") for name in shape) // 3)
-    O, I = zip(*(shape[f"render.layers.{2 * i}.weight"][:2] for i in stages), strict=True)
-    size = 2 ** ((shape["position.weight"][1] // 2 - 1) // 2)
-    min_size = size >> len(stages)
-    again = next(i for i in stages[1:] if I[i] != O[i - 1])  # where the features come in again
-    return dict(
-        kind="G", size=size, regions=region_names(K), w_dim=w_dim,
-        map_layers=sum(name.startswith("mapping.") for name in shape) // 2,
-        channels={min_size << (i + 1): O[i] for i in stages},
-        coarse_size=min_size << again, min_size=min_size,
-        layers=sum(name.startswith("local.layers.") for name in shape) // 4,
-        local_channels=local_channels, coarse_channels=coarse_channels,
-        detach_texture=bool(options.get("detach_texture")),
-    ) | {ours: options[theirs] for theirs, ours in UNSEEN.items()}  # fmt: skip
-
-
-def official_D(shape):
-    """The config of a discriminator with tensors of these shapes."""
-    O, classes = shape["of_img.0.weight"][0], shape["of_seg.0.weight"][1]
-    blocks = sum(name.startswith("of_img.") and name.endswith("skip.weight") for name in shape)
-    size = 4 << blocks
-    channels = {size: O}
-    for k in range(1, blocks + 1):
-        channels[size >> k] = shape[f"of_img.{k}.conv1.weight"][0]
-    return dict(kind="D", size=size, classes=classes, channels=channels)
-
-
-def from_official(arrays, options):
-    """A ready G or D of {official name: tensor} of an official .pt file.
-
-    Sizes are read off the shapes. Four things leave no trace there, and a G with the wrong ones
-    makes wrong pictures without an error: options, the saved official arguments, must hold
-    base_layers, depth_layers, residual_refine and transparent_dims. The mean w is not in the file:
-    see update_w_avg. Raises ValueError for what is missing and for anything else.
-    """
-    found, regions = {}, {}
-    for name, a in arrays.items():
-        ours, region = our_name(name)
-        if region is not None:
-            regions.setdefault(ours, {})[region] = a
-        elif ours:
-            found[ours] = a
-    for name, parts in regions.items():  # one tensor of all regions, but for the background's depth
-        found[name] = torch.stack([parts[k] for k in sorted(parts)])
-    times = (options.get("lr_mlp") or 0.01) / 0.01  # lr_mul of the mapping network, ours is 0.01
-    found = {k: a * times if k.startswith("mapping.fc") else a for k, a in found.items()}
-    shape = {name: tuple(a.shape) for name, a in found.items()}
-    try:
-        config = official_G(shape, options) if "position.weight" in shape else official_D(shape)
-    except KeyError as e:
-        raise ValueError(f"no tensor {e.args[0]!r}") from None
-    net = build(config)
-    common.fill(net, found, optional=("noise_const",))
-    return net
-
-
-# =============================================================================
 # Losses
 # =============================================================================
 
@@ -910,8 +790,8 @@ def train(args):
         data.all(SCORED)  # wrong pictures and maps, as far as these show them, leave no run folder
     start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, data.names)
     run.say(
-        f"{len(data)} pictures of {size}x{size}; regions: {', '.join(regions)}; G has {count(G):,}"
-        f" parameters, D {count(D):,}"
+        f"{len(data)} pictures of {size}x{size}; regions: {', '.join(regions)}; "
+        f"G has {common.count(G):,} parameters, D {common.count(D):,}"
     )
     if len(data) < args.batch:
         run.say(f"only {len(data)} pictures: a batch of {args.batch} holds each more than once")
@@ -1006,9 +886,7 @@ def fill_options(args, given):
     if args.adapt:
         options |= dict(mirror=True, lambda_mask=0.0)
         options |= dict(iters=ADAPT_ITERS, every=100, keep_every=200)
-    for name, value in options.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    common.set_missing(args, options)
 
 
 def see_through_of(args, regions):
@@ -1026,8 +904,125 @@ def see_through_of(args, regions):
     return found
 
 
-def count(net):
-    return sum(p.numel() for p in net.parameters())
+# =============================================================================
+# Official checkpoints
+# =============================================================================
+
+OFFICIAL_G = (  # pattern of an official name, ours; ours hold all regions, theirs one each
+    (r"pos_embed\.weights", "position.weight"),
+    (r"style\.(\d+)\.(weight|bias)", lambda m: f"mapping.fc{int(m[1]) - 1}.{m[2]}"),
+    (r"local_nets\.\d+\.linears\.(\d+)\.conv\.weight", r"local.layers.\1.weight"),
+    (
+        r"local_nets\.\d+\.linears\.(\d+)\.conv\.modulation\.(weight|bias)",
+        r"local.layers.\1.affine_\2",
+    ),
+    (r"local_nets\.\d+\.linears\.(\d+)\.activate\.bias", r"local.layers.\1.bias"),
+    (r"local_nets\.\d+\.to_feat\.(?:conv\.)?(weight|modulation|bias)", r"local.to_feature.\1"),
+    (r"local_nets\.\d+\.to_depth\.(?:conv\.)?(weight|modulation|bias)", r"local.to_depth.\1"),
+    (r"render_net\.convs\.(\d+)\.(weight|modulation)", r"render.layers.\1.\2"),
+    (r"render_net\.convs\.(\d+)\.noise\.weight", r"render.layers.\1.noise_strength"),
+    (r"render_net\.convs\.(\d+)\.activate\.bias", r"render.layers.\1.bias"),
+    (r"render_net\.noises\.noise_(\d+)", r"render.layers.\1.noise_const"),
+    (
+        r"render_net\.to_(rgb|seg)s\.(\d+)\.(?:conv\.)?(weight|modulation|bias)",
+        r"render.to_\1.\2.\3",
+    ),
+)
+OFFICIAL_D = (
+    (r"convs_(img|seg)\.0\.0\.weight", r"of_\1.0.weight"),
+    (r"convs_(img|seg)\.0\.1\.bias", r"of_\1.0.bias"),
+    (r"convs_(img|seg)\.(\d+)\.conv1\.[01]\.(weight|bias)", r"of_\1.\2.conv0.\3"),
+    (r"convs_(img|seg)\.(\d+)\.conv2\.[12]\.(weight|bias)", r"of_\1.\2.conv1.\3"),
+    (r"convs_(img|seg)\.(\d+)\.skip\.1\.weight", r"of_\1.\2.skip.weight"),
+    (r"final_conv\.[01]\.(weight|bias)", r"conv.\1"),
+    (r"final_linear\.0\.(weight|bias)", r"fc.\1"),
+    (r"final_linear\.1\.(weight|bias)", r"out.\1"),
+)
+# What shapes of tensors do not tell, by its official name: ours.
+UNSEEN = {"base_layers": "base_layers", "depth_layers": "depth_layers"}
+UNSEEN |= {"residual_refine": "residual_refine", "transparent_dims": "see_through"}
+
+
+def our_name(name):
+    """(our name, region or None) of an official tensor; (None, None) for filters, which are
+    constants. Raises ValueError for other names."""
+    if name.endswith(".kernel"):
+        return None, None
+    for pattern, ours in (*OFFICIAL_G, *OFFICIAL_D):
+        if m := re.fullmatch(pattern, name):
+            region = re.match(r"local_nets\.(\d+)\.", name)
+            return m.expand(ours) if isinstance(ours, str) else ours(m), region and int(region[1])
+    raise ValueError(f"not a tensor of SemanticStyleGAN: {name!r}")
+
+
+def region_names(K):
+    """Of an official file, which has none."""
+    return list(FACES) if K == len(FACES) else [str(k) for k in range(K)]
+
+
+def official_G(shape, options):
+    """The config of a generator with tensors of these shapes."""
+    missing = [theirs for theirs in UNSEEN if options.get(theirs) is None]
+    if missing:
+        options = ", ".join(f"--{UNSEEN[theirs].replace('_', '-')}" for theirs in missing)
+        raise ValueError(f"neither its tensors nor saved options say them: pass {options}")
+    K, _, local_channels = shape["local.layers.0.weight"][:3]
+    w_dim = shape["mapping.fc0.weight"][0]
+    coarse_channels = shape["local.to_feature.weight"][1]
+    stages = range(sum(name.startswith("render.to_rgb.") for name in shape) // 3)
+    O, I = zip(*(shape[f"render.layers.{2 * i}.weight"][:2] for i in stages), strict=True)
+    size = 2 ** ((shape["position.weight"][1] // 2 - 1) // 2)
+    min_size = size >> len(stages)
+    again = next(i for i in stages[1:] if I[i] != O[i - 1])  # where the features come in again
+    return dict(
+        kind="G", size=size, regions=region_names(K), w_dim=w_dim,
+        map_layers=sum(name.startswith("mapping.") for name in shape) // 2,
+        channels={min_size << (i + 1): O[i] for i in stages},
+        coarse_size=min_size << again, min_size=min_size,
+        layers=sum(name.startswith("local.layers.") for name in shape) // 4,
+        local_channels=local_channels, coarse_channels=coarse_channels,
+        detach_texture=bool(options.get("detach_texture")),
+    ) | {ours: options[theirs] for theirs, ours in UNSEEN.items()}  # fmt: skip
+
+
+def official_D(shape):
+    """The config of a discriminator with tensors of these shapes."""
+    O, classes = shape["of_img.0.weight"][0], shape["of_seg.0.weight"][1]
+    blocks = sum(name.startswith("of_img.") and name.endswith("skip.weight") for name in shape)
+    size = 4 << blocks
+    channels = {size: O}
+    for k in range(1, blocks + 1):
+        channels[size >> k] = shape[f"of_img.{k}.conv1.weight"][0]
+    return dict(kind="D", size=size, classes=classes, channels=channels)
+
+
+def from_official(arrays, options):
+    """A ready G or D of {official name: tensor} of an official .pt file.
+
+    Sizes are read off the shapes. Four things leave no trace there, and a G with the wrong ones
+    makes wrong pictures without an error: options, the saved official arguments, must hold
+    base_layers, depth_layers, residual_refine and transparent_dims. The mean w is not in the file:
+    see update_w_avg. Raises ValueError for what is missing and for anything else.
+    """
+    found, regions = {}, {}
+    for name, a in arrays.items():
+        ours, region = our_name(name)
+        if region is not None:
+            regions.setdefault(ours, {})[region] = a
+        elif ours:
+            found[ours] = a
+    for name, parts in regions.items():  # one tensor of all regions, but for the background's depth
+        found[name] = torch.stack([parts[k] for k in sorted(parts)])
+    times = (options.get("lr_mlp") or 0.01) / 0.01  # lr_mul of the mapping network, ours is 0.01
+    found = {k: a * times if k.startswith("mapping.fc") else a for k, a in found.items()}
+    shape = {name: tuple(a.shape) for name, a in found.items()}
+    try:
+        config = official_G(shape, options) if "position.weight" in shape else official_D(shape)
+    except KeyError as e:
+        raise ValueError(f"no tensor {e.args[0]!r}") from None
+    net = build(config)
+    common.fill(net, found, optional=("noise_const",))
+    return net
 
 
 # =============================================================================
@@ -1099,21 +1094,20 @@ def pictures(G, ws, shown=None, batch=16):
     """A Picture of ws, with constant noise, on the CPU: img uint8 (N, 3, size, size), seg and
     coarse the region of each pixel, uint8 (N, size, size) and of the masks, depth as it is.
     shown: (K,) of 0 and 1, regions to draw, None for all."""
-    device, parts = G.mapping.w_avg.device, []
-    recorded = common.graph(G.synthesis, device)
+    device = G.mapping.w_avg.device
     shown = None if shown is None else shown.to(device)
-    for w in ws.split(batch):
-        synthesis = recorded if len(w) == batch else G.synthesis
-        p = synthesis(w.to(device, copy=True), "const", shown)  # the recording's is written over
+
+    def found(ws):
+        p = G.synthesis(ws, "const", shown)
         labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
-        found = (common.to_uint8(p.img), *labels, p.depth)
-        parts.append([x.to("cpu", copy=True) for x in found])
-    return Picture(*map(torch.cat, zip(*parts, strict=True)))
+        return common.to_uint8(p.img), *labels, p.depth
+
+    return Picture(*common.in_batches(found, device, batch, ws))
 
 
-def locality_of_swap(G, ws, other, k, part="both"):
+def locality_of_swap(G, ws, other, k):
     """common.locality of giving region k of ws the codes of other, two tensors (N,)."""
-    before, after = pictures(G, ws), pictures(G, swapped(G, ws, other, k, part))
+    before, after = pictures(G, ws), pictures(G, swapped(G, ws, other, k))
     return common.locality(before.img, after.img, (before.seg == k) | (after.seg == k))
 
 
@@ -1400,9 +1394,7 @@ def evaluate(args):
     """fd8, FID and KID, precision and recall; whether the segmentation is that of the picture; and
     how local swaps of each region are."""
     G, saved = load_generator(args)
-    args.data, args.size = args.data or saved.get("data"), G.config["size"]
-    if args.data is None:
-        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    args.data, args.size = common.data_of(args, saved), G.config["size"]
     source = common.open_data(args.data, size=args.size, toy=common.TOY_LABELLED)
     regions, labelled = G.config["regions"], source.is_toy or common.has_labels(source)
     if labelled:
@@ -1414,31 +1406,20 @@ def evaluate(args):
             raise UserError(f"--data {args.data} has {has}.")
     if not labelled:
         data, _ = common.square_pictures(args, images_of(source))
-    device, n = G.mapping.w_avg.device, args.samples or (4000 if source.is_toy else 50_000)
-    n_real = min(args.reals or n, len(data))
-    if min(n, n_real) < 2:
-        raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
+    device = G.mapping.w_avg.device
 
-    def reals():
-        for k in range(0, n_real, args.batch):
-            some = (data[i] for i in range(k, min(k + args.batch, n_real)))
-            yield common.stack([x[0] if labelled else x for x in some])
+    def real(i):
+        return data[i][0] if labelled else data[i]
 
     @torch.no_grad()
-    def fakes():  # the same at every call
-        rng = np.random.default_rng(args.seed)
-        for k in range(0, n, args.batch):
-            torch.manual_seed(args.seed + k)  # of the noise maps
-            z = torch.from_numpy(rng.standard_normal((min(args.batch, n - k), G.config["w_dim"])))
-            yield common.to_uint8(G(z.to(G.mapping.w_avg)).img).cpu()
+    def fakes(rng, m):
+        z = torch.from_numpy(rng.standard_normal((m, G.config["w_dim"])))
+        return common.to_uint8(G(z.to(G.mapping.w_avg)).img).cpu()
 
-    print(
-        f"protocol: {n} untruncated samples of random noise against {n_real} pictures of"
-        f" {args.data} at {args.size}x{args.size}"
-    )
-    reals, fakes = common.Again(reals), common.Again(fakes)
+    n = common.number_of_samples(args, source)
+    n_real = min(args.reals or n, len(data))
     row = {"n_real": n_real, "n_fake": n}
-    row |= common.generator_scores(reals, fakes, None, n, args, device)
+    row |= common.sample_scores(args, n, fakes, n_real, real, device)
     print(common.describe_scores(row))
 
     ws = ws_of(G, range(args.seed, args.seed + max(1000, 2 * args.pairs)))
@@ -1517,16 +1498,8 @@ def main(argv=None):
     p.add("--freeze-local", action="store_true", help="so in the average alone, as officially")
     p.add("--w-dim", type=number, help="of z and w: 512; this and the rest: or as in --checkpoint")
     p.add("--map-layers", type=number, help="depth of the mapping network: 8")
-    p.add(
-        "--coarse-size",
-        type=number,
-        help="side of the local generators' maps: 64, at most half of --size",
-    )
-    p.add(
-        "--min-size",
-        type=number,
-        help="side that the renderer begins with: 16, at most half of that",
-    )
+    p.add("--coarse-size", type=number, help="side of the local maps: 64, at most half of --size")
+    p.add("--min-size", type=number, help="side that R begins with: 16, at most half of that")
     p.add("--layers", type=number, help="of a local generator: 10")
     p.add("--base-layers", type=number, help="of these, with codes that regions share: 2")
     p.add("--depth-layers", type=number, help="of these, before the depth: 6")

@@ -367,78 +367,6 @@ def build(config):
     return kind(**{k: v for k, v in config.items() if k != "kind"})
 
 
-# Names of networks in official checkpoints: ours.
-OFFICIAL = {"generator": "G", "mapping_network": "F", "style_encoder": "E", "discriminator": "D"}
-OFFICIAL |= {"fan": "FAN"}
-
-
-def from_official(arrays):
-    """{"G", "F", "E", "D", "FAN": network}, those that are there, of an official *_nets_ema.ckpt or
-    *_nets.ckpt, {"generator.from_rgb.weight": tensor or array, ...}.
-
-    Sizes are read off names and shapes; the side of the pictures off E or D, without them off the
-    official width of G. Files of before April 2021 lack the high-pass filter: it is made anew.
-    Raises ValueError for anything else.
-    """
-    found = {}
-    for name, a in arrays.items():
-        theirs, _, key = name.partition(".")
-        if theirs not in OFFICIAL:
-            raise ValueError(f"not a StarGAN v2 network: {name!r}")
-        found.setdefault(OFFICIAL[theirs], {})[key.removeprefix("module.")] = torch.as_tensor(a)
-    shapes = {net: {k: tuple(a.shape) for k, a in found[net].items()} for net in found}
-    nets, base = {}, CHANNEL_BASE
-    try:
-        for net in sorted(found, key="EDGF".find):  # E and D tell the side, G follows
-            config = official_config(net, shapes[net], base)
-            if net == "G" and config["w_hpf"] > 0:
-                name = "hpf.filter"
-                if name in found[net]:
-                    config["w_hpf"] = round(8 / float(found[net][name][1, 1]), 6)
-                found[net] |= {name: HighPass(config["w_hpf"]).filter}
-            nets[net] = build(config)
-            nets[net].load_state_dict(found[net])
-            base = config.get("channel_base", base)
-    except KeyError as e:
-        raise ValueError(f"not a StarGAN v2 network: no {e.args[0]!r}") from None
-    except (ValueError, IndexError, ZeroDivisionError):
-        raise ValueError(f"its {net} does not fit: shapes or names of another network") from None
-    except RuntimeError as e:
-        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[:2][-1].strip()}") from None
-    return nets
-
-
-def official_config(net, shape, channel_base):
-    """The config of a network with tensors of these shapes."""
-    if net == "FAN":
-        return dict(kind="FAN")
-    domains = 1 + max((int(k.split(".")[1]) for k in shape if k.startswith("unshared.")), default=0)
-    if net == "F":
-        hidden_dim, z_dim = shape["shared.0.weight"]
-        style_dim = shape["unshared.0.6.weight"][0]
-        config = dict(z_dim=z_dim, style_dim=style_dim, domains=domains, hidden_dim=hidden_dim)
-    elif net == "G":
-        first, img_channels = shape["from_rgb.weight"][:2]
-        blocks = sum(k.endswith("conv2.weight") and k.startswith("encode.") for k in shape)
-        last = shape[f"encode.{blocks - 1}.conv2.weight"][0]
-        size = channel_base // first
-        style_dim = shape["decode.0.norm1.fc.weight"][1]
-        config = dict(size=size, style_dim=style_dim, channel_base=channel_base, channel_max=last)
-        config |= dict(img_channels=img_channels, w_hpf=float(blocks - 2 > math.log2(size) - 4))
-    else:
-        layers = "shared" if net == "E" else "main"
-        blocks = sum(k.endswith("conv2.weight") for k in shape)
-        first, img_channels = shape[f"{layers}.0.weight"][:2]
-        last, size = shape[f"{layers}.{blocks + 2}.weight"][0], 2 ** (blocks + 2)
-        config = dict(size=size, img_channels=img_channels, channel_base=first * size)
-        config |= dict(channel_max=last)
-        if net == "E":
-            config |= dict(domains=domains, style_dim=shape["unshared.0.weight"][0])
-        else:
-            config |= dict(domains=shape[f"main.{blocks + 4}.weight"][0])
-    return dict(kind=net) | config
-
-
 # =============================================================================
 # Losses
 # =============================================================================
@@ -603,6 +531,78 @@ def new_networks(args, domains):
     return {name: init_weights(net) for name, net in nets.items()}
 
 
+# Names of networks in official checkpoints: ours.
+OFFICIAL = {"generator": "G", "mapping_network": "F", "style_encoder": "E", "discriminator": "D"}
+OFFICIAL |= {"fan": "FAN"}
+
+
+def from_official(arrays):
+    """{"G", "F", "E", "D", "FAN": network}, those that are there, of an official *_nets_ema.ckpt or
+    *_nets.ckpt, {"generator.from_rgb.weight": tensor or array, ...}.
+
+    Sizes are read off names and shapes; the side of the pictures off E or D, without them off the
+    official width of G. Files of before April 2021 lack the high-pass filter: it is made anew.
+    Raises ValueError for anything else.
+    """
+    found = {}
+    for name, a in arrays.items():
+        theirs, _, key = name.partition(".")
+        if theirs not in OFFICIAL:
+            raise ValueError(f"not a StarGAN v2 network: {name!r}")
+        found.setdefault(OFFICIAL[theirs], {})[key.removeprefix("module.")] = torch.as_tensor(a)
+    shapes = {net: {k: tuple(a.shape) for k, a in found[net].items()} for net in found}
+    nets, base = {}, CHANNEL_BASE
+    try:
+        for net in sorted(found, key="EDGF".find):  # E and D tell the side, G follows
+            config = official_config(net, shapes[net], base)
+            if net == "G" and config["w_hpf"] > 0:
+                name = "hpf.filter"
+                if name in found[net]:
+                    config["w_hpf"] = round(8 / float(found[net][name][1, 1]), 6)
+                found[net] |= {name: HighPass(config["w_hpf"]).filter}
+            nets[net] = build(config)
+            nets[net].load_state_dict(found[net])
+            base = config.get("channel_base", base)
+    except KeyError as e:
+        raise ValueError(f"not a StarGAN v2 network: no {e.args[0]!r}") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise ValueError(f"its {net} does not fit: shapes or names of another network") from None
+    except RuntimeError as e:
+        raise ValueError(f"its {net} does not fit: {str(e).splitlines()[:2][-1].strip()}") from None
+    return nets
+
+
+def official_config(net, shape, channel_base):
+    """The config of a network with tensors of these shapes."""
+    if net == "FAN":
+        return dict(kind="FAN")
+    domains = 1 + max((int(k.split(".")[1]) for k in shape if k.startswith("unshared.")), default=0)
+    if net == "F":
+        hidden_dim, z_dim = shape["shared.0.weight"]
+        style_dim = shape["unshared.0.6.weight"][0]
+        config = dict(z_dim=z_dim, style_dim=style_dim, domains=domains, hidden_dim=hidden_dim)
+    elif net == "G":
+        first, img_channels = shape["from_rgb.weight"][:2]
+        blocks = sum(k.endswith("conv2.weight") and k.startswith("encode.") for k in shape)
+        last = shape[f"encode.{blocks - 1}.conv2.weight"][0]
+        size = channel_base // first
+        style_dim = shape["decode.0.norm1.fc.weight"][1]
+        config = dict(size=size, style_dim=style_dim, channel_base=channel_base, channel_max=last)
+        config |= dict(img_channels=img_channels, w_hpf=float(blocks - 2 > math.log2(size) - 4))
+    else:
+        layers = "shared" if net == "E" else "main"
+        blocks = sum(k.endswith("conv2.weight") for k in shape)
+        first, img_channels = shape[f"{layers}.0.weight"][:2]
+        last, size = shape[f"{layers}.{blocks + 2}.weight"][0], 2 ** (blocks + 2)
+        config = dict(size=size, img_channels=img_channels, channel_base=first * size)
+        config |= dict(channel_max=last)
+        if net == "E":
+            config |= dict(domains=domains, style_dim=shape["unshared.0.weight"][0])
+        else:
+            config |= dict(domains=shape[f"main.{blocks + 4}.weight"][0])
+    return dict(kind=net) | config
+
+
 def load_networks(path):
     """({name: network}, options of its training) of a checkpoint or run folder of ours, or of an
     official *_nets_ema.ckpt, whose networks are averages, or *_nets.ckpt."""
@@ -618,9 +618,7 @@ def fill_options(args, nets):
         config = net.config if net else {}
         held |= {k: v for k, v in config.items() if k in held}
         held["channels"] = config.get("img_channels", held["channels"])
-    for name, value in held.items():
-        if vars(args).get(name) is None:
-            setattr(args, name, value)
+    common.set_missing(args, held)
     if args.size < 32 or args.size & (args.size - 1):
         raise UserError(f"--size {args.size}: a power of two from 32 on is needed.")
     if args.channel_base < args.size:
@@ -1129,9 +1127,7 @@ def evaluate(args):
     nets, masks_of, names, saved = networks_of(args)
     args.size, device = nets["E"].config["size"], device_of(nets["G"])
     args.channels = nets["G"].config["img_channels"]
-    args.data = args.data or saved.get("data")
-    if args.data is None:
-        raise UserError("--data is missing: an official file does not say what it was trained on.")
+    args.data = common.data_of(args, saved)
     source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
     train = open_domains(args, source, ["train"], functools.partial(common.squeezed, args.size))
     if len(train) != len(names) or (saved.get("domains") and list(train) != names):
@@ -1196,7 +1192,7 @@ def evaluate(args):
         mean = {k: float(np.mean(values)) for k, values in means if len(values) == len(rows)}
         result[mode]["mean"] = mean
         print_row(f"{mode}: mean", mean, columns)
-    for warning in {row["warning"] for row in rows if "warning" in row}:
+    for warning in {row["warning"] for row in rows if "warning" in row}:  # of either mode, alike
         print(warning)
     if args.out:
         common.write_json(args.out, result)

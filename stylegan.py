@@ -104,7 +104,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.randn(O, I) / lr_mul)
         self.bias = nn.Parameter(torch.zeros(O)) if bias else None
         self.act, self.lr_mul = act, lr_mul
-        self.gain = (gain or ops.ACTIVATIONS[act][2]) * lr_mul / math.sqrt(I)
+        self.gain = (gain or ops.ACTIVATIONS[act].gain) * lr_mul / math.sqrt(I)
 
     def forward(self, x):
         b = None if self.bias is None else self.bias * self.lr_mul
@@ -134,7 +134,7 @@ class Conv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(O, I, k, k))
         self.bias = nn.Parameter(torch.zeros(O))
-        self.gain = ops.ACTIVATIONS[act][2] / math.sqrt(I * k * k)
+        self.gain = ops.ACTIVATIONS[act].gain / math.sqrt(I * k * k)
         self.act, self.down, self.blurred, self.clamp = act, down, blurred, clamp
 
     def forward(self, x):
@@ -519,12 +519,10 @@ def build(config):
 # =============================================================================
 
 
-def mixed_ws(G, z, c, z2=None, crossover=None):
+def mixed_ws(G, z, c, z2, crossover):
     """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
     sec. 3.1); crossover = num_ws mixes nothing."""
     ws = G.mapping(z, c)
-    if z2 is None:
-        return ws
     ws2 = G.mapping(z2, c, update_avg=False)
     first = torch.arange(ws.shape[1], device=ws.device) < crossover
     return torch.where(first[None, :, None], ws, ws2)
@@ -658,7 +656,7 @@ def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer of those that are grown and
     of fresh latents above; one layer for all samples."""
     if args.mixing == 0 or G.num_ws == 1:
-        return mixed_ws(G, z, c)
+        return G.mapping(z, c)
     gate, place = run.rand(2, shared=True)
     grown = G.num_ws - 2 * int(G.synthesis.lod)
     layer = 1 + (place * (grown - 1)).floor()  # 1 ... grown - 1
@@ -764,7 +762,8 @@ def train(args):
     stages = plan_of(args, size, run.world)
     run.images = functools.partial(images_before, stages)
     labels = common.one_hot(args, source) if args.cond else None
-    levels = {2**k * 4: data.shrunk(size // 4 >> k) for k in range(int(math.log2(size)) - 1)}
+    all_labels = None if labels is None else torch.from_numpy(labels).to(run.device)
+    levels = {res: data.shrunk(size // res) for res in resolutions(size)}
 
     def image(n):
         stage = stages[bisect.bisect(stages, n, key=lambda r: r.first) - 1].stage
@@ -776,9 +775,7 @@ def train(args):
 
     def sample_c(n):
         """Labels of n random images, for fakes."""
-        if labels is None:
-            return None
-        return all_labels[(run.rand(n) * len(all_labels)).long()]
+        return None if labels is None else all_labels[(run.rand(n) * len(all_labels)).long()]
 
     # ---- networks, their average, optimisers --------------------------------------------------
     nets = new_networks(args, size, 0 if labels is None else labels.shape[1], run.half)
@@ -788,14 +785,13 @@ def train(args):
     G, D, G_ema = (net.to(run.device, memory_format=run.order) for net in nets.values())
     # Their epsilon moves (tensorflow_eps), which it cannot in a CUDA graph.
     opts = {name: run.adam([nets[name]], LR, BETAS, EPS, capturable=False) for name in "GD"}
-    if labels is not None:
-        all_labels = torch.from_numpy(labels).to(run.device)
 
     examples = common.sample_inputs(G_ema, labels, args.seed)
     reals = common.grid(data.all(len(examples[0])), 8)
     start = run.restore(nets, opts, {}, data.names)
     run.say(
-        f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
+        f"{len(data)} images of {size}x{size}; G has {common.count(G):,} parameters,"
+        f" D {common.count(D):,};"
         f" from {stages[0].stage.res} to {stages[-1].stage.res} pixels, in batches of"
         f" {', '.join(str(n) for n in dict.fromkeys(r.stage.batch for r in stages))}"
     )
@@ -834,6 +830,7 @@ def train(args):
             run.save_picture(common.grid(common.sample(G_ema, *examples, n), 8))
             common.score_samples(run, G_ema, data, labels, n)
             for net in (G, G_ema):
+                # Each rank's moved with its own samples.
                 net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
             run.save(keep=keep)
     run.say(f"samples and checkpoint are in {run.folder}")
@@ -856,9 +853,7 @@ def fill_options(args, nets):
                 f"--checkpoint has other layers than row {args.config}: leave --config out."
             )
         options |= {k: v for k, v in held.items() if k in options}
-    for name, value in options.items():
-        if vars(args).get(name) is None:
-            setattr(args, name, value)
+    common.set_missing(args, options)
     if "r1_gamma" not in loss:
         args.r1_gamma = args.r2_gamma = 0.0
     if "gp_lambda" not in loss:
@@ -905,10 +900,6 @@ def table_text(text):
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r}: write 8:256,16:128, say") from None
     return text
-
-
-def count(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 # =============================================================================
@@ -1060,7 +1051,10 @@ def figure_mixing(args, G, c):
     """Fig. 3: coarse, middle or fine styles of each column's picture in those of the rows."""
     if not (args.mix_rows and args.mix_cols) or G.num_ws == 1:
         raise UserError("--figure mixing needs --mix-rows, --mix-cols, and a network with styles.")
-    rows, columns = (common.ws_of_seeds(args, G, c, k) for k in (args.mix_rows, args.mix_cols))
+    rows, columns = (
+        common.ws_of_seeds(G, c, seeds, args.psi, args.cutoff)
+        for seeds in (args.mix_rows, args.mix_cols)
+    )
     first, top = (common.synthesize(G, ws, args.noise) for ws in (rows, columns))
     parts = bands(G)
     table = {"": torch.cat([torch.full_like(first[:1], 255), *[first] * len(parts)])}
@@ -1080,7 +1074,8 @@ def figure_noise(args, G, c, realisations=100):
     in the finer and the coarser half of the resolutions."""
     if not G.config["use_noise"]:
         raise UserError("--figure noise: this network has no noise.")
-    ws, half = common.ws_of_seeds(args, G, c, args.seeds), len(G.synthesis.resolutions) // 2
+    ws = common.ws_of_seeds(G, c, args.seeds, args.psi, args.cutoff)
+    half = len(G.synthesis.resolutions) // 2
     limit, device = G.synthesis.resolutions[half], ws.device
     generator = torch.Generator(device)
 
@@ -1110,8 +1105,7 @@ def figure_truncation(args, G, c):
     """Fig. 8: all layers truncated, down to psi = -1, the opposite of each picture."""
     table = {}
     for psi in (1.0, 0.7, 0.5, 0.0, -0.5, -1.0):
-        truncated = argparse.Namespace(psi=psi, cutoff=None)
-        ws = common.ws_of_seeds(truncated, G, c, args.seeds)
+        ws = common.ws_of_seeds(G, c, args.seeds, psi)
         table[f"psi {psi:g}"] = common.synthesize(G, ws, args.noise)
     return table, [f"seed {seed}" for seed in args.seeds]
 
@@ -1139,15 +1133,12 @@ def evaluate(args):
     """fd8, FID and KID, precision and recall, path lengths and linear separability of untruncated
     samples. Path lengths are of the face, as in the official code: of paths in Z and in W, whole
     (full) or near their ends."""
-    G, _, saved = common.load_generator(args, load_networks)
-    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
-    exact.load_state_dict(G.state_dict())
     paths = {
         f"ppl_{space}{'full' if full else 'end'}": dict(space=space, full=full, crop=True, n=PATHS)
         for full in (True, False)
         for space in "zw"
     }
-    common.evaluate_generator(args, G, exact, saved, paths, bool(saved.get("mirror")))
+    common.evaluate_generator(args, load_networks, build, paths)
 
 
 def main(argv=None):
@@ -1160,10 +1151,9 @@ def main(argv=None):
         p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp16+tf32",
         own_half=True,
     )  # fmt: skip
+    common.add_stylegan_train_options(p)
     p.add("--config", choices=list(CONFIGS), help="row of Table 1: F, or that of --checkpoint")
-    p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")
-    p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
     p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
     p.add("--kimg", type=number, help="length, in thousands of images: 25000, config A 12000")
     p.add("--start-size", type=number, help="pixels at first: 8, config A 4, or a --checkpoint's")
@@ -1172,30 +1162,21 @@ def main(argv=None):
     batches = ",".join(f"{res}:{n}" for res, n in BATCHES.items())
     p.add("--batches", type=table_text, default=batches, help="RES:N,...: instead of --batch")
     p.add("--batch-max", type=table_text, help="RES:N,...: limits per process")
-    p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
     p.add("--loss", choices=list(LOSSES), help="logistic (FFHQ); wgan-gp: as for CelebA-HQ")
     p.add("--r1-gamma", type=from_0, help="weight of R1, with logistic and saturating: 10")
     p.add("--r2-gamma", type=from_0, help="likewise, of R2: 0")
     p.add("--gp-lambda", type=from_0, help="weight of the gradient penalty, with ...-gp: 10")
     p.add("--gp-target", type=above_0, default=1.0, help="norm of the gradient that it asks for")
-    p.add(
-        "--lr",
-        type=above_0,
-        default=LR,
-        help="times 1.5 at 128 pixels, 2 at 256, 3 at 512 and 1024; wgan-gp: up to 0.002",
-    )
+    rates = "times 1.5 at 128 pixels, 2 at 256, 3 at 512 and 1024; wgan-gp: up to 0.002"
+    p.add("--lr", type=above_0, default=LR, help=rates)
     p.add("--lr-rampup", type=from_0, default=0.0, help="kimg over which the rate rises from 0")
     p.add("--mixing", type=common.probability, help="probability of style mixing: 0.9")
     p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
     p.add("--mbstd-group", type=common.not_negative_int, default=4, help="0: no minibatch std")
     p.add("--channel-base", type=number, help="channels times side: 16384")
-    p.add("--channel-max", type=number, help="channels at most: 512")
-    p.add("--z-dim", type=number, help="512; these and the widths default to a --checkpoint's")
-    p.add("--w-dim", type=number, help="512")
     p.add("--map-layers", type=common.not_negative_int, help="of the mapping network: 8")
     noisy = dict(action=argparse.BooleanOptionalAction)
     p.add("--noise-inputs", **noisy, help="in every layer of G: on, rows A to D off")
-    p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, figures of the paper, or a film")
     common.add_generate_options(p, psi=None, cutoff=8)

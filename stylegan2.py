@@ -108,6 +108,7 @@ class Conv2d(nn.Module):
         self.up, self.down, self.pad = up, down, k // 2
 
     def forward(self, x, gain=1.0):
+        # Where nothing follows the convolution its weight takes the gain: no pass over x for that.
         plain = self.bias is None and self.act == "linear" and self.clamp is None
         w = (self.weight * (self.gain * gain if plain else self.gain)).to(x.dtype)
         # Like the official code, convolve where it upsamples and correlate elsewhere.
@@ -117,7 +118,7 @@ class Conv2d(nn.Module):
         if plain:
             return x
         clamp = None if self.clamp is None else self.clamp * gain
-        act_gain = ops.ACTIVATIONS[self.act][2] * gain
+        act_gain = ops.ACTIVATIONS[self.act].gain * gain
         return ops.bias_act(x, self.bias, act=self.act, gain=act_gain, clamp=clamp)
 
 
@@ -513,12 +514,10 @@ def build(config):
 # =============================================================================
 
 
-def mixed_ws(G, z, c, z2=None, crossover=None):
+def mixed_ws(G, z, c, z2, crossover):
     """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
     sec. 3.1); crossover = num_ws mixes nothing."""
     ws = G.mapping(z, c)
-    if z2 is None:
-        return ws
     ws2 = G.mapping(z2, c, update_avg=False)
     first = torch.arange(ws.shape[1], device=ws.device) < crossover
     return torch.where(first[None, :, None], ws, ws2)
@@ -573,7 +572,7 @@ def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer and of fresh latents above;
     one layer for all samples."""
     if args.mixing == 0:
-        return mixed_ws(G, z, c)
+        return G.mapping(z, c)
     gate, place = run.rand(2, shared=True)
     layer = 1 + (place * (G.num_ws - 1)).floor()  # 1 ... num_ws - 1
     crossover = torch.where(gate < args.mixing, layer, G.num_ws)
@@ -593,8 +592,9 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
-    losses, size = [], args.batch_gpu or n
-    n, size = n // size * (size // PL_SHRINK), size // PL_SHRINK
+    losses, whole = [], args.batch_gpu or n  # a round of the other phases
+    size = whole // PL_SHRINK
+    n = n // whole * size
     res, C = G.config["img_resolution"], G.config["img_channels"]
     for z, c in rounds(size, run.randn(n, G.config["z_dim"]), sample_c(n)):
         ws = mix(G, z, c, args, run)
@@ -704,6 +704,7 @@ def train(args):
     # ---- data: image n is a pure function of (seed, n) ----------------------------------------
     data, size = common.square_pictures(args, source, args.channels)
     labels = common.one_hot(args, source) if args.cond else None
+    all_labels = None if labels is None else torch.from_numpy(labels).to(run.device)
 
     def image(n):
         epoch, i = divmod(n, len(data))
@@ -714,9 +715,7 @@ def train(args):
 
     def sample_c(n):
         """Labels of n random images, for fakes."""
-        if labels is None:
-            return None
-        return all_labels[(run.rand(n) * len(all_labels)).long()]
+        return None if labels is None else all_labels[(run.rand(n) * len(all_labels)).long()]
 
     # ---- networks, their average, optimisers --------------------------------------------------
     nets = new_networks(args, size, 0 if labels is None else labels.shape[1], run.half)
@@ -729,13 +728,12 @@ def train(args):
         "D": lazy_adam(run, D, args.lr, args.r1_every),
     }
     pl_mean = torch.zeros((), device=run.device)
-    if labels is not None:
-        all_labels = torch.from_numpy(labels).to(run.device)
 
     start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, data.names)
     n = args.batch_gpu or args.batch // run.world
     run.say(
-        f"{len(data)} images of {size}x{size}; G has {count(G):,} parameters, D {count(D):,};"
+        f"{len(data)} images of {size}x{size}; G has {common.count(G):,} parameters,"
+        f" D {common.count(D):,};"
         f" batch {args.batch}, {n} at a time on {run.world} processes"
     )
     if len(data) < args.batch:
@@ -762,7 +760,7 @@ def train(args):
         if keep or run.due(args.every * 1000):
             run.save_picture(common.grid(common.sample(G_ema, *examples, n), 8))
             common.score_samples(run, G_ema, data, labels, n)
-            for net in (G, G_ema):
+            for net in (G, G_ema):  # each rank's moved with its own samples
                 net.mapping.w_avg.copy_(run.mean(net.mapping.w_avg))
             run.save(keep=keep)
     run.say(f"samples and checkpoint are in {run.folder}")
@@ -772,18 +770,7 @@ def fill_options(args, nets):
     """Options that were left out: those of the networks to start from, else of --config."""
     options = dict(channel_max=512, z_dim=512, w_dim=512, map_layers=8, G="skip", D="resnet")
     options |= dict(D_map_layers=8, noise_inputs=True) | CONFIGS[args.config]
-    for kind, net in nets.items():
-        held = net.config
-        options |= {k: held[k] for k in ("channel_base", "channel_max")}
-        if kind == "D":
-            options |= dict(D=held["architecture"])
-            options |= dict(D_map_layers=held["map_layers"]) if held["c_dim"] else {}
-        else:
-            options |= dict(G=held["architecture"], noise_inputs=held["use_noise"])
-            options |= {k: held[k] for k in ("z_dim", "w_dim", "map_layers")}
-    for name, value in options.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    common.set_missing(args, options | common.stylegan2_options(nets))
 
 
 def check_options(args, world):
@@ -796,10 +783,6 @@ def check_options(args, world):
         )
     if args.pl_weight and n < PL_SHRINK:
         raise UserError(f"path length needs {PL_SHRINK} images at once: or pass --pl-weight 0.")
-
-
-def count(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 # =============================================================================
@@ -815,12 +798,7 @@ def from_official(arrays, options=None):
     (clamping, half precision, minibatch std group) off `options`, the official arguments, if given.
     Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
     """
-    arrays = common.stylegan2_names(arrays)
-    known = (common.official_option(options or {}, n) for n in ("mapping_lrmul", "lr_multiplier"))
-    lr_mul = next(filter(None, known), 0.01)
-    arrays = {
-        k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
-    }
+    arrays = common.stylegan2_names(arrays, options or {})
     net = build(common.stylegan2_config(arrays, options or {}))
     common.fill(net, arrays, optional=("noise_const", "w_avg"))
     if net.config["kind"] == "G" and "mapping.w_avg" not in arrays:
@@ -886,10 +864,7 @@ def edit(args):
 def evaluate(args):
     """fd8, FID and KID, precision and recall, and path length of untruncated samples, against
     pictures that are mirrored at random if training mirrored them."""
-    G, _, saved = common.load_generator(args, load_networks)
-    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
-    exact.load_state_dict(G.state_dict())
-    common.evaluate_generator(args, G, exact, saved, mirror=bool(saved.get("mirror")))
+    common.evaluate_generator(args, load_networks, build)
 
 
 def main(argv=None):
@@ -902,13 +877,11 @@ def main(argv=None):
         p, data="toy", batch=32, every="kimg", default_every=200,
         gpu_precision="fp16+tf32", own_half=True,
     )  # fmt: skip
+    common.add_stylegan_train_options(p)
     p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
-    p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="flip images at random")
-    p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
     p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
     p.add("--kimg", type=number, default=25000, help="length, in thousands of images")
-    p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
     p.add("--G", choices=("skip", "resnet", "orig"), help="architecture, Fig. 7: skip")
     p.add("--D", choices=("resnet", "skip", "orig"), help="likewise: resnet")
     p.add("--lr", type=above_0, default=LR)
@@ -917,19 +890,15 @@ def main(argv=None):
     pl = "of path length, unstable in batches below 8; 0: off"
     p.add("--pl-weight", type=from_0, default=PL_WEIGHT, help=pl)
     p.add("--pl-every", type=number, default=PL_EVERY, help="steps between path lengths")
-    p.add("--mixing", type=from_0, default=MIXING, help="probability of style mixing")
+    p.add("--mixing", type=common.probability, default=MIXING, help="probability of style mixing")
     p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
     p.add("--ema-rampup", type=from_0, help="limit of it, as a share of the images seen")
     p.add("--mbstd-group", type=number, default=4, help="of minibatch standard deviation")
     p.add("--channel-base", type=number, help="channels times side: config F 32768, E 16384")
-    p.add("--channel-max", type=number, help="channels at most: 512")
-    p.add("--z-dim", type=number, help="512; these and the widths default to a --checkpoint's")
-    p.add("--w-dim", type=number, help="512")
     p.add("--map-layers", type=number, help="depth of the mapping network: 8")
     p.add("--D-map-layers", type=common.not_negative_int, help="likewise for D's labels: 8")
     noisy = dict(action=argparse.BooleanOptionalAction)
     p.add("--noise-inputs", **noisy, help="StyleGAN's noise in every layer of G: yes")
-    p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
 
     p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")
     common.add_generate_options(p)

@@ -138,6 +138,7 @@ class Conv2d(nn.Module):
         self.up, self.down, self.pad = up, down, k // 2
 
     def forward(self, x, gain=1.0):
+        # Where nothing follows the convolution its weight takes the gain: no pass over x for that.
         plain = self.bias is None and self.act == "linear" and self.clamp is None
         w = (self.weight * (self.gain * gain if plain else self.gain)).to(x.dtype)
         # Like the official code, convolve where it upsamples and correlate elsewhere.
@@ -147,7 +148,7 @@ class Conv2d(nn.Module):
         if plain:
             return x
         clamp = None if self.clamp is None else self.clamp * gain
-        act_gain = ops.ACTIVATIONS[self.act][2] * gain
+        act_gain = ops.ACTIVATIONS[self.act].gain * gain
         return ops.bias_act(x, self.bias, act=self.act, gain=act_gain, clamp=clamp)
 
 
@@ -554,6 +555,7 @@ CATEGORIES = {  # appendix B: what each --augpipe is made of, in the order in wh
     "noise": ("noise",),
     "cutout": ("cutout",),
 }
+# bg: the first two categories, bgc: the first three, ...
 PIPES = CATEGORIES | {
     letters: sum(list(CATEGORIES.values())[: len(letters)], ())
     for letters in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
@@ -590,7 +592,7 @@ def octave_bands():
     """The four bandpass filters (4, 43) of the image-space filtering."""
 
     def spread(h, k):  # k - 1 zeros between taps
-        return np.kron(h, np.eye(1, k)[0])[: 1 - k or None]
+        return np.kron(h, np.eye(1, k)[0])[: 1 - k]
 
     low = np.convolve(spread(LOW, 2), LOW)
     rows = [
@@ -701,8 +703,8 @@ class AugmentPipe(nn.Module):
         size = vector(self.p, W, H)
         G = torch.eye(3, dtype=self.p.dtype, device=self.p.device).expand(N, 3, 3)
 
-        def turn(name):
-            return pick(name, (2 * draws.rand(N) - 1) * (math.pi * s["rotate_max"]), 0.0)
+        def turn():
+            return pick("rotate", (2 * draws.rand(N) - 1) * (math.pi * s["rotate_max"]), 0.0)
 
         if self.has("xflip"):
             flip = pick("xflip", (2 * draws.rand(N)).floor(), 0.0)
@@ -717,12 +719,12 @@ class AugmentPipe(nn.Module):
             factor = pick("scale", (draws.randn(N) * s["scale_std"]).exp2(), 1.0)
             G = G @ scaling(1 / factor, 1 / factor)
         if self.has("rotate"):  # before and after the anisotropic scaling: it may have any axis
-            G = G @ rotation(turn("rotate"))
+            G = G @ rotation(turn())
         if self.has("aniso"):
             factor = pick("aniso", (draws.randn(N) * s["aniso_std"]).exp2(), 1.0)
             G = G @ scaling(1 / factor, factor)
         if self.has("rotate"):
-            G = G @ rotation(turn("rotate"))
+            G = G @ rotation(turn())
         if self.has("xfrac"):
             t = pick("xfrac", draws.randn(N, 2) * s["xfrac_std"], 0.0)
             G = G @ translation(-t * size)
@@ -833,12 +835,10 @@ class AugmentPipe(nn.Module):
 # All but the last are StyleGAN2's, which the sections and equations belong to.
 
 
-def mixed_ws(G, z, c, z2=None, crossover=None):
+def mixed_ws(G, z, c, z2, crossover):
     """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
     sec. 3.1); crossover = num_ws mixes nothing."""
     ws = G.mapping(z, c)
-    if z2 is None:
-        return ws
     ws2 = G.mapping(z2, c, update_avg=False)
     first = torch.arange(ws.shape[1], device=ws.device) < crossover
     return torch.where(first[None, :, None], ws, ws2)
@@ -904,7 +904,7 @@ def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer and of fresh latents above;
     one layer for all samples."""
     if args.mixing == 0:
-        return mixed_ws(G, z, c)
+        return G.mapping(z, c)
     gate, place = run.rand(2, shared=True)
     layer = 1 + (place * (G.num_ws - 1)).floor()  # 1 ... num_ws - 1
     crossover = torch.where(gate < args.mixing, layer, G.num_ws)
@@ -924,8 +924,9 @@ def generator_phase(G, D, T, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
-    losses, size = [], args.batch_gpu or n
-    n, size = n // size * (size // PL_SHRINK), size // PL_SHRINK
+    losses, whole = [], args.batch_gpu or n  # a round of the other phases
+    size = whole // PL_SHRINK
+    n = n // whole * size
     res, C = G.config["img_resolution"], G.config["img_channels"]
     for z, c in rounds(size, run.randn(n, G.config["z_dim"]), sample_c(n)):
         ws = mix(G, z, c, args, run)
@@ -959,8 +960,8 @@ def discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise):
                 row[f"reg/bcr_{kind}"] = moved.detach()
                 loss = loss + args.bcr_weight * moved
             run.backward(loss.mean())
+        seen_real.append(row["D/real"])
         rows.append({name: values.mean() for name, values in row.items()})
-        seen_real.append(logits.detach())  # of the real images, which come last
     stats = {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}
     return stats, torch.cat(seen_real)
 
@@ -1117,6 +1118,7 @@ def train(args):
     labels = common.one_hot(args, source) if args.cond else None
     chosen, held_out = common.split(len(pictures), args.subset, args.seed)
     N, copies = len(chosen), 2 if args.mirror else 1  # pictures N ... 2 N - 1 are mirrored
+    all_labels = None if labels is None else torch.from_numpy(labels[chosen]).to(run.device)
 
     def image(n):
         epoch, i = divmod(n, copies * N)
@@ -1144,8 +1146,6 @@ def train(args):
     }
     pl_mean = torch.zeros((), device=run.device)
     signs = torch.zeros(2, dtype=torch.float64, device=run.device)
-    if labels is not None:
-        all_labels = torch.from_numpy(labels[chosen]).to(run.device)
 
     inception = None
     if args.fid_samples and run.rank == 0:
@@ -1157,9 +1157,9 @@ def train(args):
     if args.aug != "ada":
         T.p.fill_(args.ada_p)  # on --resume that may have changed
     run.say(
-        f"{N} images of {size}x{size}, {len(held_out)} held out; G has {count(G):,} parameters,"
-        f" D {count(D):,}; batch {args.batch}, {args.batch_gpu} at a time on {run.world} processes,"
-        f" R1 {args.r1_gamma:.3g}, --aug {args.aug}"
+        f"{N} images of {size}x{size}, {len(held_out)} held out; G has {common.count(G):,}"
+        f" parameters, D {common.count(D):,}; batch {args.batch}, {args.batch_gpu} at a time on"
+        f" {run.world} processes, R1 {args.r1_gamma:.3g}, --aug {args.aug}"
     )
     if N < args.batch:
         run.say(f"only {N} images: a batch of {args.batch} holds each more than once")
@@ -1209,7 +1209,7 @@ def train(args):
         keep = run.due(args.keep_every * 1000) or run.steps_done == run.total
         if keep or run.due(args.every * 1000):
             snapshot()
-            for own in (G.mapping.w_avg, G_ema.mapping.w_avg, signs):
+            for own in (G.mapping.w_avg, G_ema.mapping.w_avg, signs):  # of each rank's samples
                 own.copy_(run.mean(own))
             run.save(keep=keep)
     run.say(f"samples, progress.png and checkpoint are in {run.folder}")
@@ -1228,18 +1228,8 @@ def fill_options(args, nets, size, gpus):
         options["batch_gpu"] = options["batch"] // options["gpus"]
     if nets:  # transfer learning, as officially
         options |= dict(ada_kimg=ADA_KIMG_TRANSFER, ema_rampup=None)
-    for kind, net in sorted(nets.items()):
-        held = net.config
-        options |= {k: held[k] for k in ("channel_base", "channel_max")}
-        if kind == "D":
-            options |= dict(D=held["architecture"])
-            options |= dict(D_map_layers=held["map_layers"]) if held["c_dim"] else {}
-        else:
-            options |= dict(G=held["architecture"], noise_inputs=held["use_noise"])
-            options |= {k: held[k] for k in ("z_dim", "w_dim", "map_layers")}
-    for name, value in options.items():
-        if name != "gpus" and getattr(args, name) is None:
-            setattr(args, name, value)
+    del options["gpus"]
+    common.set_missing(args, options | common.stylegan2_options(nets))
 
 
 def check_options(args, size, world):
@@ -1267,10 +1257,6 @@ def check_options(args, size, world):
         )
 
 
-def count(net):
-    return sum(p.numel() for p in net.parameters())
-
-
 CURVES = {  # the panels of progress.png: names in log.jsonl and metrics.jsonl
     "mean logits of D: real and fake in training": ("D/real", "D/fake"),
     "mean logits of D, the paper's Fig. 1": ("D/train", "D/heldout", "D/generated"),
@@ -1296,12 +1282,7 @@ def from_official(arrays, options=None):
     (clamping, half precision, minibatch std group) off `options`, the official arguments, if given.
     Where a file has no w_avg it is the mean of 10,000 w. Raises ValueError for anything else.
     """
-    arrays = common.stylegan2_names(arrays)
-    known = (common.official_option(options or {}, n) for n in ("mapping_lrmul", "lr_multiplier"))
-    lr_mul = next(filter(None, known), 0.01)
-    arrays = {
-        k: v * (lr_mul / 0.01) if k.startswith("mapping.fc") else v for k, v in arrays.items()
-    }
+    arrays = common.stylegan2_names(arrays, options or {})
     net = build(common.stylegan2_config(arrays, options or {}))
     common.fill(net, arrays, optional=("noise_const", "w_avg"))
     if net.config["kind"] == "G" and "mapping.w_avg" not in arrays:
@@ -1325,18 +1306,10 @@ def generate(args):
     common.generate(args, *common.load_generator(args, load_networks)[:2])
 
 
-def timelapse(args):
-    """A film of the fixed grid of samples over the training of a run."""
-    common.timelapse(args)
-
-
 def evaluate(args):
     """fd8, FID and KID, precision and recall, and path length of untruncated samples; all pictures,
     not mirrored: the official fid50k_full."""
-    G, _, saved = common.load_generator(args, load_networks)
-    exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)
-    exact.load_state_dict(G.state_dict())
-    common.evaluate_generator(args, G, exact, saved, full=True)
+    common.evaluate_generator(args, load_networks, build, full=True)
 
 
 def main(argv=None):
@@ -1349,6 +1322,7 @@ def main(argv=None):
         p, data="toy", batch=None, every="kimg", default_every=200,
         gpu_precision="fp16+tf32", own_half=True,
     )  # fmt: skip
+    common.add_stylegan_train_options(p)
     configs = ("auto", *CONFIGS)
     p.add("--config", "--cfg", choices=configs, default="auto", help="auto: by size and GPUs")
     augs = ("ada", "noaug", "fixed", "bcr")
@@ -1360,13 +1334,10 @@ def main(argv=None):
     p.add("--ada-every", type=number, default=ADA_EVERY, help="steps between changes of p")
     p.add("--ada-cap", type=from_0, help="the highest p: no limit, as officially")
     p.add("--bcr-weight", type=from_0, help="of consistency: 0; --aug bcr: 10")
-    p.add("--size", type=number, help="pixels: crop and resize; default: as the pictures are")
     p.add("--mirror", action="store_true", help="add the mirror image of every picture")
     p.add("--subset", type=number, help="train on so many pictures, hold out the others: all")
-    p.add("--cond", action="store_true", help="learn the labels of dataset.json, too")
     p.add("--channels", type=int, choices=(1, 3), help="3, or 1: greyscale")
     p.add("--kimg", type=number, help="length, in thousands of images: 25000; cifar 100000")
-    p.add("--batch-gpu", type=number, help="images at once, per process: less memory")
     p.add("--freezed", type=common.not_negative_int, default=0, help="layers of D to freeze")
     p.add("--G", choices=("skip", "resnet", "orig"), help="architecture: skip")
     p.add("--D", choices=("resnet", "skip", "orig"), help="likewise: resnet; cifar orig")
@@ -1380,21 +1351,17 @@ def main(argv=None):
     p.add("--ema-rampup", type=from_0, help="limit of it, as a share of the images seen")
     p.add("--mbstd-group", type=number, help="of minibatch std: that of --config")
     p.add("--channel-base", type=number, help="channels times side: 32768 or 16384")
-    p.add("--channel-max", type=number, help="channels at most: 512")
-    p.add("--z-dim", type=number, help="512; these and the widths default to a --checkpoint's")
-    p.add("--w-dim", type=number, help="512")
     p.add("--map-layers", type=number, help="depth of the mapping network: 2 or 8")
     p.add("--D-map-layers", type=common.not_negative_int, help="likewise for D's labels: 8")
     noisy = dict(action=argparse.BooleanOptionalAction)
     p.add("--noise-inputs", **noisy, help="StyleGAN's noise in every layer of G: yes")
-    p.add("--keep-every", type=number, default=1000, help="kimg between kept checkpoints")
     p.add("--fid-samples", type=number, help="FID of so many samples at every snapshot: no FID")
     p.add("--inception", help="weights of FID's network, where they cannot be fetched")
 
     p = cli.command("generate", generate, "pictures of seeds, a style-mixing table, or a film")
     common.add_generate_options(p)
 
-    p = cli.command("timelapse", timelapse, "a film of the sample grid over training")
+    p = cli.command("timelapse", common.timelapse, "a film of the sample grid over training")
     p.add("--checkpoint", metavar="RUN", required=True, help="a run folder")
     p.add("--out", default="timelapse.webp", help=".webp, .gif or .png file to write")
     p.add("--fps", type=above_0, default=10.0, help="snapshots a second")

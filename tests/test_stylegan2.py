@@ -94,9 +94,9 @@ AUTO = dict(channel_base=16384, map_layers=2)
 def test_networks_have_the_published_numbers_of_parameters(kind, res, options, parameters):
     with torch.device("meta"):
         net = stylegan2.build({"kind": kind, "img_resolution": res, **options})
-    assert stylegan2.count(net) == parameters
+    assert common.count(net) == parameters
     if kind == "G" and "map_layers" not in options:
-        assert stylegan2.count(net.mapping) == 2_101_248
+        assert common.count(net.mapping) == 2_101_248
 
 
 GOLDEN = {  # of the official code with these weights
@@ -148,7 +148,7 @@ def test_numbers_are_those_of_the_official_networks(c_dim):
     ws = G.mapping(z, c)
     img = G.synthesis(ws, "const")
     found = dict(
-        sizes=[stylegan2.count(G), stylegan2.count(D)],
+        sizes=[common.count(G), common.count(D)],
         ws=[*ws[0, 0, :3], *moments(ws)],
         img=[*img[0, 0, 0, :3], *moments(img)],
         logits=D(img, c).flatten(),
@@ -1073,7 +1073,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--batch-gpu", 3], "--batch-gpu 3"),
         ([*small, "--checkpoint", "none.pt"], "none.pt"),
         ([*small, "--channel-base", 0], "not a whole number above 0"),
-        ([*small, "--mixing", -1], "number of at least 0"),
+        ([*small, "--mixing", -1], "number from 0 to 1"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--resume", trained, "--batch", 64], "--batch was 32"),
         (["--resume", trained, "--size", 32], "other networks"),
