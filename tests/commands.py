@@ -1,7 +1,10 @@
 """What the tests of the papers' commands share: running a script as its user does."""
 
+import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,39 @@ def of(paper):
         return lines[0]
 
     return script, run, main, fails
+
+
+def at_once(*commands):
+    """Runs real processes side by side; all must end well."""
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    assert [process.wait(timeout=900) for process in processes] == [0] * len(commands)
+
+
+def on_one_and_two_processes(script, *options):
+    """Runs a script, by itself to the folder one, by torchrun to the folder two."""
+    command = [str(part) for part in (script, *options, "--out")]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    at_once([sys.executable, *command, "one"], [sys.executable, *two, *command, "two"])
+
+
+def logged_steps(folder):
+    """Steps of a run so far, as far as its log says."""
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    try:
+        return json.loads(lines[-1])["step"] if lines else 0
+    except ValueError:  # half a line
+        return 0
+
+
+def kill_after(command, folder, steps, seconds):
+    """Runs a real process, and sends it SIGKILL so many seconds after its log has so many steps."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and logged_steps(folder) < steps:
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
 
 
 def each_ends_in_one_line(fails, capsys, cases):

@@ -11,47 +11,23 @@ import time
 import types
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from eager import Eager
 from PIL import Image
 
 import common
 import cyclegan
 
-ROOT = Path(__file__).parent.parent
 TINY = (
     "--load-size 36 --crop-size 32 --ngf 4 --ndf 4 --blocks 1 --batch 2 --D n_layers --n-layers 2"
 )
 
 
-@pytest.fixture(autouse=True)
-def no_stray_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def script(*args, launcher=()):
-    """The command line of a real process."""
-    return [sys.executable, *launcher, str(ROOT / "cyclegan.py"), *map(str, args)]
-
-
-def run(*args, launcher=()):
-    done = subprocess.run(
-        script(*args, launcher=launcher), capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def fails(capsys, *args):
-    """Runs the command here; it must end as a user's mistake does. Returns its one line."""
-    capsys.readouterr()
-    assert common.exit_status(lambda: cyclegan.main([str(a) for a in args])) == 2
-    err = capsys.readouterr().err.strip()
-    lines = [line for line in err.splitlines() if not line.startswith("skipped ")]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
+script, run, main, fails = commands.of(cyclegan)
 
 
 def faces(folder, n=4, size=40, domain=0):
@@ -331,27 +307,19 @@ def weights_of(folder):
     return {(n, k): t for n, net in state["nets"].items() for k, t in net.items()}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path, workers):
-    options = ["--data", "toy", *TINY.split(), "--epochs", 1, "--every", 40, "--workers", workers]
+def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path):
+    options = ["--data", tmp_path / "d", *TINY.split(), "--epochs", 1, "--every", 40]
     options += ["--pool-size", 20, "--dropout", "--gan-mode", "wgangp"]
     faces(tmp_path / "d/trainA", 160), faces(tmp_path / "d/trainB", 90, domain=1)
     faces(tmp_path / "d/testA"), faces(tmp_path / "d/testB")
-    options[1] = tmp_path / "d"
-    run(*options, "--out", tmp_path / "whole")
-    whole = tmp_path / "whole/cyclegan-d-000"
-
-    folder = tmp_path / "killed/cyclegan-d-000"
-    again, draw = ["--resume", folder], random.Random(workers)
-    command = script(*options, "--out", tmp_path / "killed")
-    for kill_at in sorted(draw.sample(range(2, 70), 3)):  # of 80 steps
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and logged_steps(folder) < kill_at:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-        command = script(*again)
-    run(*again)
+    main(*options, "--out", tmp_path / "whole", "--workers", 0)
+    whole, folder = (tmp_path / name / "cyclegan-d-000" for name in ("whole", "killed"))
+    draw = random.Random(0)
+    command = script(*options, "--out", tmp_path / "killed", "--workers", 2)
+    for steps in sorted(draw.sample(range(2, 70), 3)):  # of 80
+        commands.kill_after(command, folder, steps, 0)
+        command = script("--resume", folder)
+    main("--resume", folder)
 
     expected, actual = weights_of(whole), weights_of(folder)
     assert expected.keys() == actual.keys()
@@ -362,23 +330,13 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path, workers):
     assert logs[0] == logs[1]
 
 
-def logged_steps(folder):
-    """Steps of a run so far, as far as its log says."""
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    try:
-        return json.loads(lines[-1])["step"] if lines else 0
-    except ValueError:  # half a line
-        return 0
-
-
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
     options = ["--data", "toy", *TINY.split(), "--epochs", 50, "--out", tmp_path]
     process = subprocess.Popen(
         script(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     folder = tmp_path / "cyclegan-toy-000"
-    while logged_steps(folder) == 0:
+    while commands.logged_steps(folder) == 0:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -404,10 +362,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
     faces(tmp_path / "d/testA"), faces(tmp_path / "d/testB")
     options = ["--data", tmp_path / "d", *TINY.split(), "--batch", 4, "--epochs", 1]
     options += ["--gan-mode", "wgangp", "--lr", 1e-4, "--device", "cpu"]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    for name, launcher in (("one", []), ("two", two)):
-        command = [sys.executable, *launcher, "double.py", *options, "--out", tmp_path / name]
-        subprocess.run([str(part) for part in command], check=True, timeout=900)
+    commands.on_one_and_two_processes("double.py", *options)
     one, two = (weights_of(tmp_path / n / "cyclegan-d-000") for n in ("one", "two"))
     assert torch.load(tmp_path / "two/cyclegan-d-000/checkpoint.pt", weights_only=True)["step"] == 5
     for key in one:

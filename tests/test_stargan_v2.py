@@ -4,10 +4,6 @@ import json
 import math
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import types
 from pathlib import Path
 
@@ -18,7 +14,7 @@ import torch
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from eager import Eager
 from PIL import Image
-from test_stylegan2 import jsonl, logged_steps, shuffled_weights
+from test_stylegan2 import jsonl, shuffled_weights
 
 import common
 import stargan_v2
@@ -294,13 +290,8 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
     main("--data", data, *options, "--out", "whole")
     whole, folder = (tmp_path / n / "stargan_v2-d-000" for n in ("whole", "killed"))
     command, draw = script("--data", data, *options, "--out", "killed"), random.Random(0)
-    for kill_after in (15, 30):  # its log has a line at every snapshot
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and logged_steps(folder) < kill_after:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    for steps in (15, 30):  # its log has a line at every snapshot
+        commands.kill_after(command, folder, steps, draw.uniform(0, 0.1))
         command = script("--resume", folder)
     main("--resume", folder)
     expected, actual = weights_of(whole), weights_of(folder)
@@ -352,10 +343,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
     Path("double.py").write_text(IN_DOUBLE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     options = ["--data", domains("d"), *TINY, "--batch", 4, "--device", "cpu"]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    for name, launcher in (("one", []), ("two", two)):
-        command = [sys.executable, *launcher, "double.py", *options, "--out", name]
-        subprocess.run([str(part) for part in command], check=True, timeout=900)
+    commands.on_one_and_two_processes("double.py", *options)
     one, two = (weights_of(tmp_path / n / "stargan_v2-d-000") for n in ("one", "two"))
     for key, t in one.items():
         assert t.dtype == torch.float64

@@ -5,10 +5,6 @@ import json
 import math
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 import types
 from pathlib import Path
 
@@ -21,7 +17,7 @@ import torch.nn.functional as F
 from commands import ROOT, no_stray_files, one_thread  # noqa: F401
 from eager import Eager
 from PIL import Image
-from test_stylegan2 import faces, jsonl, labelled_zip, logged_steps, shuffled_weights
+from test_stylegan2 import faces, jsonl, labelled_zip, shuffled_weights
 from test_stylegan2_ada import definitions
 
 import common
@@ -439,18 +435,13 @@ def test_labels_of_a_zip_train_a_conditional_model(tmp_path, labels):
 
 def test_a_run_killed_twice_across_its_growth_ends_as_one_that_was_not(tmp_path):
     data, options = faces(tmp_path / "d", 30), [*TINY, "--mirror", "--kimg", 4]
-    run("--data", data, *options, "--out", tmp_path / "whole")
+    main("--data", data, *options, "--out", tmp_path / "whole")
     whole, folder = (tmp_path / n / "stylegan-d-000" for n in ("whole", "killed"))
     command, draw = script("--data", data, *options, "--out", tmp_path / "killed"), random.Random(0)
-    for kill_after in (25, 50):  # of 100 steps; the fade is from 28 to 52
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and logged_steps(folder) < kill_after:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    for steps in (25, 50):  # of 100; the fade is from 28 to 52
+        commands.kill_after(command, folder, steps, draw.uniform(0, 0.3))
         command = script("--resume", folder)
-    run("--resume", folder)
+    main("--resume", folder)
     expected, actual = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, folder))
     assert expected["step"] == actual["step"] == 100
     for name, net in expected["nets"].items():
@@ -485,10 +476,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     options = ["--data", faces(tmp_path / "d"), *TINY, "--batch", 200, "--mbstd-group", 1]
     options += ["--device", "cpu", "--kimg", 2]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    for name, launcher in (("one", []), ("two", two)):
-        command = [sys.executable, *launcher, "double.py", *options, "--out", name]
-        subprocess.run([str(part) for part in command], check=True, timeout=900)
+    commands.on_one_and_two_processes("double.py", *options)
     one, two = (
         torch.load(tmp_path / n / "stylegan-d-000/checkpoint.pt", weights_only=True)
         for n in ("one", "two")

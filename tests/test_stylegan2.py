@@ -5,9 +5,6 @@ import json
 import math
 import random
 import re
-import signal
-import subprocess
-import time
 import types
 import zipfile
 import zlib
@@ -583,7 +580,7 @@ def whole(tmp_path_factory):
     """The run that nothing interrupts, and its data."""
     folder = tmp_path_factory.mktemp("whole")
     data = faces(folder / "d", 30)
-    run("--data", data, *RESUMED, "--mirror", "--out", folder)
+    main("--data", data, *RESUMED, "--mirror", "--out", folder)
     return data, folder / "stylegan2-d-000"
 
 
@@ -591,15 +588,10 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path):
     folder, draw = tmp_path / "stylegan2-d-000", random.Random(2)
     options = ["--data", whole[0], *RESUMED, "--mirror", "--out", tmp_path]
     command = script(*options)
-    for kill_after in (25, 50):  # of 75 steps
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and logged_steps(folder) < kill_after:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    for steps in (25, 50):  # of 75
+        commands.kill_after(command, folder, steps, draw.uniform(0, 0.5))
         command = script("--resume", folder)
-    run("--resume", folder)
+    main("--resume", folder)
 
     expected, actual = (
         torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole[1], folder)
@@ -616,22 +608,10 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path):
     assert jsonl(whole[1] / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
 
 
-def logged_steps(folder):
-    """Steps of a run so far, as far as its log says."""
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    try:
-        return json.loads(lines[-1])["step"] if lines else 0
-    except ValueError:  # half a line
-        return 0
-
-
 def test_two_processes_make_the_update_of_one(tmp_path):
     options = ["--data", faces(tmp_path / "d"), *TINY, "--batch", 200, "--mbstd-group", 1]
     options += ["--pl-every", 2, "--r1-every", 2, "--device", "cpu"]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    run(*options, "--out", tmp_path / "one")
-    run(*options, "--out", tmp_path / "two", launcher=two)
+    commands.on_one_and_two_processes(ROOT / "stylegan2.py", *options)
     one, two = (
         torch.load(tmp_path / n / "stylegan2-d-000/checkpoint.pt", weights_only=True)
         for n in ("one", "two")

@@ -6,9 +6,7 @@ import json
 import math
 import random
 import re
-import signal
 import subprocess
-import time
 import types
 from pathlib import Path
 
@@ -724,26 +722,12 @@ def assert_same_runs(one, two):
     return held[0]
 
 
-def kill_after(process, folder, steps, draw):
-    """A real SIGKILL some time after that many steps."""
-    log = folder / "log.jsonl"
-    while process.poll() is None:
-        text = log.read_text() if log.exists() else ""
-        done = [int(n) for n in re.findall(r'"step": (\d+)', text)]
-        if done and done[-1] >= steps:
-            break
-        time.sleep(0.005)
-    time.sleep(draw.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The run that nothing interrupts, and its data."""
     folder = tmp_path_factory.mktemp("whole")
     data = faces(folder / "d", 30)
-    run("--data", data, *RESUMED, "--out", folder)
+    main("--data", data, *RESUMED, "--out", folder)
     return data, folder / "stylegan2_ada-d-000"
 
 
@@ -751,9 +735,9 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path):
     folder, draw = tmp_path / "stylegan2_ada-d-000", random.Random(0)
     command = script("--data", whole[0], *RESUMED, "--out", tmp_path, "--workers", 2)
     for steps in (25, 50):  # of 75
-        kill_after(subprocess.Popen(command, stdout=subprocess.DEVNULL), folder, steps, draw)
+        commands.kill_after(command, folder, steps, draw.uniform(0, 0.5))
         command = script("--resume", folder)
-    run("--resume", folder)
+    main("--resume", folder)
     held = assert_same_runs(whole[1], folder)
     assert held["p"] > 0 and held["pl_mean"] > 0 and held["signs"][1] > 0
 
@@ -766,20 +750,18 @@ def humans(tmp_path_factory):
     return out / "stylegan2_ada-human-000"
 
 
-def test_transfer_from_humans_to_goblins_survives_two_kills(humans, tmp_path):
+def test_transfer_from_humans_to_goblins_survives_a_kill(humans, tmp_path, capsys):
     def start(out):
         return ["--data", "toy/goblin", *NETS, "--channels", 3, *RESUMED, "--checkpoint", humans,
                 "--freezed", 2, "--out", out, "--ada-kimg", 2]  # fmt: skip
 
-    text = run(*start(tmp_path / "whole"))
+    main(*start(tmp_path / "whole"))
+    text = capsys.readouterr().out
     for name in ("G", "D", "G_ema"):
         assert re.search(rf"^{name}: (\d+) of \1 tensors copied$", text, re.M), text
-    folder, draw = tmp_path / "killed/stylegan2_ada-goblin-000", random.Random(5)
-    command = script(*start(tmp_path / "killed"))
-    for steps in (25, 50):
-        kill_after(subprocess.Popen(command, stdout=subprocess.DEVNULL), folder, steps, draw)
-        command = script("--resume", folder)
-    run("--resume", folder)
+    folder = tmp_path / "killed/stylegan2_ada-goblin-000"
+    commands.kill_after(script(*start(tmp_path / "killed")), folder, 50, 0.2)
+    main("--resume", folder)
     held = assert_same_runs(tmp_path / "whole/stylegan2_ada-goblin-000", folder)
     before, after = finished(humans)["nets"]["D"], finished(folder)["nets"]["D"]
     for name, t in before.items():
@@ -843,9 +825,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     options = ["--data", faces(tmp_path / "d"), *TINY, "--batch", 200, "--mbstd-group", 1]
     options += ["--pl-every", 2, "--r1-every", 2, "--device", "cpu", "--p", 0.6, "--ada-every", 1]
     options += ["--ada-kimg", 10, "--bcr-weight", 1]
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    run(*options, "--out", tmp_path / "one")
-    run(*options, "--out", tmp_path / "two", launcher=two)
+    commands.on_one_and_two_processes(ROOT / "stylegan2_ada.py", *options)
     one, two = (finished(tmp_path / n / "stylegan2_ada-d-000") for n in ("one", "two"))
     assert one["step"] == two["step"] == 5 and len(two["ranks"]) == 2
     for name, net in one["nets"].items():
