@@ -1,10 +1,11 @@
-"""The operators of the StyleGAN family: each as its maths, as a plain PyTorch reference, and as a
+"""The operators of the six papers: each as its maths, as a plain PyTorch reference, and as a
 CUDA kernel, with exact first and second derivatives (R1 and path length differentiate twice).
 
 In this file                                what it is
     build                                   compiles the kernels below, once per machine and GPU
     fused_act, bias_act                     clamp(gain * act(x * scale + noise * strength + b))
     norm_act                                pad(act(instance_norm(x) * scale + shift)) + residual
+    through                                 a sequence of layers, by norm_act where that pays
     upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
     pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
     box_then_blur, blur_then_box            [1, 1] and [1, 2, 1] in one pass
@@ -1431,9 +1432,10 @@ def norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps):
 
 
 def through(layers, x, residual=None):
-    """x through the layers, then plus the residual. Where there are kernels, an instance norm and
-    what follows of ReLU, reflection padding and that sum are one pass over memory, and a bias
-    before it is neither added nor trained: the norm takes it out again."""
+    """x through the layers, then plus the residual. Where there are kernels, an instance norm
+    (which knows neither weights nor running statistics) and what follows of ReLU, reflection
+    padding and that sum are one pass over memory, and a bias before it is neither added nor
+    trained: the norm takes it out again."""
     if kernels(x, None) is None:
         for layer in layers:
             x = layer(x)
@@ -1456,6 +1458,7 @@ def through(layers, x, residual=None):
 
 
 def without_bias(conv, x):
+    """conv(x) of a convolution as of one that has no bias."""
     options = dict(stride=conv.stride, padding=conv.padding)
     if isinstance(conv, torch.nn.Conv2d):
         return F.conv2d(x, conv.weight, **options)
