@@ -129,8 +129,8 @@ def number(kind, fits, what):
     return parse
 
 
-positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-not_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 finite = number(float, math.isfinite, "a finite number")
 probability = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
@@ -781,7 +781,7 @@ class Source:
             classes = values.ndim == 1 and values.dtype.kind == "i"
             vectors = values.ndim == 2 and values.dtype.kind in "if" and np.isfinite(values).all()
             if not vectors and not (classes and 0 <= values.min() and values.max() < 10**5):
-                raise ValueError("classes must count from 0, vectors hold numbers")
+                raise ValueError("classes are 0 to 99,999, vectors hold numbers")
         except (BadImage, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(
                 f'{self.path}: dataset.json cannot be used: {e}. Expected {{"labels": '
@@ -2759,8 +2759,9 @@ def load_checkpoint(path, model):
             f"{path}: refused, since it holds {found[1]}, which could run code; only"
             " tensors and plain values are read."
         ) from None
-    except Exception:  # torch.load meets a strange file with a dozen kinds of exception
-        raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
+    except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
+        problem = getattr(e, "strerror", None) or "not a checkpoint, or a damaged one"
+        raise UserError(f"{path}: {problem}.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
         models = [model] if isinstance(model, str) else model
         if state["model"] not in models:
@@ -2784,9 +2785,9 @@ def load_networks(path, model, build, from_official):
         nets = {name: build(config) for name, config in state["config"].items()}
         for name, net in nets.items():
             net.load_state_dict(state["nets"][name])
-        return nets, state["args"]
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        problem = str(e).splitlines()[0]
+        return nets, dict(state["args"])
+    except Exception as e:  # a strange file: build() may raise anything
+        problem = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{path} does not hold {model} networks: {problem}.") from None
 
 
@@ -2830,11 +2831,10 @@ def in_batches(function, device, batch, *inputs, generators=()):
         # Copies: those of the recording are written over.
         part = [None if x is None else x[k : k + batch].to(device, copy=True) for x in inputs]
         found = (recorded if len(part[0]) == batch else function)(*part)
-        several = isinstance(found, tuple)
-        # copies: the next ones would overwrite them
-        results.append([t.to("cpu", copy=True) for t in (found if several else (found,))])
+        found = found if isinstance(found, tuple) else (found,)
+        results.append([t.to("cpu", copy=True) for t in found])  # the next ones overwrite them
     columns = [torch.cat(column) for column in zip(*results, strict=True)]
-    return tuple(columns) if several else columns[0]
+    return columns if len(columns) > 1 else columns[0]
 
 
 @torch.no_grad()
@@ -3176,7 +3176,8 @@ def closed_spline(points, n):
 
 
 def load_array(path, name, shape):
-    """The array of that name in an .npz, as a float tensor; shape: None where any side will do."""
+    """The array of that name in an .npz, as a float tensor; shape: None where any side will do
+    but 0."""
     try:
         with np.load(path, allow_pickle=False) as data:
             array = torch.from_numpy(data[name].astype(np.float32))
@@ -3184,7 +3185,7 @@ def load_array(path, name, shape):
         raise UserError(f"{path}: {e.strerror or 'not an .npz file'}.") from None
     except Exception:  # NumPy meets a strange file with a dozen kinds of exception
         raise UserError(f"{path}: not an .npz file with an array {name!r}.") from None
-    fits = len(array.shape) == len(shape)
+    fits = len(array.shape) == len(shape) and array.numel()
     if not fits or any(b not in (None, a) for a, b in zip(array.shape, shape, strict=True)):
         raise UserError(f"{path}: {name} is {tuple(array.shape)}, {shape} is needed here.")
     return array
@@ -3876,7 +3877,8 @@ def cache_folder():
 
 
 def uint8_batches(images, batch=32):
-    """Yields tensors (n, C, H, W), n <= batch, of images: such a tensor or an iterable of them."""
+    """Yields tensors (n, C, H, W), n <= batch, of images: such a tensor or an iterable of them,
+    uint8 where networks look at them."""
     for chunk in [images] if torch.is_tensor(images) else images:
         yield from chunk.split(batch)
 
@@ -3982,7 +3984,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     The trace of the root is the sum of the roots of the eigenvalues of R sigma2 R with R the
     symmetric root of sigma1: two symmetric eigenproblems in float64, stable where the root of the
-    product is not. Raises ValueError for shapes, NaN, and distances that are clearly negative.
+    product is not. Raises ValueError for distances that are NaN or clearly negative.
     """
     mu1, sigma1, mu2, sigma2 = (
         torch.as_tensor(t).to("cpu", torch.float64) for t in (mu1, sigma1, mu2, sigma2)
@@ -4052,9 +4054,9 @@ def averaged(x):
 def fd8(real, fake):
     """Frechet distance between images in [-1, 1] area-averaged to 8 x 8: needs no network.
 
-    real, fake: see uint8_batches, but floats are taken as they are, so that those once `averaged`
-    give the same; grey counts as three equal channels. 192 numbers per image, float64, covariance
-    with n - 1.
+    real, fake: see uint8_batches; floats in [-1, 1], too, so that those once `averaged` give the
+    same; grey counts as three equal channels. 192 numbers per image, float64, covariance with
+    n - 1.
     """
     moments = []
     for images in (real, fake):
@@ -4075,12 +4077,12 @@ def feature_statistics(features):
 def real_statistics(images, net, mode="tf1", folder=None):
     """feature_statistics of the real images, cached in a folder (default: the cache) by content.
 
-    images: see uint8_batches, an array or something that can be iterated over twice: the name of
+    images: see uint8_batches, a tensor or something that can be iterated over twice: the name of
     the cache file is a hash over every pixel, the resize mode, the weights and the format, so that
     changed data never meets old statistics. A damaged cache file is computed again.
     """
     if iter(images) is images:
-        raise ValueError("real images are read twice: pass an array, a list or a loader")
+        raise ValueError("real images are read twice: pass a tensor, a list or a loader")
     digest = hashlib.sha256(f"{STATISTICS_FORMAT} {mode} ddof 1 {KID_ROWS}".encode())
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

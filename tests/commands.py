@@ -61,7 +61,11 @@ def of(paper):
 def at_once(*commands):
     """Runs real processes side by side; all must end well."""
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    assert [process.wait(timeout=900) for process in processes] == [0] * len(commands)
+    try:
+        assert [process.wait(timeout=900) for process in processes] == [0] * len(commands)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def on_one_and_two_processes(script, *options):

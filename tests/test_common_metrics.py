@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import types
 
 import numpy as np
 import pytest
@@ -133,6 +134,11 @@ def test_a_grey_image_scores_as_its_rgb_copy(mode):
     x = resize_for_inception(grey, mode)
     assert x.shape == (2, 3, 299, 299) and x.min() >= -1 and x.max() <= 1
     assert torch.equal(x, resize_for_inception(grey.repeat(1, 3, 1, 1), mode))
+
+
+def test_images_are_quantised_by_rounding_down():
+    x = torch.tensor([-2, -1, -1 / 128, 0, 0.999, 1, 2])
+    assert common.to_uint8(x).tolist() == [0, 0, 127, 128, 255, 255, 255]
 
 
 def test_batches_have_at_most_so_many_images():
@@ -320,6 +326,20 @@ def test_scoring_does_not_move_random_states_nor_depend_on_autocast(net, tmp_pat
         assert torch.is_autocast_enabled("cpu")
     assert mixed == plain
     assert torch.backends.cudnn.conv.fp32_precision == precision
+
+
+def test_precision_and_recall_of_three_images_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(common, "load_vgg16", lambda *args, **how: None)
+    monkeypatch.setattr(common, "load_or_explain", lambda *args, **how: True)
+    monkeypatch.setattr(
+        common, "vgg_features", lambda images, vgg: torch.randn(len(next(images)), 5)
+    )
+    args = types.SimpleNamespace(metrics="pr", known_metrics="pr", vgg=None, lpips=None, batch=9)
+    args.size = 32
+    for n, found in ((3, {}), (4, {"precision", "recall"})):
+        row = common.generator_scores([smooth(9, 0)], [smooth(n, 1)], None, n, args, "cpu")
+        assert set(row) == set(found)
+        assert ("4 images or more" in capsys.readouterr().out) == (n == 3)
 
 
 def test_infinite_features_are_an_error_and_not_a_score(net):

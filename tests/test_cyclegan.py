@@ -499,8 +499,8 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
     faces(tmp_path / "only_A/trainA", 3)
     small = [*TINY.split(), "--epochs", "1"]
     cases = [
-        (["--lr", "-1"], "'-1' is not a number above 0"),
-        (["--lr", "nan"], "'nan' is not a number"),
+        (["--lr", "-1"], "'-1' is not a finite number above 0"),
+        (["--lr", "nan"], "'nan' is not a finite number"),
         (["--batch", "0"], "'0' is not a whole number above 0"),
         (["--epochs", "x"], "--epochs"),
         (["--nonsense"], "unknown: --nonsense. See cyclegan.py train --help"),
@@ -673,8 +673,6 @@ def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys
     log = (folder / "log.jsonl").read_bytes()
     (folder / "checkpoint.pt").write_bytes(b"PK damaged")
     assert "damaged" in fails(capsys, "--resume", folder)
-    torch.save({"some.weight": torch.zeros(3)}, folder / "checkpoint.pt")
-    assert "does not hold" in fails(capsys, "--resume", folder)
     assert (folder / "log.jsonl").read_bytes() == log
 
 

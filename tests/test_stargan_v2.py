@@ -715,7 +715,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
     here = ["translate", "--checkpoint", trained, "--input", picture]
     png = [*here[:-1], "a.png"]
     cases = [
-        (["--lr-f", "-1"], "'-1' is not a number above 0"),
+        (["--lr-f", "-1"], "'-1' is not a finite number above 0"),
         (["--nonsense"], "unknown: --nonsense. See stargan_v2.py train --help"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "one", *TINY], "pictures in one/train: human"),

@@ -1038,6 +1038,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
     Path("text.png").write_text("hello")
     np.savez("other.npz", w=np.zeros((1, 4, 16)))
     np.savez("none.npz", v=np.zeros(3))
+    np.savez("empty.npz", w=np.zeros((0, 4, 16)))
     net, small = ["--checkpoint", trained], ["--data", "d", *TINY]
     sized = TINY[2:]
     cases = [
@@ -1066,13 +1067,14 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["generate", *net, "--film", "x.mp4"], "x.mp4"),
         (["generate", *net, "--projected", "other.npz"], "(1, 4, 16)"),
         (["generate", *net, "--projected", "none.npz"], "none.npz"),
+        (["generate", *net, "--projected", "empty.npz"], "w is (0, 4, 16)"),
         (["generate", *net, "--projected", "no.npz"], "no.npz"),
         (["generate", *net, "--projected", "text.png"], "text.png"),
         (["generate", *net, "--mix-rows", "1"], "--mix-cols"),
         (["project", *net], "--input"),
         (["project", *net, "--input", "no.png"], "no.png"),
         (["project", *net, "--input", "text.png"], "text.png"),
-        (["project", *net, "--input", "d"], "--input d"),
+        (["project", *net, "--input", "d"], "--input d: Is a directory."),
         (["edit", *net], "--direction"),
         (
             ["edit", *net, "--direction", "hair.light,beard"],
@@ -1148,6 +1150,8 @@ def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys
     (folder / "checkpoint.pt").write_bytes(b"PK damaged")
     log = (folder / "log.jsonl").read_bytes()
     assert "damaged" in fails(capsys, "--resume", folder)
+    torch.save({"some.weight": torch.zeros(3)}, folder / "checkpoint.pt")
+    assert "holds no run" in fails(capsys, "--resume", folder)
     assert (folder / "log.jsonl").read_bytes() == log
 
 

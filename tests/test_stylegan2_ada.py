@@ -932,7 +932,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--aug", "noaug", "--p", 0.5], "no use"),
         ([*small, "--aug", "adarv"], "adarv"),
         ([*small, "--p", -0.1], "number from 0 to 1"),
-        ([*small, "--ada-kimg", 0], "not a number above 0"),
+        ([*small, "--ada-kimg", 0], "not a finite number above 0"),
         ([*small, "--target", "x"], "--target"),
         ([*small, "--freezed", 9, "--checkpoint", trained], "D has 4 layers"),
         ([*small, "--freezed", 3], "without --checkpoint"),
