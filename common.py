@@ -110,8 +110,16 @@ def exit_status(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    end_status_line()
     print(f"{script}: {problem}", file=sys.stderr)
     return status
+
+
+def end_status_line():
+    """Ends the line that a training refreshes on a terminal, if there is one."""
+    if Run.refreshing:
+        print(flush=True)
+        Run.refreshing = False
 
 
 def number(kind, fits, what):
@@ -1505,6 +1513,19 @@ def resize_for(mode, load, crop, multiple, img):
     return img.resize(size, BICUBIC) if multiple is None else bicubic(img, size)
 
 
+def images_of(source):
+    """The pictures of a source that may hold label maps, too: those to train on if it says so."""
+    if has_labels(source) and has_subset(source, "train"):
+        source = subset(source, "train")
+    return subset(source, "images") if has_subset(source, "images") else source
+
+
+def open_images(data, size, toy):
+    """open_data, but of pictures beside label maps the pictures alone."""
+    source = open_data(data, size=size, toy=toy)
+    return images_of(source) if has_labels(source) else source
+
+
 def square_pictures(args, source, channels=3):
     """An ImageSet of size x size pictures for the papers that generate squares, and the size.
 
@@ -2109,7 +2130,8 @@ class Run:
     """
 
     log_every = 100  # images between lines of log.jsonl
-    fixed = ("batch",)  # options that a resumed run may not change
+    fixed = ("batch", "checkpoint")  # options that a resumed run may not change
+    refreshing = False  # whether a terminal shows a line that is not ended
     records = True  # phases as CUDA graphs; a loop whose pictures differ in size puts False here
 
     def __init__(self, model, args, script, own_half=False, precision=None):
@@ -2167,6 +2189,7 @@ class Run:
 
     def say(self, text):
         if self.rank == 0:
+            end_status_line()
             print(text, flush=True)
 
     # ---- training ------------------------------------------------------------------------------
@@ -2437,6 +2460,7 @@ class Run:
         )
         if sys.stdout.isatty():
             print(f"\r\033[K{status[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            Run.refreshing = True
         elif done == self.total or seconds >= self.next_line:
             self.next_line = seconds + 10  # a line each ten seconds where nothing can be refreshed
             print(status, flush=True)
@@ -3234,6 +3258,13 @@ def keep_originals(targets, option, *paths):
             raise UserError(f"{option}: {target} would replace an original; name another place.")
 
 
+def stems_of(names):
+    """Names of files without their suffixes, but for those that would coincide."""
+    stems = {name: str(Path(name).with_suffix("")) for name in names}
+    taken = collections.Counter(text.lower() for text in (*stems, *stems.values()))
+    return [stem if taken[stem.lower()] == 1 else name for name, stem in stems.items()]
+
+
 def map_pictures(source, out, mode, function, originals=()):
     """function(PIL picture) -> PIL picture for one file, or all below a folder, written as PNG.
 
@@ -3247,9 +3278,7 @@ def map_pictures(source, out, mode, function, originals=()):
         raise UserError(f"--out {out}: a folder of pictures needs a folder to go to.")
     if out.suffix.lower() in SUFFIXES and out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: results are PNG files; name a .png or a folder.")
-    stems = {name: str(Path(name).with_suffix("")) for name in names}
-    taken = collections.Counter(text.lower() for text in (*stems, *stems.values()))
-    targets = [out / f"{s if taken[s.lower()] == 1 else name}.png" for name, s in stems.items()]
+    targets = [out / f"{stem}.png" for stem in stems_of(names)]
     if out.suffix.lower() == ".png":
         targets = [out]
     keep_originals(targets, "--out", source, *originals)
@@ -5743,7 +5772,7 @@ def evaluate_generator(args, load_networks, build, paths=PPL2, full=False):
     metrics_of(args)
     args.data, args.size = data_of(args, saved), G.config["img_resolution"]
     toy = TOY_CLASSES if G.config["c_dim"] else TOY_FACES
-    source = open_data(args.data, size=args.size, toy=toy)
+    source = open_images(args.data, args.size, toy)
     images, _ = square_pictures(args, source, G.config["img_channels"])
     labels = one_hot(args, source) if G.config["c_dim"] else None
     n = number_of_samples(args, source)

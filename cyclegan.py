@@ -536,7 +536,11 @@ def train(args):
     # ---- networks, optimisers, pools ----------------------------------------------------------
     nets = new_networks(args)
     if run.weights:
-        nets |= load_networks(run.weights, args.direction)[0]
+        found = load_networks(run.weights, args.direction)[0]
+        if not args.resume:
+            new = ", ".join(name for name in nets if name not in found) or "none"
+            run.say(f"{', '.join(found)} with their sizes are those of {run.weights}; new: {new}")
+        nets |= found
     A, B = args.channels_A, args.channels_B
     common.check_channels(nets, {"G_AB": [A, B], "G_BA": [B, A], "D_A": [A], "D_B": [B]})
     common.check_size(nets, args.crop_size)

@@ -735,13 +735,6 @@ def new_networks(args, size, regions):
     return {"G": G, "D": D, "G_ema": average_of(G)}
 
 
-def images_of(source):
-    """The pictures that training sees, without label maps."""
-    if common.has_labels(source) and common.has_subset(source, "train"):
-        source = common.subset(source, "train")
-    return common.subset(source, "images") if common.has_subset(source, "images") else source
-
-
 def train(args):
     if args.precision in ("fp16", "bf16"):
         raise UserError(f"--precision {args.precision}: these networks know fp32 and tf32 only.")
@@ -755,7 +748,7 @@ def train(args):
 
     # ---- data: picture n is a pure function of (seed, n) --------------------------------------
     if args.adapt:  # pictures alone
-        data, size = common.square_pictures(args, images_of(source))
+        data, size = common.square_pictures(args, common.images_of(source))
         regions = args.regions.split(",")
     else:
         data, size, regions = common.labelled_pictures(args, source)
@@ -1327,7 +1320,7 @@ def invert(args):
     lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
     start = G.mapping.w_avg[None] if args.space == "w" else G.mapping.w_avg.repeat(G.num_ws, 1)
     found, tuned_images, scores = [], [], []
-    for name, image in zip(names, images, strict=True):
+    for name, stem, image in zip(names, common.stems_of(names), images, strict=True):
         real = common.to_float(image[None], device)
         perceptual = common.distance_to(real, lpips)
 
@@ -1338,7 +1331,7 @@ def invert(args):
             lambda ws: G.synthesis(ws, "const").img, distance, start, 0.0, G.num_ws,
             steps=args.steps, lr=args.lr, w_weight=1.0,
         )  # fmt: skip
-        ws, stem = path[-1].expand(G.num_ws, -1)[None], Path(name).with_suffix("")
+        ws = path[-1].expand(G.num_ws, -1)[None]
         common.save_arrays(out / f"{stem}.npz", w=ws.cpu().numpy(), names=np.array([name]))
         tuned = pivotal_tuning(args, G, ws, distance, out / f"{stem}.pt", saved)
         nets = {"inverted": G} | ({"tuned": tuned} if tuned else {})
@@ -1405,7 +1398,7 @@ def evaluate(args):
             has = f"{len(classes)} classes, the checkpoint {len(regions)} regions"
             raise UserError(f"--data {args.data} has {has}.")
     if not labelled:
-        data, _ = common.square_pictures(args, images_of(source))
+        data, _ = common.square_pictures(args, common.images_of(source))
     device = G.mapping.w_avg.device
 
     def real(i):

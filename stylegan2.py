@@ -696,10 +696,10 @@ def train(args):
     given = load_networks(first)[0] if first else {}
     fill_options(args, given)
     run = common.Run("stylegan2", args, __file__, own_half=True)
-    run.log_every = 1000
+    run.log_every, run.fixed = 1000, ("batch", "checkpoint", "config")
     check_options(args, run.world)
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
-    source = common.open_data(args.data, size=args.size, toy=toy)
+    source = common.open_images(args.data, args.size, toy)
 
     # ---- data: image n is a pure function of (seed, n) ----------------------------------------
     data, size = common.square_pictures(args, source, args.channels)

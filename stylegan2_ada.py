@@ -1106,12 +1106,12 @@ def train(args):
     if args.channels is None:
         args.channels = next((net.config["img_channels"] for net in given.values()), 3)
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
-    source = common.open_data(args.data, size=args.size, toy=toy)
+    source = common.open_images(args.data, args.size, toy)
     pictures, size = common.square_pictures(args, source, args.channels)
     if not args.resume:
         fill_options(args, given, size, common.world_size())
     run = common.Run("stylegan2_ada", args, __file__, own_half=True)
-    run.log_every = 1000
+    run.log_every, run.fixed = 1000, ("batch", "checkpoint", "config")
     check_options(args, size, run.world)
 
     # ---- data: image n is a pure function of (seed, n) ----------------------------------------

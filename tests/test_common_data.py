@@ -509,6 +509,11 @@ def test_batches_are_all_pictures_that_can_be_read_and_need_not_be_held(tmp_path
     assert np.array_equal(found, data.all())
 
 
+def test_stems_of_files_do_not_coincide():
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.bmp"]
+    assert common.stems_of(names) == ["a.jpg", "a.png", "a.jpg.png", "b"]
+
+
 def test_an_encrypted_member_is_a_bad_image(tmp_path):
     path = make_zip(tmp_path / "a.zip", {"a.png": b"x"})
     content = bytearray(path.read_bytes())

@@ -720,6 +720,12 @@ def labelled_faces(folder, n=40):
     return folder
 
 
+def test_label_maps_beside_pictures_are_no_pictures(tmp_path):
+    folder = labelled_faces(tmp_path / "d", 3)
+    source = common.open_images(str(folder), 16, common.TOY_FACES)
+    assert source.names == ["0.png", "1.png", "2.png"]
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """[(name, arguments, options)] of what `edit` learns from, less than in earnest."""
@@ -1057,6 +1063,8 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         ([*small, "--mixing", -1], "number from 0 to 1"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--resume", trained, "--batch", 64], "--batch was 32"),
+        (["--resume", trained, "--config", "E"], "--config was F"),
+        (["--resume", trained, "--checkpoint", trained], "--checkpoint was None"),
         (["--resume", trained, "--size", 32], "other networks"),
         (["generate"], "--checkpoint"),
         (["generate", *net, "--class", 0], "--class 0"),
