@@ -556,8 +556,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
     torch.save({"some.weight": torch.zeros(3)}, "foreign.pth")
     torch.save([1, 2], "list.pt")
     torch.save({"model": "cyclegan", "config": 3}, "config.pt")
-    # Numbers from the middle of a file that torch.load stumbles over with kinds of its own.
-    Path("strange.pt").write_bytes(b"\x80\x02N.\x80\x02N.\x80\x02N.")
+    Path("strange.pt").write_bytes(b"\x80\x02.")  # an IndexError of torch.load
     picture = faces(tmp_path / "in", 1)
     for name, message in (
         ("cut.pt", "damaged"),
