@@ -651,10 +651,12 @@ struct Fir {
     int lanes, tiles, bands, steps;  // of fir_kernel: columns and rows of blocks; steps of a thread
 };
 
-// Odd edges, see box_then_blur: the outermost pixels of the padding are minus those of the image.
 __device__ __forceinline__ bool outside(int i, int n) { return unsigned(i) >= unsigned(n); }
-__device__ __forceinline__ int mirrored(int i, int n, int pad) {
-    return i < 0 ? -pad - i : i < n ? i : 2 * n - 2 + pad - i;
+// Odd edges, see box_then_blur: the outermost pixels of the padding are minus those of the image,
+// others 0. Pixel i of the padded image is `sign` times pixel `nearest` of the image.
+__device__ __forceinline__ int nearest(int i, int n) { return min(max(i, 0), n - 1); }
+__device__ __forceinline__ float sign(int i, int n, int pad) {
+    return !outside(i, n) ? 1 : max(-i, i - n + 1) == pad ? -1 : 0;
 }
 
 // Any factors, padding and 2-D filter: one thread per output,
@@ -673,20 +675,17 @@ __global__ void __launch_bounds__(256) fir_any_kernel(Fir p, const T* x, const f
     float sum = 0;
     for (int ky = 0; ky < p.FH; ky++) {
         int64_t qy = int64_t(oy) * p.downy + ky - p.pady;
-        bool minus = p.odd && outside(qy, p.H);
-        if (minus) qy = mirrored(qy, p.H, p.pady);
+        float row = p.odd ? sign(qy, p.H, p.pady) : 1;
+        if (p.odd) qy = nearest(qy, p.H);
         if (qy < 0 || qy % p.upy || qy / p.upy >= p.H) continue;
         for (int kx = 0; kx < p.FW; kx++) {
             int64_t qx = int64_t(ox) * p.downx + kx - p.padx;
-            bool negative = minus;
-            if (p.odd && outside(qx, p.W)) {
-                negative = !minus;
-                qx = mirrored(qx, p.W, p.padx);
-            }
+            float pixel = p.odd ? row * sign(qx, p.W, p.padx) : 1;
+            if (p.odd) qx = nearest(qx, p.W);
             if (qx < 0 || qx % p.upx || qx / p.upx >= p.W) continue;
             int k = p.flip ? ky * p.FW + kx : (p.FH - 1 - ky) * p.FW + p.FW - 1 - kx;
             float v = to_float(x[(qy / p.upy * p.W + qx / p.upx) * (CL ? p.C : 1)]);
-            sum += f[k] * (negative ? -v : v);
+            sum += f[k] * pixel * v;
         }
     }
     y[i] = from_float<T>(sum * p.gain);
@@ -734,19 +733,25 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
     int fill = (WIN + DOWN - 1) / DOWN;  // rounds until the window is full
     int left = column * RX * DOWN + firstx, next = s * DOWN + firsty + WIN - fill * DOWN;
     bool whole = p.OW % OUT == 0;  // outputs of a thread can be stored as one vector
+    int at[WIDE];
+    float edge[WIDE];
+#pragma unroll
+    for (int i = 0; i < WIDE; i++) {
+        at[i] = (nearest(left + i, p.W) - left) * step;
+        edge[i] = ODD ? sign(left + i, p.W, p.padx) : 1;
+    }
 
     for (; s < end; next += DOWN) {
         Pack<T, V> pixels[DOWN][WIDE];  // loaded all at once, before any is waited for
 #pragma unroll
         for (int d = 0; d < DOWN; d++) {
-            int r = ODD ? mirrored(next + d, p.H, p.pady) : next + d;
+            int r = ODD ? nearest(next + d, p.H) : next + d;
             bool inside = !outside(r, p.H);
             const T *from = x + (int64_t(r) * p.W + left) * step, *zero = (const T*)&zeros;
 #pragma unroll
             for (int i = 0; i < WIDE; i++) {
-                int q = ODD ? mirrored(left + i, p.W, p.padx) : left + i;
-                bool known = inside & !outside(q, p.W);
-                pixels[d][i] = fetch<V>(known ? from + int64_t(q - left) * step : zero);
+                bool known = ODD | (inside & !outside(left + i, p.W));
+                pixels[d][i] = fetch<V>(known ? from + (ODD ? at[i] : int64_t(i) * step) : zero);
             }
         }
 #pragma unroll
@@ -764,15 +769,21 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
                 for (int v = 0; v < V; v++) row[o][v] = 0;
 #pragma unroll
             for (int i = 0; i < WIDE; i++) {
-                bool negative = ODD && outside(left + i, p.W) != outside(next + d, p.H);
 #pragma unroll
                 for (int o = 0; o < OUT; o++) {
                     int j = i - o / UP * DOWN;
                     if (j < 0 || j >= WIN) continue;
-                    float c = negative ? -cx[o % UP][j] : cx[o % UP][j];
+                    float c = cx[o % UP][j] * edge[i];
 #pragma unroll
                     for (int v = 0; v < V; v++) row[o][v] += c * to_float(pixels[d][i].v[v]);
                 }
+            }
+            if (ODD && outside(next + d, p.H)) {
+                float s = sign(next + d, p.H, p.pady);
+#pragma unroll
+                for (int o = 0; o < OUT; o++)
+#pragma unroll
+                    for (int v = 0; v < V; v++) row[o][v] *= s;
             }
         }
         if (--fill > 0) continue;
