@@ -2165,7 +2165,7 @@ class Run:
         rounded = rounded and "+" not in self.precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if rounded else "ieee"
         # The memory order of images and weights. Without tensor cores cuDNN is fast in NCHW only,
-        # and does not rank its algorithms well: it tries all (0), instead of the ten ranked first.
+        # and its fastest algorithms are often not those it ranks first: it tries all of them (0).
         plain = self.precision == "fp32" and self.device.type == "cuda"
         self.order = torch.contiguous_format if plain else torch.channels_last
         if self.device.type == "cuda":

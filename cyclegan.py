@@ -530,7 +530,8 @@ def pil_mode(args, part):
 def train(args):
     run = common.Run("cyclegan", args, script=__file__, precision="bf16")
     run.fixed += ("G", "blocks", "D", "n_layers", "ngf", "ndf", "norm", "dropout")
-    run.records = args.preprocess.endswith("crop")  # CUDA graphs need pictures of one size
+    # CUDA graphs, and cuDNN's search for algorithms, are for pictures of one size.
+    run.records = torch.backends.cudnn.benchmark = args.preprocess.endswith("crop")
     source = common.open_data(args.data, size=args.load_size)
 
     # ---- networks, optimisers, pools ----------------------------------------------------------

@@ -675,17 +675,17 @@ __global__ void __launch_bounds__(256) fir_any_kernel(Fir p, const T* x, const f
     float sum = 0;
     for (int ky = 0; ky < p.FH; ky++) {
         int64_t qy = int64_t(oy) * p.downy + ky - p.pady;
-        float row = p.odd ? sign(qy, p.H, p.pady) : 1;
+        float sign_y = p.odd ? sign(qy, p.H, p.pady) : 1;
         if (p.odd) qy = nearest(qy, p.H);
         if (qy < 0 || qy % p.upy || qy / p.upy >= p.H) continue;
         for (int kx = 0; kx < p.FW; kx++) {
             int64_t qx = int64_t(ox) * p.downx + kx - p.padx;
-            float pixel = p.odd ? row * sign(qx, p.W, p.padx) : 1;
+            float minus = p.odd ? sign_y * sign(qx, p.W, p.padx) : 1;
             if (p.odd) qx = nearest(qx, p.W);
             if (qx < 0 || qx % p.upx || qx / p.upx >= p.W) continue;
             int k = p.flip ? ky * p.FW + kx : (p.FH - 1 - ky) * p.FW + p.FW - 1 - kx;
             float v = to_float(x[(qy / p.upy * p.W + qx / p.upx) * (CL ? p.C : 1)]);
-            sum += f[k] * pixel * v;
+            sum += f[k] * minus * v;
         }
     }
     y[i] = from_float<T>(sum * p.gain);
@@ -733,7 +733,7 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
     int fill = (WIN + DOWN - 1) / DOWN;  // rounds until the window is full
     int left = column * RX * DOWN + firstx, next = s * DOWN + firsty + WIN - fill * DOWN;
     bool whole = p.OW % OUT == 0;  // outputs of a thread can be stored as one vector
-    int at[WIDE];
+    int at[WIDE];  // only of odd edges: constants take fewer registers
     float edge[WIDE];
 #pragma unroll
     for (int i = 0; i < WIDE; i++) {
@@ -779,11 +779,11 @@ __global__ void __launch_bounds__(128) fir_kernel(Fir p, const T* x, const float
                 }
             }
             if (ODD && outside(next + d, p.H)) {
-                float s = sign(next + d, p.H, p.pady);
+                float minus = sign(next + d, p.H, p.pady);
 #pragma unroll
                 for (int o = 0; o < OUT; o++)
 #pragma unroll
-                    for (int v = 0; v < V; v++) row[o][v] *= s;
+                    for (int v = 0; v < V; v++) row[o][v] *= minus;
             }
         }
         if (--fill > 0) continue;
