@@ -2015,10 +2015,15 @@ def prefetch(make, start, stop, workers):
 # =============================================================================
 
 
+def last_checkpoint(folder):
+    """What the run in a folder goes on from: checkpoint.pt, else the last one kept, or None."""
+    files = [Path(folder, "checkpoint.pt"), *sorted(Path(folder).glob("checkpoint-*.pt"))[::-1]]
+    return next((path for path in files if path.exists()), None)
+
+
 def first_weights(args):
     """--checkpoint, unless that is past: None where the run to resume has a checkpoint already."""
-    started = args.resume and Path(args.resume, "checkpoint.pt").exists()
-    return None if started else args.checkpoint
+    return None if args.resume and last_checkpoint(args.resume) else args.checkpoint
 
 
 def world_size():
@@ -2184,8 +2189,7 @@ class Run:
     @property
     def weights(self):
         """The file that the networks start from: of the run to resume, or --checkpoint; or None."""
-        own = Path(self.args.resume or "", "checkpoint.pt")
-        return own if self.args.resume and own.exists() else self.args.checkpoint
+        return (self.args.resume and last_checkpoint(self.args.resume)) or self.args.checkpoint
 
     def say(self, text):
         if self.rank == 0:
@@ -2476,8 +2480,8 @@ class Run:
         self.nets, self.opts, self.pools = nets, opts, pools
         self.names = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
         torch.manual_seed(self.args.seed + self.rank)  # weights are made; dropout differs by rank
-        path = Path(self.args.resume or "", "checkpoint.pt")
-        if self.args.resume and path.exists():  # none: it was stopped before the first one
+        path = self.args.resume and last_checkpoint(self.args.resume)
+        if path:  # None: it was stopped before the first one
             state = load_checkpoint(path, self.model)
             if "args" not in state:
                 raise UserError(f"--resume: {path} holds no run, only networks.")
@@ -2500,6 +2504,7 @@ class Run:
             before, now = state["args"][name], plain(vars(self.args))[name]
             if before != now:
                 option = name.replace("_", "-")
+                before = "left out" if before is None else before
                 raise UserError(f"--resume: --{option} was {before}, {now} would differ.")
         try:
             for name, net in self.nets.items():
@@ -2784,7 +2789,8 @@ def load_checkpoint(path, model):
             " tensors and plain values are read."
         ) from None
     except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
-        problem = getattr(e, "strerror", None) or "not a checkpoint, or a damaged one"
+        cut_off = getattr(e, "errno", errno.EINVAL) == errno.EINVAL  # it seeks before the beginning
+        problem = "not a checkpoint, or a damaged one" if cut_off else e.strerror
         raise UserError(f"{path}: {problem}.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
         models = [model] if isinstance(model, str) else model

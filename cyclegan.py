@@ -532,6 +532,8 @@ def train(args):
     run.fixed += ("G", "blocks", "D", "n_layers", "ngf", "ndf", "norm", "dropout")
     # CUDA graphs, and cuDNN's search for algorithms, are for pictures of one size.
     run.records = torch.backends.cudnn.benchmark = args.preprocess.endswith("crop")
+    if args.preprocess == "resize_and_crop" and args.crop_size > args.load_size:
+        raise UserError(f"--crop-size {args.crop_size} is above --load-size {args.load_size}.")
     source = common.open_data(args.data, size=args.load_size)
 
     # ---- networks, optimisers, pools ----------------------------------------------------------

@@ -730,7 +730,7 @@ def new_networks(args, size, regions):
             see_through_of(args, regions), args.noise_inputs,
         )  # fmt: skip
     except ValueError as e:
-        raise UserError(f"{e}: the options --size, --layers, --see-through and so on.") from None
+        raise UserError(f"these options make no network: {e}.") from None
     D = Discriminator(size, len(regions), channels, args.mbstd_group)
     return {"G": G, "D": D, "G_ema": average_of(G)}
 
@@ -1469,11 +1469,12 @@ def main(argv=None):
     flag = argparse.BooleanOptionalAction
 
     p = cli.command("train", train, "train on labelled pictures (default command)")
-    every = "iterations (2000; adapting: 100)"
+    every = f"iterations (2000; toy: {TOY_EVERY}; adapting: 100)"
     common.add_train_options(p, data="toy", batch=BATCH, every=every, default_every=None)
     common.add_labelled_options(p)
     p.add("--size", type=number, help="pixels; default: those of the pictures or of --checkpoint")
-    p.add("--iters", type=number, help=f"length of the training: {ITERS}; adapting: {ADAPT_ITERS}")
+    lengths = f"{ITERS}; toy: {TOY_ITERS}; adapting: {ADAPT_ITERS}"
+    p.add("--iters", type=number, help=f"length of the training: {lengths}")
     p.add("--mirror", action=flag, help="flip pictures at random: no; adapting, yes")
     p.add("--aug", action="store_true", help="flip, scale, turn and shift them at random")
     p.add("--lr", type=above_0, default=LR, help="before the correction for lazy regularization")

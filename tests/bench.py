@@ -444,47 +444,63 @@ def row_text(what, found, original=()):
     return f"| {' | '.join(cells.get(name, '-') for name in COLUMNS)} |"
 
 
+def chosen(options, full, on_gpu):
+    """Of the rows that are asked for: the first cell, (paper, what, side, batch, precision), and
+    what ROWS has to compare it with."""
+    for paper in options.papers:
+        for what, size, batch, own, *original in rows_of(paper, full):
+            precision = options.precision or (own if on_gpu else None)
+            name = f"{paper}: {what} {size} px, batch {batch}"
+            name += f", {precision}" if precision and own else ""
+            if any(text in name for text in options.rows):
+                comparable = on_gpu and precision == own
+                yield name, (paper, what, size, batch, precision), original if comparable else ()
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("papers", nargs="*", default=list(ROWS), metavar="PAPER", help=", ".join(ROWS))
     p.add_argument("--rows", nargs="+", metavar="TEXT", default=[""], help="those with such a text")
     p.add_argument("--device")
     p.add_argument("--precision", help="instead of the rows' own")
-    p.add_argument("--repeats", type=int, default=5, help="at least so many calls are timed")
+    repeats = dict(type=common.positive_int, default=5)
+    p.add_argument("--repeats", **repeats, help="at least so many calls are timed")
     p.add_argument("--profile", type=int, default=0, metavar="N", help="and N kernels of each row")
     p.add_argument("--full", action="store_true", help="the papers' sizes on a CPU, too")
     options = p.parse_args(argv)
-    device, failed = common.pick_device(options.device), 0
+    try:
+        device = common.pick_device(options.device)
+    except common.UserError as e:
+        p.error(str(e))
+    if unknown := set(options.papers) - set(ROWS):
+        p.error(f"{unknown.pop()}: there are {', '.join(ROWS)}")
     on_gpu = device.type == "cuda"
     full = options.full or on_gpu
+    rows = list(chosen(options, full, on_gpu))
+    if not rows:
+        p.error(f"--rows: none has such a text {'on a GPU' if on_gpu else 'on a CPU'}")
     threads = f"{torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name(device) if on_gpu else threads
     print(f"torch {torch.__version__}, {device} ({where})\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for paper in options.papers:
-        for what, size, batch, own, *original in rows_of(paper, full):
-            precision = options.precision or (own if on_gpu else None)
-            name = f"{paper}: {what} {size} px, batch {batch}"
-            name += f", {precision}" if precision and own else ""
-            if not any(text in name for text in options.rows):
-                continue
-            gc.collect()  # what the row before held
-            if on_gpu:
-                torch.cuda.empty_cache()
-            try:
-                work = work_of(paper, what, size, batch, precision, full, device)
-                found = measured(work, device, options.repeats, options.profile)
-                comparable = on_gpu and precision == own
-                print(row_text(name, found, original if comparable else ()), flush=True)
-                for line in found.get("longest", ()):
-                    print(line, flush=True)
-            except (RuntimeError, common.UserError) as e:  # memory runs out, and the like
-                failed += 1
-                why = next(iter(str(e).splitlines()), type(e).__name__)
-                print(f"| {name} | {why} |{' - |' * 6}", flush=True)
-                if "CUDA graph" in why:  # see common.record
-                    return 1
-            work = found = None
+    failed = 0
+    for name, row, original in rows:
+        gc.collect()  # what the row before held
+        if on_gpu:
+            torch.cuda.empty_cache()
+        try:
+            work = work_of(*row, full, device)
+            found = measured(work, device, options.repeats, options.profile)
+            print(row_text(name, found, original), flush=True)
+            for line in found.get("longest", ()):
+                print(line, flush=True)
+        except (RuntimeError, common.UserError) as e:  # memory runs out, and the like
+            failed += 1
+            why = next(iter(str(e).splitlines()), type(e).__name__)
+            print(f"| {name} | {why} |{' - |' * 6}", flush=True)
+            if "CUDA graph" in why:  # see common.record
+                return 1
+        work = found = None
     return min(failed, 1)
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -512,6 +513,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--data", "no_B", *small], "empty"),
         (["--data", "only_A", *small], "trainB"),
         (["--data", "d", *small, "--crop-size", "30"], "multiple of 4"),
+        (["--data", "d", *small, "--crop-size", "40"], "is above --load-size 36"),
         (["--data", "d", *small, "--G", "unet_256"], "multiple of 256"),
         (["--data", "d", *small, "--channels-A", "1"], "--lambda-id 0"),
         (["--epochs", "3", "--epochs-decay", "4"], "--epochs-decay 4"),
@@ -550,6 +552,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(capsys
 def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
     good = (trained[0] / "checkpoint.pt").read_bytes()
     Path("cut.pt").write_bytes(good[: len(good) // 2])
+    Path("start.pt").write_bytes(good[:1000])
     Path("text.pt").write_text("not a checkpoint")
     Path("empty.pt").write_bytes(b"")
     torch.save({"model": "stylegan2", "nets": {}}, "other.pt")
@@ -560,6 +563,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
     picture = faces(tmp_path / "in", 1)
     for name, message in (
         ("cut.pt", "damaged"),
+        ("start.pt", "damaged"),
         ("text.pt", "not a checkpoint"),
         ("empty.pt", "not a checkpoint"),
         ("other.pt", "stylegan2"),
@@ -662,6 +666,15 @@ def test_a_picture_is_not_scaled_beyond_memory(trained, capsys):
     faces(Path("in"), 1)
     here = ["translate", "--checkpoint", trained[0], "--input", "in", "--size", 10**7]
     assert "10000000 x 10000000 pixels" in fails(capsys, *here)
+
+
+def test_a_run_goes_on_from_the_last_kept_checkpoint_if_that_is_all(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    (folder / "checkpoint.pt").unlink()
+    (folder / "checkpoint-0000200.pt").write_bytes(b"an older one")
+    assert "resumed at step 400" in run("--resume", folder)
+    assert (folder / "log.jsonl").read_bytes() == (trained[0] / "log.jsonl").read_bytes()
 
 
 def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys, tmp_path):

@@ -1025,6 +1025,15 @@ def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(mon
     assert [row for row in rows if "generate" in row and "| CUDA out of memory. Tried |" in row]
 
 
+@pytest.mark.parametrize(
+    "options", ["stylegan4", "stylegan --rows nothing", "--repeats 0", "--device cuda:99"]
+)
+def test_the_bench_refuses_what_it_cannot_measure(capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(options.split())
+    assert "error: " in capsys.readouterr().err
+
+
 def test_every_row_of_the_bench_has_options_that_its_script_knows(monkeypatch):
     for name, (paper, _) in bench.OF.items():
         monkeypatch.setitem(bench.OF, name, (paper, lambda what, args, device: args))
