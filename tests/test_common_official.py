@@ -111,7 +111,7 @@ def test_strided_shared_half_and_empty_tensors_come_back(tmp_path):
 
 
 def test_a_storage_that_was_on_a_gpu_is_read_on_the_cpu(tmp_path):
-    arrays = {"weight": np.arange(3, dtype=np.float32)}
+    arrays = {"weight": np.arange(99, dtype=np.float32)}  # over 255 bytes
     write_pytorch_pickle(tmp_path / "a.pkl", {"G": arrays}, protocol=3)
     data = (tmp_path / "a.pkl").read_bytes()
     start = data.index(b"\x80\2\x8a\nl\xfc\x9cF") - 4  # torch.save's stream, after its length

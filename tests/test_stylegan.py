@@ -730,7 +730,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["--resume", trained, "--fade-kimg", 5], "--fade-kimg was 1"),
         (["--resume", trained, "--batches", "8:64"], "--batches was"),
         (["--resume", trained, "--loss", "wgan-gp"], "--loss was logistic"),
-        (["--resume", trained, "--config", "A"], "--config was None"),
+        (["--resume", trained, "--config", "A"], "--config was left out"),
         (["generate", *net, "--figure", "noise", "--film", "x.webp"], "goes without"),
         (["generate", *net, "--figure", "mixing"], "--mix-rows"),
         (["generate", *net, "--figure", "nonsense"], "nonsense"),

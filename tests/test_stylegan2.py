@@ -1064,7 +1064,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--resume", trained, "--batch", 64], "--batch was 32"),
         (["--resume", trained, "--config", "E"], "--config was F"),
-        (["--resume", trained, "--checkpoint", trained], "--checkpoint was None"),
+        (["--resume", trained, "--checkpoint", trained], "--checkpoint was left out"),
         (["--resume", trained, "--size", 32], "other networks"),
         (["generate"], "--checkpoint"),
         (["generate", *net, "--class", 0], "--class 0"),
