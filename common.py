@@ -2789,8 +2789,8 @@ def load_checkpoint(path, model):
             " tensors and plain values are read."
         ) from None
     except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
-        cut_off = getattr(e, "errno", errno.EINVAL) == errno.EINVAL  # it seeks before the beginning
-        problem = "not a checkpoint, or a damaged one" if cut_off else e.strerror
+        strange = getattr(e, "errno", errno.EINVAL) == errno.EINVAL  # that of a seek in a cut file
+        problem = "not a checkpoint, or a damaged one" if strange else e.strerror
         raise UserError(f"{path}: {problem}.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
         models = [model] if isinstance(model, str) else model
