@@ -2016,7 +2016,7 @@ def prefetch(make, start, stop, workers):
 
 
 def last_checkpoint(folder):
-    """What the run in a folder goes on from: checkpoint.pt, else the last one kept, or None."""
+    """Of the run in a folder: checkpoint.pt, else the last one kept; None without either."""
     files = [Path(folder, "checkpoint.pt"), *sorted(Path(folder).glob("checkpoint-*.pt"))[::-1]]
     return next((path for path in files if path.exists()), None)
 
@@ -2824,9 +2824,9 @@ def load_networks(path, model, build, from_official):
 def load_gan(path, models, build, from_official):
     """({"G", "D", "G_ema": network}, options of its training) of a checkpoint or run folder of ours
     or of an official .pkl or .pt, of which from_official(arrays, options) makes a network."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    path = Path(last_checkpoint(path) or path)
     if not path.is_file():
-        raise UserError(f"--checkpoint {path} does not exist: name a run, or a .pt or .pkl file.")
+        raise UserError(f"--checkpoint {path}: none there; name a run, or a .pt or .pkl file.")
     if is_ours(path):
         return load_networks(path, models, build, None)
     ours = {"Gs": "G_ema", "g_ema": "G_ema", "g": "G", "d": "D"}

@@ -501,8 +501,8 @@ def load_networks(path, direction="AtoB"):
     alone = "G_AB" if direction == "AtoB" else "G_BA"
     files = {ours: Path(path, f"latest_net_{name}.pth") for name, ours in official.items()}
     files = {name: f for name, f in files.items() if f.is_file()}
-    for name in ("checkpoint.pt", "latest_net_G.pth"):
-        path = Path(path, name) if Path(path, name).is_file() else path
+    path = common.last_checkpoint(path) or path
+    path = Path(path, "latest_net_G.pth") if Path(path, "latest_net_G.pth").is_file() else path
     named = [ours for name, ours in official.items() if Path(path).stem.endswith(f"net_{name}")]
     nets, options = {}, {}
     for name, file in (files or {(named or [alone])[0]: path}).items():

@@ -606,7 +606,7 @@ def official_config(net, shape, channel_base):
 def load_networks(path):
     """({name: network}, options of its training) of a checkpoint or run folder of ours, or of an
     official *_nets_ema.ckpt, whose networks are averages, or *_nets.ckpt."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
+    path = common.last_checkpoint(path) or path
     return common.load_networks(path, "stargan_v2", build, from_official)
 
 

@@ -673,6 +673,7 @@ def test_a_run_goes_on_from_the_last_kept_checkpoint_if_that_is_all(trained, tmp
     shutil.copytree(trained[0], folder)
     (folder / "checkpoint.pt").unlink()
     (folder / "checkpoint-0000200.pt").write_bytes(b"an older one")
+    run("translate", "--checkpoint", folder, "--input", faces(tmp_path / "in", 1), "--out", "out")
     assert "resumed at step 400" in run("--resume", folder)
     assert (folder / "log.jsonl").read_bytes() == (trained[0] / "log.jsonl").read_bytes()
 
