@@ -1,27 +1,31 @@
-"""The operators of the six papers: each as its maths, as a plain PyTorch reference, and as a
-CUDA kernel, with exact first and second derivatives (R1 and path length differentiate twice).
+"""The operators of the six papers, with exact first and second derivatives (R1 and path length
+differentiate twice). Passes over memory stand here as maths, plain PyTorch reference, CUDA kernel
+and the function that chooses; convolutions and grid_sample are PyTorch's, with derivatives of their
+own.
 
 In this file                                what it is
     build                                   compiles the kernels below, once per machine and GPU
     fused_act, bias_act                     clamp(gain * act(x * scale + noise * strength + b))
     norm_act                                pad(act(instance_norm(x) * scale + shift)) + residual
     through                                 a sequence of layers, by norm_act where that pays
-    upfirdn2d, filter2d, upsample2d, ...    pad, upsample, FIR filter, downsample
+    setup_filter, upfirdn2d, filter2d, ...  pad, upsample, FIR filter, downsample
     pool2, double                           the mean of 2x2 pixels; each pixel 2x2 times
     box_then_blur, blur_then_box            [1, 1] and [1, 2, 1] in one pass
     conv2d, conv_transpose2d                convolutions whose second derivatives are fast
+    no_weight_gradients                     a context for penalties of gradients
     to_image, from_image                    1x1 convolutions to and from few channels
-    upscale_conv2d, conv2d_downscale        3x3 convolutions of doubled pixels, or averaged after
     conv2d_resample                         a convolution that also resamples, in the best order
+    upscale_conv2d, conv2d_downscale        3x3 convolutions of doubled pixels, or averaged after
     grid_sample                             twice differentiable in the image
     warp                                    upsample by a lowpass and read through an affine map
 
     python ops_cuda.py        # a new GPU: check every kernel, and measure it against a copy
     python ops_cuda.py check  # or one of the two alone; the other is `measure`
 
-Every operator takes impl="cuda" or "ref" (the PyTorch expression, on any device); None picks the
-kernel for float32, float16 and bfloat16 on a GPU, and the reference elsewhere. GAN_OPS=ref in the
-environment turns the kernels off. Kernels load and store the tensor's type and compute in float32.
+What has a kernel takes impl="cuda" or "ref" (the PyTorch expression, on any device); None picks the
+kernel for float32, float16 and bfloat16 on a GPU, and the reference elsewhere. In the environment
+GAN_OPS=ref turns the kernels off, and GANS_CACHE is the folder that they are kept in. Kernels load
+and store the tensor's type and compute in float32. Needs torch 2.9 or newer.
 """
 
 import argparse
@@ -33,6 +37,7 @@ import hashlib
 import itertools
 import math
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -50,7 +55,7 @@ from torch.autograd.function import once_differentiable
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-SOURCE = r"""
+PRELUDE = r"""
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -88,10 +93,183 @@ template <int V, class T> __device__ __forceinline__ void store(T* to, const flo
     *reinterpret_cast<Pack<T, V>*>(to) = p;
 }
 
-// Kernels wait for memory. A thread has BATCH slots under way at once, which takes loads without
-// branches that threads take differently: behind one, each load waits for the last.
+// These kernels wait for memory. A thread issues the loads of BATCH slots before it uses the first;
+// so no load may stand behind a branch on which threads differ, or each waits for the one before.
 template <int V> constexpr int BATCH = V == 8 ? 2 : 4;
 
+"""
+
+
+@functools.cache
+def build(capability):
+    """The compiled kernels for GPUs of this (major, minor) capability, as a ctypes library; None,
+    after one line that says why, where they cannot be built. torch.utils.cpp_extension compiles
+    plain CUDA without torch's headers in seconds; the result is kept in $GANS_CACHE/kernels.
+
+    Every process builds in a folder of its own and moves the result into place at once: a build
+    that is killed leaves no lock, and two that race leave one good file.
+    """
+    digest = f"{SOURCE} {flags(capability)} {torch.version.cuda} {platform.machine()}"
+    digest = hashlib.sha256(digest.encode()).hexdigest()[:16]
+    try:
+        cache = Path(os.environ.get("GANS_CACHE") or "~/.cache/gans").expanduser() / "kernels"
+        library = cache / f"ops_cuda-{digest}.so"
+        try:
+            found = ctypes.CDLL(str(library))
+        except OSError:  # none yet, or of another toolkit, or damaged
+            compile_to(library, flags(capability))
+            found = ctypes.CDLL(str(library))
+    except (BuildError, OSError, RuntimeError) as e:  # RuntimeError: there is no home folder
+        print(
+            f"ops_cuda: {e}; using the PyTorch expressions (same results, slower)."
+            " GAN_OPS=ref silences this.",
+            file=sys.stderr,
+        )
+        return None
+    return declare(found)
+
+
+def flags(capability):
+    """nvcc's options for a GPU."""
+    arch = "{}{}".format(*capability)
+    return ["-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+
+
+def declare(library):
+    """The library, its functions' arguments declared."""
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    integer, real = ctypes.c_int, ctypes.c_float
+    library.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
+    library.fused_act.argtypes += [ctypes.POINTER(pointer), number, integer, pointer]
+    library.norm_act.argtypes = [integer] * 4 + [ctypes.POINTER(number), real, real]
+    library.norm_act.argtypes += [ctypes.POINTER(pointer), pointer]
+    library.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
+    library.upfirdn2d.argtypes += [pointer] * 4
+    library.warp.argtypes = [integer] * 6 + [pointer] * 6
+    return library
+
+
+class BuildError(Exception):
+    """Why the kernels cannot be compiled here."""
+
+
+def compile_to(library, flags):
+    """Compiles SOURCE to a shared library. Raises BuildError, naming what is missing or the log."""
+    try:
+        from torch.utils import cpp_extension  # slow, and not needed once there is a cache
+    except ImportError as e:
+        raise BuildError(f"no {e.name}: pip install {e.name}") from e
+
+    # pip puts ninja beside python, which is on PATH in an activated environment only.
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
+    compiler = cpp_extension.get_cxx_compiler().split()[0]  # CXX="ccache g++"
+    tools = {"nvcc": "install the CUDA toolkit", compiler: "install a C++ compiler"}
+    tools["ninja"] = "pip install ninja"
+    if cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc").exists():
+        del tools["nvcc"]  # found there, on PATH or not
+    for tool, remedy in tools.items():
+        if not shutil.which(tool):
+            raise BuildError(f"no {tool} on PATH: {remedy}")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        try:
+            made = cpp_extension.load_inline(
+                "ops_cuda", [""], [SOURCE], extra_cuda_cflags=flags, build_directory=folder,
+                is_python_module=False, no_implicit_headers=True,
+            )  # fmt: skip
+        except (RuntimeError, OSError, TypeError) as e:  # TypeError: of a torch too old
+            log = library.with_suffix(".log")
+            log.write_text(str(e))
+            raise BuildError(f"the kernels did not compile, see {log}") from e
+        os.replace(made, library)
+
+
+def kernels(x, impl):
+    """The kernels' library for x and impl, or None for the reference. Raises RuntimeError where
+    impl="cuda" cannot be had."""
+    if impl not in (None, "cuda", "ref"):
+        raise ValueError(f'impl {impl!r}: "cuda", "ref" or None')
+    library = None
+    wanted = impl or os.environ.get("GAN_OPS")
+    if wanted != "ref" and x.is_cuda and x.dtype in DTYPES:
+        library = build(torch.cuda.get_device_capability(x.device))
+    if impl == "cuda" and library is None:
+        raise RuntimeError(f'impl="cuda": no kernels for {x.dtype} on {x.device}')
+    return library
+
+
+def launch(function, x, *args):
+    """Calls a launcher of SOURCE on x's device, in its current stream."""
+    with torch.cuda.device(x.device):
+        status = function(*args, torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise RuntimeError(f"{function.__name__}: CUDA error {status}")
+
+
+def pointer(t):
+    return None if t is None else t.data_ptr()
+
+
+def dense(x):
+    """x without gaps, channels last if it is so. Copies only what is neither order."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
+
+
+def memory_order(x):
+    """That of a dense x."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+# =============================================================================
+# fused_act, bias_act
+# =============================================================================
+#   forward    u = x * scale[n, c] + noise[n, h, w] * strength[c] + b[c],  y = clamp(gain * f(u))
+#   backward   with s = dL/dy * dy/du:   dx = s * scale,   dscale = sum_hw s * x,
+#              dstrength = sum s * noise,   dnoise = strength * sum_c s,   db = sum_nhw s
+#   second     all of these are linear in dL/dy. Given gdx, a gradient of dx, and gscale, gstrength
+#              and gb of those sums:   q = gdx * scale + gscale * x + gstrength * noise + gb,
+#              h = q * dL/dy * d2y/du2, which is 0 of the piecewise linear f of all networks here.
+#              The gradient of dL/dy is q * dy/du, that of x s * gscale + h * scale; those of scale,
+#              strength and b are the sums of s * gdx + h * x, of h * noise, of h
+# After a modulated convolution this is one pass over the network's largest tensors instead of six.
+
+SQRT2 = math.sqrt(2)
+Activation = collections.namedtuple("Activation", "f alpha gain")  # f(u, alpha)
+ACTIVATIONS = {  # the kernels know them by their number
+    "linear": Activation(lambda u, alpha: u, 0.0, 1.0),
+    "relu": Activation(lambda u, alpha: F.relu(u), 0.0, SQRT2),
+    "lrelu": Activation(F.leaky_relu, 0.2, SQRT2),
+    "tanh": Activation(lambda u, alpha: torch.tanh(u), 0.0, 1.0),
+    "sigmoid": Activation(lambda u, alpha: torch.sigmoid(u), 0.0, 1.0),
+    "elu": Activation(lambda u, alpha: F.elu(u), 0.0, 1.0),
+    "selu": Activation(lambda u, alpha: F.selu(u), 0.0, 1.0),
+    "softplus": Activation(lambda u, alpha: F.softplus(u), 0.0, 1.0),
+    "swish": Activation(lambda u, alpha: F.silu(u), 0.0, SQRT2),
+}
+PIECEWISE = ("linear", "relu", "lrelu")
+
+
+def fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp):
+    dtype, f = x.dtype, ACTIVATIONS[act].f
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+    # gain * f(u) = f(gain * u) of the piecewise linear kinds: gain goes to the small tensors.
+    inner = gain if act in PIECEWISE and gain > 0 else 1.0
+    b = x.new_zeros(()) if b is None else b.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)) * inner
+    if scale is not None:
+        x = torch.addcmul(b, x, scale.to(x.dtype)[:, :, None, None] * inner)
+    elif inner != 1 or b.ndim:
+        x = torch.add(b, x, alpha=inner)
+    if noise is not None:
+        each = inner if strength is None else strength.to(x.dtype).reshape(-1, 1, 1) * inner
+        x = x + noise.to(x.dtype) * each
+    x = f(x, alpha)
+    x = x if gain == inner else x * gain
+    return (x if clamp is None else x.clamp(-clamp, clamp)).to(dtype)
+
+
+FUSED_ACT = r"""
 // ---- fused_act ------------------------------------------------------------------------------
 
 struct Act { int kind; float alpha, gain, clamp; };  // kind: index in ACTIVATIONS; clamp < 0: none
@@ -249,11 +427,10 @@ __device__ __forceinline__ void put(const Place<V, CL>& p, const Grid& g, float 
 
 // With s = gy * dy/du:
 //   first derivative    out = s * scale;   sums of s, s * x, s * noise
-// ORDER 2, given the gradients gdx of out and gb, gscale, gstrength (N, C) of those sums: with
-// q = gdx * scale + gscale * x + gb + gstrength * noise and h = q * gy * d2y/du2 (smooth kinds),
-//   out = q * dy/du (for gy);   gx = s * gscale + h * scale;  sums of h, s * gdx + h * x, h * noise
-// x is null where neither a scale nor a smooth kind needs it; y is for smooth kinds, and for linear
-// without a clamp, where 0 in its place gives the gain.
+// ORDER 2, with q and h as above: out = q * dy/du (for gy), gx = s * gscale + h * scale, and the
+// sums of h, s * gdx + h * x, h * noise.
+// x is null where neither a scale nor a smooth kind needs it; y is null for smooth kinds, and for
+// linear without a clamp, where slope(a, 0) is the gain.
 template <class T, int V, bool CL, int ORDER>
 __global__ void __launch_bounds__(256, 2) fused_act_grad_kernel(Grid g, Act a, Tensors<T> t) {
     Place<V, CL> p(g);
@@ -355,10 +532,199 @@ extern "C" int fused_act(int order, int type, int vector, int cl, int64_t groups
     return cudaGetLastError();
 }
 
+"""
+
+
+def fused_act(
+    x, scale=None, noise=None, strength=None, b=None, act="linear", alpha=None, gain=None,
+    clamp=None, impl=None,
+):  # fmt: skip
+    """y = clamp(gain * f(x * scale + noise * strength + b)), in one pass.
+
+    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W) or (H, W); strength: () or (C,); b: (C,),
+    each of them may be None. act: a key of ACTIVATIONS, which holds the defaults of alpha (the
+    slope below 0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the
+    type of x.
+    """
+    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
+    gain = ACTIVATIONS[act].gain if gain is None else float(gain)
+    check_shapes(x, scale, noise, strength, b)
+    library = kernels(x, impl)
+    # A noise map that is trained (only `project` does) takes the reference, whatever impl says.
+    if library is None or (noise is not None and noise.requires_grad):
+        return fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp)
+    spec = (library, act, alpha, gain, clamp)
+    x = dense(x)
+    scale, noise, strength, b = (
+        None if t is None else t.float() for t in (scale, noise, strength, b)
+    )
+    return FusedAct.apply(x, scale, noise, strength, b, spec)
+
+
+def check_shapes(x, scale, noise, strength, b):
+    N, C, *sides = x.shape
+    allowed = {"scale": [(N, C)], "strength": [(), (C,)], "b": [(C,)]}
+    allowed["noise"] = [(N, 1, *sides), (1, 1, *sides), tuple(sides)]
+    for name, t in dict(scale=scale, noise=noise, strength=strength, b=b).items():
+        if t is not None and (tuple(t.shape) not in allowed[name] or t.device != x.device):
+            needed = f"{allowed[name][0]} on {x.device}"
+            raise ValueError(f"{name} {tuple(t.shape)} on {t.device}: {needed} is needed")
+
+
+def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, impl=None):
+    """y = clamp(gain * act(x + b)). x: any shape; b: (x.shape[dim],) or None; see fused_act."""
+    if x.ndim == 4 and dim == 1:
+        return fused_act(x, b=b, act=act, alpha=alpha, gain=gain, clamp=clamp, impl=impl)
+    C = x.shape[dim] if x.ndim else 1
+    rows = x.reshape(math.prod(x.shape[:dim]), C, -1, 1) if x.numel() else x.reshape(0, C, 1, 1)
+    return bias_act(rows, b, 1, act, alpha, gain, clamp, impl).reshape(x.shape)
+
+
+class FusedAct(Function):
+    """x (dense), scale, noise, strength, b -> y; keeps of x and y what derivatives depend on."""
+
+    @staticmethod
+    def forward(ctx, x, scale, noise, strength, b, spec):
+        y = torch.empty_like(x)
+        run_fused_act(0, spec, y, scale=scale, noise=noise, strength=strength, b=b, x=x, out=y)
+        _, act, _, _, clamp = ctx.spec = spec
+        smooth, linear = act not in PIECEWISE, act == "linear" and clamp is None
+        ctx.save_for_backward(
+            x if smooth or scale is not None else None, None if smooth or linear else y,
+            scale, noise, strength, b,
+        )  # fmt: skip
+        ctx.order = memory_order(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, y, *small = ctx.saved_tensors
+        y = None if y is None else y.detach()  # dy/du of the piecewise linear kinds is constant
+        need = ctx.needs_input_grad
+        summed = need[1] or (_weight_gradients and (need[3] or need[4]))
+        gy = gy.contiguous(memory_format=ctx.order)
+        dx, sums = FusedActGrad.apply(gy, x, y, *small, ctx.spec, summed)
+        return dx, *gradients_of_sums(sums, *small)
+
+
+class FusedActGrad(Function):
+    """gy, ... -> dx, and, if summed, the sums (N, 3, C) over pixels of s, s * x and s * noise."""
+
+    @staticmethod
+    def forward(ctx, gy, x, y, scale, noise, strength, b, spec, summed):
+        dx, small = torch.empty_like(gy), dict(scale=scale, noise=noise, strength=strength, b=b)
+        sums = run_fused_act(1, spec, gy, summed, gy=gy, x=x, y=y, out=dx, **small)
+        # Without x the second derivative does not depend on gy: R1 keeps a third less.
+        ctx.save_for_backward(None if x is None else gy, x, y, scale, noise, strength, b)
+        ctx.spec, ctx.order = spec, memory_order(gy)
+        return dx, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gdx, gsums):
+        gy, x, y, *small = ctx.saved_tensors
+        given = dict(zip(("scale", "noise", "strength", "b"), small, strict=True))
+        if gsums is not None:
+            given |= dict(zip(("gb", "gscale", "gstrength"), gsums.unbind(1), strict=True))
+        gdx = gdx.contiguous(memory_format=ctx.order)
+        ggy, gx = torch.empty_like(gdx), None if x is None else torch.empty_like(gdx)
+        summed = x is not None  # the rest is linear in gy alone
+        sums = run_fused_act(
+            2, ctx.spec, gdx, summed, gy=gy, x=x, y=y, gdx=gdx, out=ggy, gx=gx, **given
+        )
+        return ggy, gx, None, *gradients_of_sums(sums, *small), None
+
+
+def gradients_of_sums(sums, scale, noise, strength, b):
+    """What the backward passes return for scale, noise, strength, b and spec."""
+    if sums is None:
+        return [None] * 5
+    dscale = None if scale is None else sums[:, 1]
+    dstrength = None if strength is None else sums[:, 2].sum(0 if strength.ndim else None)
+    return dscale, None, dstrength, None if b is None else sums[:, 0].sum(0), None
+
+
+def run_fused_act(order, spec, reference, summed=False, **tensors):
+    """Launches the kernel of an order of differentiation. tensors: by the names of struct Tensors;
+    reference: one of them, for shape and memory order. Returns sums (N, 3, C) if summed, else None;
+    N is 1 where samples need not be told apart."""
+    library, act, alpha, gain, clamp = spec
+    get = tensors.get
+    N, C, *sides = reference.shape
+    HW = math.prod(sides)
+    last = HW == 1 or not reference.is_contiguous()  # channels last
+    if last and get("scale") is None and get("noise") is None:
+        N, HW = 1, N * HW
+    if reference.numel() == 0:
+        return torch.zeros(N, 3, C, device=reference.device) if summed else None
+
+    images = [get(k) for k in ("x", "y", "gy", "gdx", "out", "gx")]
+    V = 16 // reference.element_size()
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in images)
+    V = V if aligned and act in PIECEWISE and (C if last else HW) % V == 0 else 1
+    groups, slots = (N, HW) if last else (N * C, HW // V)
+    lanes = min(C // V, 256) if last else 1
+    lane_blocks = -(-C // (V * lanes)) if last else 1
+    rows = min(256 // lanes, -(-slots // 32) * 32)
+    # Long walks make the sums cheap, short ones keep a small tensor's work spread over the GPU.
+    walk = min(32 if summed else 8, max(1, groups * slots // (rows * 1024)))
+    chunks = -(-slots // (rows * walk))
+    sums = None
+    if summed:
+        size = (groups, chunks, 3, C if last else 1)
+        sums = torch.empty(size, dtype=torch.float32, device=reference.device)
+    noise_step, noise = 0, get("noise")
+    if noise is not None:
+        noise = noise.contiguous()
+        noise_step = HW if noise.ndim == 4 and len(noise) > 1 else 0
+    small = [get(k) for k in ("scale", "strength", "b", "gscale", "gstrength", "gb")]
+    small = [None if t is None else t.contiguous() for t in small]
+    held = [*images[:4], small[0], noise, *small[1:], *images[4:], sums]
+    launch(
+        library.fused_act, reference, order, DTYPES[reference.dtype], V > 1, last, groups, HW, C,
+        chunks, rows * walk, lanes, lane_blocks, rows * lanes, list(ACTIVATIONS).index(act), alpha,
+        gain, -1.0 if clamp is None else clamp, (ctypes.c_void_p * 14)(*map(pointer, held)),
+        noise_step, int(get("strength") is not None and get("strength").ndim == 1),
+    )  # fmt: skip
+    if summed:
+        sums = sums.sum(1)
+        sums = sums if last else sums.reshape(N, C, 3).transpose(1, 2)
+    return sums
+
+
+# =============================================================================
+# norm_act
+# =============================================================================
+#   forward    xhat = (x - mean) / sqrt(var + eps) of each map (n, c),  u = xhat * scale + shift,
+#              y = pad(f(u)) + residual               f: (leaky) ReLU; pad: by reflection
+#   backward   with s = pad'(dL/dy) * f'(u), where pad' sums over a pixel and its mirror images:
+#              dx = scale / sqrt(var + eps) * (s - mean_hw s - xhat * mean_hw (s * xhat)),
+#              dscale = sum_hw s * xhat,   dshift = sum_hw s,   dresidual = dL/dy
+#   second     of the reference, which a backward pass with create_graph=True turns to: wanted only
+#              by gradient penalties of networks with norms
+# Either pass reads its tensors twice: for sums over their maps, and for the result.
+
+
+def norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps):
+    N, C, dtype = *x.shape[:2], x.dtype
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+    scale, shift = (
+        None if t is None else t.to(x.dtype).expand(N, C).flatten() for t in (scale, shift)
+    )
+    # A batch norm of N * C channels: one pass for the moments, one for the rest. In four dimensions
+    # its gradients are wrong on a CPU where N is 1 and dL/dy is channels last.
+    maps = x.contiguous().view(1, N * C, x.shape[2] * x.shape[3])
+    y = F.batch_norm(maps, None, None, scale, shift, training=True, eps=eps).view(x.shape)
+    y = ACTIVATIONS[act].f(y, alpha)
+    y = F.pad(y, (pad,) * 4, "reflect") if pad else y
+    return (y if residual is None else y + residual).to(dtype)
+
+
+NORM_ACT = r"""
 // ---- norm_act -------------------------------------------------------------------------------
-// Each pass is two kernels over the same chunks of x: what blocks find out about theirs goes to
-// sums, and every block of the second kernel first puts that of its channels together. To keep this
-// short there are few blocks.
+// Each pass is two kernels. A block of the first writes what it found in its chunk of x to sums;
+// every block of the second first combines what there is of its channels. There are few blocks, so
+// that this is short. Grid, Place, channels, total and put are those of fused_act.
 
 struct Norm {
     int H, W, pad, scale_step;  // scale_step: elements between two samples' scales, C or 0
@@ -383,7 +749,7 @@ __device__ __forceinline__ void affine(Moments<K>& m, const Norm& n, const Place
 }
 __device__ __forceinline__ float slope_at(const Norm& n, float u) { return u > 0 ? 1 : n.alpha; }
 
-// Pixels of a chunk, and where in sums that of it is.
+// The number of pixels of a chunk; the place in sums of what was found in it.
 template <int V, bool CL> __device__ __forceinline__ float pixels(const Grid& g, int chunk) {
     int64_t left = (CL ? g.HW : g.HW / V) - int64_t(chunk) * g.slots;
     return float((left < g.slots ? left : g.slots) * (CL ? 1 : V));
@@ -394,9 +760,9 @@ __device__ __forceinline__ const float* known(const Norm& n, const Grid& of, int
     return n.sums + (p.group * of.chunks + chunk) * 2 * (CL ? of.C : 1) + (CL ? p.c : 0);
 }
 
-// Mean and sum of squared deviations of a chunk. A thread computes with x less its first x, which
-// is safe: that one's squared deviation is a term of the sum, so that of n pixels a factor of n in
-// precision can be lost at most. Threads' and chunks' are put together as those of a mixture are.
+// Mean and sum of squared deviations of a chunk. A thread sums x minus its first x. Its own squared
+// deviation is then part of the result, so n pixels cost at most a factor n in precision. Threads
+// and chunks are merged by the formula for the variance of a mixture.
 template <class T, int V, bool CL>
 __global__ void __launch_bounds__(256, 2) norm_moments_kernel(Grid g, const T* x, float* sums) {
     Place<V, CL> p(g);
@@ -642,6 +1008,222 @@ extern "C" int norm_act(int backward, int type, int vector, int cl, const int64_
     return cudaGetLastError();
 }
 
+"""
+
+
+def norm_act(
+    x, scale=None, shift=None, act="linear", alpha=None, pad=0, residual=None, eps=1e-5, impl=None
+):
+    """y = pad(f(norm(x) * scale + shift)) + residual, with norm the instance norm: every map of
+    every sample to mean 0 and variance 1.
+
+    x: (N, C, H, W), more than one pixel; scale and shift: both (C,), both (N, C) as in AdaIN, or
+    None; act: "linear", "relu" or "lrelu", of gain 1, with alpha the slope below 0 of lrelu, 0.2;
+    pad: by reflection, on all sides; residual: None or of y's shape. Returns the type of x.
+    """
+    N, C, H, W = x.shape
+    if act not in PIECEWISE or H * W == 1 or not 0 <= pad < min(H, W):
+        raise ValueError(
+            f"act {act!r}, padding {pad} of {tuple(x.shape)}: linear, relu or lrelu, padding below"
+            " both sides, and more than one pixel are needed"
+        )
+    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
+    given = [None if t is None else tuple(t.shape) for t in (scale, shift, residual)]
+    if given[0] != given[1] or given[0] not in (None, (C,), (N, C)):
+        raise ValueError(f"scale {given[0]}, shift {given[1]}: {(N, C)} or {(C,)} is needed")
+    if given[2] not in (None, (N, C, H + 2 * pad, W + 2 * pad)):
+        raise ValueError(f"residual {given[2]} of {tuple(x.shape)}, padding {pad}")
+    if any(t is not None and t.device != x.device for t in (scale, shift, residual)):
+        raise ValueError(f"scale, shift and residual have to be on {x.device}")
+    library = kernels(x, impl)
+    if library is None:
+        return norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps)
+    x = dense(x)
+    scale, shift = (None if t is None else t.float() for t in (scale, shift))
+    residual = None if residual is None else residual.to(x.dtype)
+    return NormAct.apply(x, scale, shift, residual, (library, act, alpha, pad, eps))
+
+
+def through(layers, x, residual=None):
+    """x through the layers, then plus the residual. Where there are kernels, an instance norm
+    (which knows neither weights nor running statistics) and what follows of ReLU, reflection
+    padding and that sum are one pass over memory, and a bias before it is neither added nor
+    trained: the norm takes it out again."""
+    if kernels(x, None) is None:
+        for layer in layers:
+            x = layer(x)
+        return x if residual is None else x + residual
+    layers = list(layers)
+    while layers:
+        layer = layers.pop(0)
+        if not isinstance(layer, torch.nn.InstanceNorm2d):
+            normed = layers and isinstance(layers[0], torch.nn.InstanceNorm2d)
+            normed = normed and isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+            x = without_bias(layer, x) if normed else layer(x)
+            continue
+        if layer.affine or layer.track_running_stats:
+            raise ValueError(f"{layer} has weights or running statistics")
+        slope, pad = 1.0, 0
+        if layers and isinstance(layers[0], torch.nn.ReLU | torch.nn.LeakyReLU):
+            slope = getattr(layers.pop(0), "negative_slope", 0.0)
+        if layers and isinstance(layers[0], torch.nn.ReflectionPad2d):
+            pad = layers.pop(0).padding[0]
+        added, residual = (None, residual) if layers else (residual, None)
+        x = norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
+    return x if residual is None else x + residual
+
+
+def without_bias(conv, x):
+    """conv(x) of a convolution as of one that has no bias."""
+    options = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+    options |= dict(groups=conv.groups)
+    if isinstance(conv, torch.nn.Conv2d):
+        return F.conv2d(x, conv.weight, **options)
+    return F.conv_transpose2d(x, conv.weight, **options, output_padding=conv.output_padding)
+
+
+class NormAct(Function):
+    """x (dense), scale, shift, residual -> y; keeps x, and mean and 1 / deviation of its maps."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, residual, spec):
+        (N, C, H, W), pad, order = x.shape, spec[3], memory_order(x)
+        size = (N, C, H + 2 * pad, W + 2 * pad)
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
+        residual = None if residual is None else residual.contiguous(memory_format=order)
+        moments = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
+        run_norm_act(spec, x, residual, y, scale, shift, moments)
+        ctx.save_for_backward(x, scale, shift, moments)
+        ctx.spec = spec
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, scale, shift, moments = ctx.saved_tensors
+        *need, need_residual = ctx.needs_input_grad[:4]
+        # In x's order, as what it is summed with: sums of two orders are slow.
+        gy = gy.contiguous(memory_format=memory_order(x))
+        gresidual = gy if need_residual else None
+        if torch.is_grad_enabled():  # create_graph: these gradients will have some of their own
+            inputs = [t if t is None else t.view_as(t) for t in (x, scale, shift)]
+            y = norm_act_ref(*inputs, None, *ctx.spec[1:])
+            wanted = [t for t, needed in zip(inputs, need, strict=True) if needed]
+            found = iter(torch.autograd.grad(y, wanted, gy, create_graph=True) if wanted else ())
+            return *[next(found) if needed else None for needed in need], gresidual, None
+        gx, sums = torch.empty_like(x), torch.empty_like(moments)
+        run_norm_act(ctx.spec, x, gy, gx, scale, shift, moments, sums)
+        gshift, gscale = (
+            None if t is None else g.sum(0) if t.ndim == 1 else g
+            for t, g in zip((shift, scale), sums, strict=True)
+        )
+        return gx, gscale, gshift, gresidual, None
+
+
+def run_norm_act(spec, x, other, out, scale, shift, moments, sums=None):
+    """Launches both kernels of the forward pass, or, with sums, of the backward pass. other: the
+    residual or gy; out: y or gx; sums: (2, N, C), the gradients of shift and scale by samples."""
+    if x.numel() == 0:
+        return
+    library, act, alpha, pad, eps = spec
+    N, C, H, W = x.shape
+    last = not x.is_contiguous()  # channels last
+    V = 16 // x.element_size()
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (x, other, out))
+    V = V if aligned and (C % V == 0 if last else H * W % V == 0 and pad == 0) else 1
+    groups = N if last else N * C
+    lanes = min(C // V, 128 // (V * x.element_size())) if last else 1  # 128 bytes: many rows
+    lane_blocks = -(-C // (V * lanes)) if last else 1
+    slots, out_slots = (n // (1 if last else V) for n in (H * W, (H + 2 * pad) * (W + 2 * pad)))
+    rows = min(256 // lanes, -(-slots // 32) * 32)
+    # Two blocks for each processor of a large GPU; each reads what all blocks of its maps found.
+    most = max(1, 256 // (groups * lane_blocks))
+    walk, out_walk = (-(-n // (rows * most)) for n in (slots, out_slots))
+    chunks, out_chunks = -(-slots // (rows * walk)), -(-out_slots // (rows * out_walk))
+    size = (groups, chunks, 2, C if last else 1)
+    partial = torch.empty(size, dtype=torch.float32, device=x.device)
+    small = [None if t is None else t.contiguous() for t in (scale, shift)]
+    step = C if scale is not None and scale.ndim == 2 else 0
+    shape = (groups, C, H, W, pad, step, lanes, lane_blocks, rows * lanes)
+    shape += (chunks, rows * walk, out_chunks, rows * out_walk)
+    held = (x, other, out, *small, *moments, *((None, None) if sums is None else sums), partial)
+    launch(
+        library.norm_act, x, sums is not None, DTYPES[x.dtype], V > 1, last,
+        (ctypes.c_int64 * 13)(*shape), 1.0 if act == "linear" else alpha, eps,
+        (ctypes.c_void_p * 10)(*map(pointer, held)),
+    )  # fmt: skip
+
+
+# =============================================================================
+# upfirdn2d
+# =============================================================================
+#   forward    zeros after every sample (up), zeros around (pad; negative: crop), convolution with
+#              f (flip_filter: correlation) times gain, every down-th sample kept
+#   backward   linear in x, hence the same again with up and down exchanged, the filter flipped and
+#              padding (FW - pad0 - 1, W * up - OW * down + pad0 - up + 1); and so on, to any order
+
+
+def setup_filter(f, normalize=True, flip_filter=False, gain=1, separable=None, device=None):
+    """A FIR filter as upfirdn2d takes it: (n,) separable, or (h, w). f: number, list, tensor, None.
+
+    One-dimensional ones of less than 8 taps become their outer product, unless `separable`.
+    normalize: make the sum 1; gain: of the whole, two-dimensional filter.
+    """
+    f = torch.as_tensor(1 if f is None else f, dtype=torch.get_default_dtype(), device=device)
+    if f.ndim > 2 or f.numel() == 0:
+        raise ValueError(f"a filter has 0, 1 or 2 dimensions and some taps, not {tuple(f.shape)}")
+    f = f.reshape(1) if f.ndim == 0 else f
+    if f.ndim == 1 and not (f.numel() >= 8 if separable is None else separable):
+        f = f.outer(f)
+    f = f / f.sum() if normalize else f
+    f = f.flip(list(range(f.ndim))) if flip_filter else f
+    return f * gain ** (f.ndim / 2)
+
+
+def pair(value):
+    """(x, y) of an int or a pair."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def four(padding):
+    """(left, right, above, below) of an int, a pair (x, y) or all four."""
+    padding = pair(padding)
+    return padding if len(padding) == 4 else (padding[0],) * 2 + (padding[1],) * 2
+
+
+def sizes(f):
+    """(width, height) of a filter; None is a single tap."""
+    return (1, 1) if f is None else (f.shape[-1], f.shape[0])
+
+
+def upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
+    f = f.outer(f) if f.ndim == 1 and len(f) < 8 else f  # few taps: one pass is faster than two
+    if x.device.type == "cpu":  # depthwise convolutions are several times faster in this order
+        x = x.contiguous(memory_format=torch.channels_last)
+    f = f.to(x.dtype) * gain ** (f.ndim / 2)
+    if f.ndim == 2:
+        return fir_ref(x, f, up, down, padding, flip_filter)
+    x = fir_ref(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)
+    return fir_ref(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)
+
+
+def fir_ref(x, f, up, down, padding, flip_filter):
+    C, (FH, FW), (x0, x1, y0, y1) = x.shape[1], f.shape, padding
+    if up == (1, 1):
+        f = f if flip_filter else f.flip([0, 1])  # F.conv2d correlates
+        even = x0 == x1 >= 0 and y0 == y1 >= 0  # what a convolution pads by itself
+        x, pad = (x, (y0, x0)) if even else (F.pad(x, padding), 0)
+        return F.conv2d(x, f.repeat(C, 1, 1, 1), None, down[::-1], pad, groups=C)
+    # Zeros and convolution at once. It pads by F - 1 before and by F - up after, less `crop`.
+    f = f.flip([0, 1]) if flip_filter else f
+    x0, x1, y0, y1 = x0 - FW + 1, x1 - FW + up[0], y0 - FH + 1, y1 - FH + up[1]
+    even = x0 == x1 <= 0 and y0 == y1 <= 0
+    crop = (-y0, -x0) if even else 0
+    x = F.conv_transpose2d(x, f.repeat(C, 1, 1, 1), None, up[::-1], crop, groups=C)
+    x = x if even else F.pad(x, [x0, x1, y0, y1])
+    return x[:, :, :: down[1], :: down[0]]
+
+
+UPFIRDN2D = r"""
 // ---- upfirdn2d ------------------------------------------------------------------------------
 
 struct Fir {
@@ -691,7 +1273,7 @@ __global__ void __launch_bounds__(256) fir_any_kernel(Fir p, const T* x, const f
     y[i] = from_float<T>(sum * p.gain);
 }
 
-// What is outside of the image: that a load depends on being inside is a choice between addresses.
+// Read in place of pixels outside of the image: choosing an address needs no branch.
 __device__ const float4 zeros = {0, 0, 0, 0};
 
 // The separable case f[ky] f[kx] with TAPS taps, the factors UP and DOWN on both axes.
@@ -862,6 +1444,484 @@ extern "C" int upfirdn2d(int type, int cl, int taps, int64_t groups, const int* 
     return cudaGetLastError();
 }
 
+"""
+
+
+def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl=None):
+    """Pads, upsamples, filters and downsamples the images x (N, C, H, W).
+
+    f: (n,) separable, (h, w), or None: one tap of 1; never trained. up, down: int or (x, y);
+    padding: of the upsampled image, int, (x, y) or (left, right, above, below), negative: crop.
+    Source: Karras et al. 2019, StyleGAN2, sec. 4; for the filter, Zhang 2019 (arXiv:1904.11486).
+    """
+    f = torch.ones(1, device=x.device) if f is None else f
+    (ux, uy), (dx, dy), (FW, FH) = pair(up), pair(down), sizes(f)
+    x0, x1, y0, y1 = four(padding)
+    H, W = x.shape[2:]
+    OW, OH = (W * ux + x0 + x1 - FW) // dx + 1, (H * uy + y0 + y1 - FH) // dy + 1
+    if W * ux + x0 + x1 < FW or H * uy + y0 + y1 < FH:
+        raise ValueError(
+            f"a {FH}x{FW} filter does not fit into {tuple(x.shape)}, padding {padding}"
+        )
+    if f.device != x.device:
+        raise ValueError(f"the filter is on {f.device}, x on {x.device}")
+    library = kernels(x, impl)
+    if library is None:
+        return upfirdn2d_ref(x, f, (ux, uy), (dx, dy), (x0, x1, y0, y1), flip_filter, gain)
+    return Upfirdn2d.apply(x, f.float(), (ux, uy), (dx, dy), (x0, y0), (OW, OH), flip_filter, gain)
+
+
+class Upfirdn2d(Function):
+    """See upfirdn2d. pad: (left, above); size: (width, height) of the result."""
+
+    @staticmethod
+    def forward(ctx, x, f, up, down, pad, size, flip_filter, gain, odd=False):
+        x = dense(x)
+        last = not x.is_contiguous()  # channels last
+        N, C, H, W = x.shape
+        (OW, OH), (FW, FH) = size, sizes(f)
+        y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=memory_order(x))
+        ctx.save_for_backward(f)
+        ctx.rest = up, down, pad, (W, H), flip_filter, gain, odd
+        if y.numel() == 0 or x.numel() == 0:
+            return y.zero_()
+        # The fast kernel: separable, equal factors on both axes, one of them 1.
+        taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
+        V = 16 // x.element_size() if taps <= 4 else 4
+        fast = f.ndim == 1 and taps in ((4,) if odd else (2, 3, 4, 12)) and len(factors) == 1
+        fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
+        fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
+        full = f if fast or f.ndim == 2 else f.outer(f)
+        shape = (C, H, W, OH, OW, FH, FW, *up, *down, *pad, flip_filter, odd)
+        launch(
+            kernels(x, "cuda").upfirdn2d, x, DTYPES[x.dtype], last, taps if fast else 0,
+            N if last else N * C, (ctypes.c_int * 15)(*shape), gain, pointer(x),
+            pointer(full.contiguous()), pointer(y),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        (f,) = ctx.saved_tensors
+        up, down, (x0, y0), (W, H), flip_filter, gain, odd = ctx.rest
+        FW, FH = sizes(f)
+        pad = (FW - x0 - 1, FH - y0 - 1)
+        gx = Upfirdn2d.apply(gy, f, down, up, pad, (W, H), not flip_filter, gain, odd)
+        return (gx, *[None] * 8)
+
+
+def upsampling(padding, f, up):
+    """The padding, and what a filter takes from the upsampled image."""
+    (x0, x1, y0, y1), (FW, FH), (ux, uy) = four(padding), sizes(f), pair(up)
+    x0, x1 = x0 + (FW + ux - 1) // 2, x1 + (FW - ux) // 2
+    return x0, x1, y0 + (FH + uy - 1) // 2, y1 + (FH - uy) // 2
+
+
+def downsampling(padding, f, down):
+    """The padding, and what a filter takes before every down-th pixel is kept."""
+    (x0, x1, y0, y1), (FW, FH), (dx, dy) = four(padding), sizes(f), pair(down)
+    x0, x1 = x0 + (FW - dx + 1) // 2, x1 + (FW - dx) // 2
+    return x0, x1, y0 + (FH - dy + 1) // 2, y1 + (FH - dy) // 2
+
+
+def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl=None):
+    """Filters x without changing its size, beyond padding. See upfirdn2d."""
+    return upsample2d(x, f, 1, padding, flip_filter, gain, impl)
+
+
+def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl=None):
+    """Enlarges x `up` times, keeping brightness: the gain is multiplied by up^2."""
+    padding = upsampling(padding, f, up)
+    return upfirdn2d(x, f, up, 1, padding, flip_filter, gain * math.prod(pair(up)), impl)
+
+
+def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
+    """Shrinks x `down` times."""
+    return upfirdn2d(x, f, 1, down, downsampling(padding, f, down), flip_filter, gain, impl)
+
+
+@functools.cache
+def binomial(taps, device):
+    """[1, 1], [1, 2, 1], [1, 3, 3, 1], ..., scaled to a sum of 1, once per device."""
+    f = [math.comb(taps - 1, k) for k in range(taps)]
+    with torch.inference_mode(False):  # kept for training as well
+        return setup_filter(f, separable=True, device=device)
+
+
+def pool2(x, impl=None):
+    """The means of 2x2 pixels, half of both sides: F.avg_pool2d(x, 2)."""
+    if kernels(x, impl) is None:  # as fast on a CPU, and its second derivative several times
+        return F.avg_pool2d(x, 2)
+    return downsample2d(x, binomial(2, x.device), impl=impl)
+
+
+def double(x, impl=None):
+    """Each pixel 2x2 times, twice both sides: nearest F.interpolate."""
+    if kernels(x, impl) is None:
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return upsample2d(x, binomial(2, x.device), impl=impl)
+
+
+# Box and blur, [1, 1] and [1, 2, 1], are [1, 3, 3, 1], but for the edges: outside of the image
+# between the two is zero. One pass gets that from odd edges, where the outermost pixels of the
+# padding are minus those of x: the box makes 0 of -a and a.
+#   box_then_blur   padding 1: -x_0, x_0, x_1, ...
+#   blur_then_box   padding 2: -x_0, 0, x_0, x_1, ...    each is the adjoint of the other
+
+
+def box_then_blur(x, gain=1, impl=None):
+    """The box where it fits, then the blur, times gain: (N, C, H, W) -> (N, C, H - 1, W - 1)"""
+    if kernels(x, impl) is not None:
+        return odd_edged(x, 1, gain)
+    x = upfirdn2d(x, binomial(2, x.device), gain=gain, impl=impl)
+    return filter2d(x, binomial(3, x.device), impl=impl)
+
+
+def blur_then_box(x, gain=1, impl=None):
+    """The blur, then the box at every place that it meets: (N, C, H, W) -> (N, C, H + 1, W + 1)"""
+    if kernels(x, impl) is not None:
+        return odd_edged(x, 2, gain)
+    x = filter2d(x, binomial(3, x.device), impl=impl)
+    return upfirdn2d(x, binomial(2, x.device), padding=1, gain=gain, impl=impl)
+
+
+def odd_edged(x, pad, gain):
+    (H, W), f = x.shape[2:], binomial(4, x.device).float()
+    size = (W + 2 * pad - 3, H + 2 * pad - 3)
+    return Upfirdn2d.apply(x, f, (1, 1), (1, 1), (pad, pad), size, False, gain, True)
+
+
+# =============================================================================
+# Convolutions
+# =============================================================================
+#   forward    y = x * w
+#   backward   dx of dy and w: the transposed convolution; dw of dy and x, by
+#              aten::convolution_backward
+#   second     all three are bilinear, and the derivatives of each are the other two
+# PyTorch's own second derivative convolves with dy as a kernel as large as the image instead.
+
+_weight_gradients = True
+
+
+@contextlib.contextmanager
+def no_weight_gradients():
+    """Within, backward passes leave out the gradients of convolution weights, and kernels those of
+    fused_act's b and strength: for the gradients with respect to images or ws of R1 and path
+    length, which would only throw them away. Not where any of these depends on images or ws, as
+    the weights of a fused modulated convolution do."""
+    global _weight_gradients
+    before, _weight_gradients = _weight_gradients, False
+    try:
+        yield
+    finally:
+        _weight_gradients = before
+
+
+def cast(*tensors):
+    """The tensors, under autocast in its type: as PyTorch does for its own layers."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+def conv2d(x, w, stride=1, padding=0, groups=1):
+    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw). Where there are kernels,
+    1x1 convolutions from or to images in half precision are products: with less than 8 channels
+    cuDNN's are slow."""
+    x, w = cast(x, w)
+    stride, padding, (O, I) = pair(stride), pair(padding), w.shape[:2]
+    plain = w.shape[2:] == (1, 1) and groups == 1 and (stride, padding) == ((1, 1), (0, 0))
+    if plain and min(O, I) < 8 and x.element_size() == 2 and kernels(x, None) is not None:
+        few_by_many = w.flatten(1) if O < I else w.flatten(1).mT.contiguous()
+        return (to_image if O < I else from_image)(x, few_by_many.expand(len(x), -1, -1))
+    return Convolution.apply(x, w, stride, padding, groups, False, (0, 0))
+
+
+def conv_transpose2d(x, w, stride=1, padding=0, output_padding=0, groups=1):
+    """F.conv_transpose2d without bias. x: (N, I, H, W); w: (I, O / groups, kh, kw)."""
+    x, w = cast(x, w)
+    extra = pair(output_padding)
+    return Convolution.apply(x, w, pair(stride), pair(padding), groups, True, extra)
+
+
+class Convolution(Function):
+    """y of x and w. rest: stride, padding, groups, transposed, output padding."""
+
+    @staticmethod
+    def forward(ctx, x, w, *rest):
+        # A w that learns nothing, as D's in a phase of G, saves the memory of x.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        ctx.shape, ctx.rest = x.shape, rest
+        stride, padding, groups, transposed, extra = rest
+        return torch.convolution(x, w, None, stride, padding, (1, 1), transposed, extra, groups)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad[:2]
+        gx = input_gradient(gy, w, ctx.shape, ctx.rest) if need_x else None
+        need_w = need_w and _weight_gradients
+        gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest) if need_w else None
+        return gx, gw, *[None] * 5
+
+
+def input_gradient(gy, w, shape, rest):
+    """That of a convolution of x of a shape is a transposed convolution, and the reverse."""
+    stride, padding, groups, transposed, _ = rest
+    extra = (0, 0)
+    if not transposed:  # rows and columns that no step of the stride reached
+        sizes = zip(shape[2:], gy.shape[2:], stride, padding, w.shape[2:], strict=True)
+        extra = tuple(n - (m - 1) * s + 2 * p - k for n, m, s, p, k in sizes)
+    return Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
+
+
+class WeightGradient(Function):
+    """gw of gy and x; w only has the right shape."""
+
+    @staticmethod
+    def forward(ctx, gy, x, w, rest):
+        ctx.save_for_backward(gy, x)
+        ctx.rest = stride, padding, groups, transposed, extra = rest
+        return torch.ops.aten.convolution_backward(
+            gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups,
+            (False, True, False),
+        )[1]  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, ggw):
+        gy, x = ctx.saved_tensors
+        need_y, need_x = ctx.needs_input_grad[:2]
+        ggy = Convolution.apply(x, ggw, *ctx.rest) if need_y else None
+        gx = input_gradient(gy, ggw, x.shape, ctx.rest) if need_x else None
+        return ggy, gx, None, None
+
+
+# 1x1 convolutions to and from images, which have few channels, as products. With X (few, H W)
+# of an image, Y (H W, many) of features, w (few, many):
+#   to_image    X = w Y^T;  backward: dY = dX^T w, which is from_image;  dw = dX Y
+#   from_image  Y = X^T w;  backward: dX = w dY^T, which is to_image;  dw = X dY
+# Products are fast where rows of matrices are long in memory. So images are NCHW, and features, as
+# always, channels last; the other way round rows would have 3 elements.
+
+
+def to_image(x, w):
+    """A 1x1 convolution with the weights of each sample, which have gradients even within
+    no_weight_gradients, as they depend on ws. x: (N, I, H, W), w: (N, O, I), O few channels
+    -> (N, O, H, W)."""
+    return ToImage.apply(*cast(x, w))
+
+
+def from_image(x, w):
+    """Its transpose; within no_weight_gradients the weights have no gradients. x: (N, I, H, W), I
+    few channels, w: (N, I, O) -> (N, O, H, W)."""
+    return FromImage.apply(*cast(x, w))
+
+
+def rows_of(x):
+    """(N, C, H W)"""
+    return x.contiguous().flatten(2)
+
+
+def pixels_of(x):
+    """(N, H W, C)"""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class ToImage(Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return (w @ pixels_of(x).mT).unflatten(2, x.shape[2:])
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad
+        gx = FromImage.apply(gy, w).contiguous(memory_format=memory_order(x)) if need_x else None
+        return gx, image_weight_gradient(gy, x) if need_w else None
+
+
+class FromImage(Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return (rows_of(x).mT @ w).mT.unflatten(2, x.shape[2:])
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        need_x, need_w = ctx.needs_input_grad
+        gx = ToImage.apply(gy, w) if need_x else None
+        need_w = need_w and _weight_gradients
+        return gx, image_weight_gradient(x, gy) if need_w else None
+
+
+def image_weight_gradient(image, features):
+    """(N, few, many), summed over pixels in parts: one sum would keep few of a GPU's processors
+    busy."""
+    size = image.shape[2:].numel()
+    part = math.gcd(size, 4096)
+    part = part if part >= 64 else size
+    image = rows_of(image).unflatten(2, (-1, part)).transpose(1, 2)
+    return (image @ pixels_of(features).unflatten(1, (-1, part))).sum(1)
+
+
+def conv2d_resample(
+    x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False, impl=None
+):
+    """Upsamples x by zeros, pads, filters with f, convolves with w, downsamples.
+
+    x: (N, I, H, W); w: (O, I / groups, kh, kw); padding: of the upsampled image, as in upfirdn2d,
+    where that of the filter is added by itself; flip_weight: True: correlation, as F.conv2d. The
+    steps commute but for borders, and are taken in the order that computes least.
+    """
+    padding = upsampling(padding, f, up) if up > 1 else padding
+    padding = downsampling(padding, f, down) if down > 1 else padding
+    x0, x1, y0, y1 = pads = four(padding)
+    kh, kw = w.shape[2:]
+    w = w if flip_weight or up > 1 else w.flip([2, 3])
+    resample = functools.partial(upfirdn2d, f=f, flip_filter=flip_filter, impl=impl)
+
+    if (kw, kh) == (1, 1) and up == 1 and down > 1:
+        return conv2d(resample(x, down=down, padding=pads), w, groups=groups)
+    if (kw, kh) == (1, 1) and up > 1 and down == 1:
+        return resample(conv2d(x, w, groups=groups), up=up, padding=pads, gain=up**2)
+    if up == 1 and down > 1:
+        return conv2d(resample(x, padding=pads), w, stride=down, groups=groups)
+    if up > 1:
+        # Stride `up` in a transposed convolution is the zeros and the full convolution at once,
+        # which pads by k - 1 before and k - up after; what is left of the padding goes to the
+        # filter, or, where it is negative, is cropped by the convolution.
+        O, I = w.shape[:2]
+        w = w.flip([2, 3]) if flip_weight else w
+        w = (
+            w.reshape(groups, O // groups, I, kh, kw)
+            .transpose(1, 2)
+            .reshape(-1, O // groups, kh, kw)
+        )
+        x0, x1, y0, y1 = x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up
+        crop = max(min(-y0, -y1), 0), max(min(-x0, -x1), 0)
+        x = conv_transpose2d(x, w, up, crop, groups=groups)
+        pads = (x0 + crop[1], x1 + crop[1], y0 + crop[0], y1 + crop[0])
+        x = resample(x, padding=pads, gain=up**2)
+        return x if down == 1 else upfirdn2d(x, f, 1, down, 0, flip_filter, impl=impl)
+    if x0 == x1 >= 0 and y0 == y1 >= 0:
+        return conv2d(x, w, padding=(y0, x0), groups=groups)
+    return conv2d(F.pad(x, pads), w, groups=groups)
+
+
+# 3x3 convolutions between sides of 1 : 2. Doubling or averaging pixels is the box [1, 1]; with w it
+# makes one 4x4 kernel of stride 2, and the blur [1, 2, 1] is a further pass. Where kernels are, w
+# alone has stride 2, 9/16 of the work, and box and blur are one pass.
+
+
+def upscale_conv2d(x, w, blur=False, impl=None):
+    """Each pixel 2x2 times, a 3x3 convolution, and, with `blur`, the filter [1, 2, 1]; zeros are
+    outside. x: (N, I, H, W), w: (O, I, 3, 3) -> (N, O, 2 H, 2 W)"""
+    fused = blur and kernels(x, impl) is not None
+    w = (w if fused else widened(w)).flip([2, 3]).transpose(0, 1)
+    if fused:
+        return box_then_blur(conv_transpose2d(x, w, stride=2), gain=4, impl=impl)
+    x = conv_transpose2d(x, w, stride=2, padding=1)
+    return filter2d(x, binomial(3, x.device), impl=impl) if blur else x
+
+
+def conv2d_downscale(x, w, blur=False, impl=None):
+    """With `blur`, the filter [1, 2, 1], a 3x3 convolution, means of 2x2 pixels; zeros are outside.
+    x: (N, I, H, W), sides even, w: (O, I, 3, 3) -> (N, O, H / 2, W / 2)"""
+    if blur and kernels(x, impl) is not None:
+        return conv2d(blur_then_box(x, impl=impl), w, stride=2)
+    x = filter2d(x, binomial(3, x.device), impl=impl) if blur else x
+    return conv2d(x, widened(w) / 4, stride=2, padding=1)
+
+
+def widened(w):
+    """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
+    return F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
+
+
+# =============================================================================
+# grid_sample
+# =============================================================================
+#   forward    bilinear, zeros outside, align_corners=False; linear in the image
+#   backward   aten::grid_sampler_2d_backward; its derivative by dy is grid_sample itself
+
+
+def grid_sample(x, grid):
+    """F.grid_sample(x, grid) of images x (N, C, H, W) at grid (N, OH, OW, 2), twice differentiable
+    in x on every torch; the grid gets no gradient."""
+    return GridSample.apply(x, grid)
+
+
+class GridSample(Function):
+    @staticmethod
+    def forward(ctx, x, grid):
+        ctx.save_for_backward(grid)
+        ctx.shape = x.shape
+        return F.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)
+
+    @staticmethod
+    def backward(ctx, gy):
+        return GridSampleGrad.apply(gy, *ctx.saved_tensors, ctx.shape), None
+
+
+class GridSampleGrad(Function):
+    @staticmethod
+    def forward(ctx, gy, grid, shape):
+        ctx.save_for_backward(grid)
+        x = gy.new_zeros(()).expand(shape)  # only its shape matters: the grid gets no gradient
+        backward = torch.ops.aten.grid_sampler_2d_backward
+        return backward(gy, x, grid, 0, 0, False, (True, False))[0]
+
+    @staticmethod
+    def backward(ctx, ggx):
+        return GridSample.apply(ggx, ctx.saved_tensors[0]), None, None
+
+
+# =============================================================================
+# warp
+# =============================================================================
+# The geometry of StyleGAN2-ADA (Karras et al. 2020, appendix B): an image, continued by reflection,
+# is upsampled by a wavelet's lowpass and read bilinearly at twice the resolution. On either axis
+#   upsampled  u[k] = 2 sum_i x[reflect(i)] f[k - 2 i + 5];   0 where i or k / 2 is beyond reach
+#   forward    v = (1 - t) u[j] + t u[j + 1] where the map leads to j + t: a sum of 7 pixels, with
+#              coefficients c_i = 2 (1 - t) f[j - 2 i + 5] + 2 t f[j - 2 i + 6]
+#   backward   the adjoint: a pixel's sum of dv, with the same coefficients, over all v that read it
+#   second     linear in x, hence each is the other's backward
+# A sum of 7 x 7 pixels, instead of padding by all that a reflection can be, to nine times the
+# pixels: how far a batch reaches is known to the GPU only.
+
+
+def warp_ref(x, G, reach, f, most):
+    """most: pixels to pad with, or all that there can be; at least what reach says."""
+    dtype, (H, W) = x.dtype, x.shape[2:]
+    x = x.to(torch.promote_types(dtype, torch.float32)).contiguous()
+    pad = min(most, W - 1), min(most, H - 1)
+
+    def inside(scale):
+        """1 where the padded image, scaled, is within reach, else 0. (H, W)"""
+        ranges = []
+        for axis, side in enumerate((W, H)):
+            k = torch.arange(scale * (side + 2 * pad[axis]), device=x.device)
+            first, end = pad[axis] - reach[0, axis], pad[axis] + side + reach[1, axis]
+            ranges.append(((k >= scale * first) & (k < scale * end)).to(x.dtype))
+        return ranges[1][:, None] * ranges[0]
+
+    x = F.pad(x, (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
+    x = upsample2d(x, f, impl="ref") * inside(2)
+
+    # The upsampled pixels are half of such a pixel off (the filter has an even length), and
+    # grid_sample counts from -1 to 1 over all of them.
+    u, v = (torch.arange(1 - n, n + 1, device=G.device) / 2 for n in (W + 6, H + 6))
+    G = G.to(torch.promote_types(G.dtype, x.dtype))[:, None, None]
+    places = G[..., 0] * u[:, None] + G[..., 1] * v[:, None, None] + G[..., 2]
+    sides = torch.stack([G.new_full((), side + 2 * p) for side, p in zip((W, H), pad, strict=True)])
+    grid = (2 * places - 0.5) / sides  # (N, 2H + 12, 2W + 12, 2)
+    return grid_sample(x, grid.to(x.dtype)).to(dtype)
+
+
+WARP = r"""
 // ---- warp -----------------------------------------------------------------------------------
 
 struct Images { int C, H, W, OH, OW; };  // x: (N, C, H, W), y: (N, C, OH, OW)
@@ -1063,994 +2123,6 @@ extern "C" int warp(int adjoint, int type, int N, int C, int H, int W, const voi
 """
 
 
-@functools.cache
-def build(capability):
-    """The compiled kernels for GPUs of this (major, minor) capability, as a ctypes library; None,
-    after one line that says why, where they cannot be built. torch.utils.cpp_extension compiles
-    plain CUDA without torch's headers in seconds; the result is kept in $GANS_CACHE/kernels.
-
-    Every process builds in a folder of its own and moves the result into place at once: a build
-    that is killed leaves no lock, and two that race leave one good file.
-    """
-    digest = f"{SOURCE} {flags(capability)} {torch.version.cuda}"
-    digest = hashlib.sha256(digest.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("GANS_CACHE") or Path.home() / ".cache" / "gans", "kernels")
-    library = cache / f"ops_cuda-{digest}.so"
-    try:
-        if not library.is_file():
-            compile_to(library, flags(capability))
-        found = ctypes.CDLL(str(library))
-    except (BuildError, OSError) as e:
-        print(
-            f"ops_cuda: {e}; using the PyTorch expressions (same results, slower). Mend it, or set"
-            " GAN_OPS=ref.",
-            file=sys.stderr,
-        )
-        return None
-    return declare(found)
-
-
-def flags(capability):
-    """nvcc's options for a GPU."""
-    arch = "{}{}".format(*capability)
-    return ["-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-
-
-def declare(library):
-    """The library, its functions' arguments declared."""
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    integer, real = ctypes.c_int, ctypes.c_float
-    library.fused_act.argtypes = [integer] * 4 + [number] * 2 + [integer] * 7 + [real] * 3
-    library.fused_act.argtypes += [ctypes.POINTER(pointer), number, integer, pointer]
-    library.norm_act.argtypes = [integer] * 4 + [ctypes.POINTER(number), real, real]
-    library.norm_act.argtypes += [ctypes.POINTER(pointer), pointer]
-    library.upfirdn2d.argtypes = [integer] * 3 + [number, ctypes.POINTER(integer), real]
-    library.upfirdn2d.argtypes += [pointer] * 4
-    library.warp.argtypes = [integer] * 6 + [pointer] * 6
-    return library
-
-
-class BuildError(Exception):
-    """Why the kernels cannot be compiled here."""
-
-
-def compile_to(library, flags):
-    """Compiles SOURCE to a shared library. Raises BuildError, naming what is missing or the log."""
-    from torch.utils import cpp_extension  # slow to import, and not needed once there is a cache
-
-    compiler = cpp_extension.get_cxx_compiler()
-    # pip puts ninja beside python, which is on PATH in an activated environment only.
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    for tool, remedy in (
-        ("nvcc", "install the CUDA toolkit"),
-        (compiler, "install a C++ compiler"),
-        ("ninja", "pip install ninja"),
-    ):
-        home = cpp_extension.CUDA_HOME
-        if not shutil.which(tool) and not (
-            tool == "nvcc" and home and Path(home, "bin/nvcc").exists()
-        ):
-            raise BuildError(f"no {tool} on PATH: {remedy}")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
-        try:
-            made = cpp_extension.load_inline(
-                "ops_cuda", [""], [SOURCE], extra_cuda_cflags=flags, build_directory=folder,
-                is_python_module=False, no_implicit_headers=True,
-            )  # fmt: skip
-        except (RuntimeError, OSError) as e:
-            log = library.with_suffix(".log")
-            log.write_text(str(e))
-            raise BuildError(f"the kernels did not compile, see {log}") from e
-        os.replace(made, library)
-
-
-def kernels(x, impl):
-    """The kernels' library for x and impl, or None for the reference. Raises RuntimeError where
-    impl="cuda" cannot be had."""
-    if impl not in (None, "cuda", "ref"):
-        raise ValueError(f'impl {impl!r}: "cuda", "ref" or None')
-    library = None
-    if impl is None and os.environ.get("GAN_OPS") == "ref":
-        return None
-    if impl != "ref" and x.is_cuda and x.dtype in DTYPES:
-        library = build(torch.cuda.get_device_capability(x.device))
-    if impl == "cuda" and library is None:
-        raise RuntimeError(f'impl="cuda": no kernels for {x.dtype} on {x.device}')
-    return library
-
-
-def launch(function, x, *args):
-    """Calls a launcher of SOURCE on x's device, in its current stream."""
-    with torch.cuda.device(x.device):
-        status = function(*args, torch.cuda.current_stream().cuda_stream)
-    if status:
-        raise RuntimeError(f"{function.__name__}: CUDA error {status}")
-
-
-def pointer(t):
-    return None if t is None else t.data_ptr()
-
-
-def dense(x):
-    """(x without gaps, whether it is channels last). Copies only what is neither order."""
-    if x.ndim == 4 and not x.is_contiguous():
-        if x.is_contiguous(memory_format=torch.channels_last):
-            return x, True
-    return x.contiguous(), False
-
-
-def memory_order(x):
-    """That of a dense x."""
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
-
-
-# =============================================================================
-# fused_act, bias_act
-# =============================================================================
-#   forward    u = x * scale[n, c] + noise[n, h, w] * strength[c] + b[c],  y = clamp(gain * f(u))
-#   backward   with s = dL/dy * dy/du:   dx = s * scale,   dscale = sum_hw s * x,
-#              dstrength = sum s * noise,   dnoise = strength * sum_c s,   db = sum_nhw s
-#   second     all of these are linear in dL/dy; f is piecewise linear in every network here, so
-#              that dy/du is constant. The smooth kinds have the terms with f'' as well.
-# After a modulated convolution this is one pass over the network's largest tensors instead of six.
-
-SQRT2 = math.sqrt(2)
-Activation = collections.namedtuple("Activation", "f alpha gain")  # f(u, alpha)
-ACTIVATIONS = {  # the kernels know them by their number
-    "linear": Activation(lambda u, alpha: u, 0.0, 1.0),
-    "relu": Activation(lambda u, alpha: F.relu(u), 0.0, SQRT2),
-    "lrelu": Activation(F.leaky_relu, 0.2, SQRT2),
-    "tanh": Activation(lambda u, alpha: torch.tanh(u), 0.0, 1.0),
-    "sigmoid": Activation(lambda u, alpha: torch.sigmoid(u), 0.0, 1.0),
-    "elu": Activation(lambda u, alpha: F.elu(u), 0.0, 1.0),
-    "selu": Activation(lambda u, alpha: F.selu(u), 0.0, 1.0),
-    "softplus": Activation(lambda u, alpha: F.softplus(u), 0.0, 1.0),
-    "swish": Activation(lambda u, alpha: F.silu(u), 0.0, SQRT2),
-}
-PIECEWISE = ("linear", "relu", "lrelu")
-
-
-def fused_act(
-    x, scale=None, noise=None, strength=None, b=None, act="linear", alpha=None, gain=None,
-    clamp=None, impl=None,
-):  # fmt: skip
-    """y = clamp(gain * f(x * scale + noise * strength + b)), in one pass.
-
-    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W) or (H, W); strength: () or (C,); b: (C,),
-    each of them may be None. act: a key of ACTIVATIONS, which holds the defaults of alpha (the
-    slope below 0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the
-    type of x.
-    """
-    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
-    gain = ACTIVATIONS[act].gain if gain is None else float(gain)
-    check_shapes(x, scale, noise, strength, b)
-    library = kernels(x, impl)
-    if library is None or (noise is not None and noise.requires_grad):  # only `project` trains it
-        return fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp)
-    spec = (library, act, alpha, gain, clamp)
-    x, _ = dense(x)
-    scale, noise, strength, b = (
-        None if t is None else t.float() for t in (scale, noise, strength, b)
-    )
-    return FusedAct.apply(x, scale, noise, strength, b, spec)
-
-
-def check_shapes(x, scale, noise, strength, b):
-    N, C, *sides = x.shape
-    allowed = {"scale": [(N, C)], "strength": [(), (C,)], "b": [(C,)]}
-    allowed["noise"] = [(N, 1, *sides), (1, 1, *sides), tuple(sides)]
-    for name, t in dict(scale=scale, noise=noise, strength=strength, b=b).items():
-        if t is not None and (tuple(t.shape) not in allowed[name] or t.device != x.device):
-            raise ValueError(f"{name} {tuple(t.shape)} on {t.device}: {allowed[name][0]} is needed")
-
-
-def fused_act_ref(x, scale, noise, strength, b, act, alpha, gain, clamp):
-    dtype, f = x.dtype, ACTIVATIONS[act].f
-    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
-    # gain * f(u) = f(gain * u) of the piecewise linear kinds: gain goes to the small tensors.
-    inner = gain if act in PIECEWISE and gain > 0 else 1.0
-    b = x.new_zeros(()) if b is None else b.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)) * inner
-    if scale is not None:
-        x = torch.addcmul(b, x, scale.to(x.dtype)[:, :, None, None] * inner)
-    elif inner != 1 or b.ndim:
-        x = torch.add(b, x, alpha=inner)
-    if noise is not None:
-        each = inner if strength is None else strength.to(x.dtype).reshape(-1, 1, 1) * inner
-        x = x + noise.to(x.dtype) * each
-    x = f(x, alpha)
-    x = x if gain == inner else x * gain
-    return (x if clamp is None else x.clamp(-clamp, clamp)).to(dtype)
-
-
-def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, impl=None):
-    """y = clamp(gain * act(x + b)). x: any shape; b: (x.shape[dim],) or None; see fused_act."""
-    if x.ndim == 4 and dim == 1:
-        return fused_act(x, None, None, None, b, act, alpha, gain, clamp, impl)
-    C = x.shape[dim] if x.ndim else 1
-    rows = x.reshape(math.prod(x.shape[:dim]), C, -1, 1) if x.numel() else x.reshape(0, C, 1, 1)
-    return fused_act(rows, None, None, None, b, act, alpha, gain, clamp, impl).reshape(x.shape)
-
-
-class FusedAct(Function):
-    """x (dense), scale, noise, strength, b -> y; keeps of x and y what derivatives depend on."""
-
-    @staticmethod
-    def forward(ctx, x, scale, noise, strength, b, spec):
-        y = torch.empty_like(x)
-        run_fused_act(0, spec, y, scale=scale, noise=noise, strength=strength, b=b, x=x, out=y)
-        _, act, _, _, clamp = ctx.spec = spec
-        smooth, linear = act not in PIECEWISE, act == "linear" and clamp is None
-        ctx.save_for_backward(
-            x if smooth or scale is not None else None, None if smooth or linear else y,
-            scale, noise, strength, b,
-        )  # fmt: skip
-        ctx.order = memory_order(x)
-        return y
-
-    @staticmethod
-    def backward(ctx, gy):
-        x, y, *small = ctx.saved_tensors
-        y = None if y is None else y.detach()  # dy/du of the piecewise linear kinds is constant
-        need = ctx.needs_input_grad
-        summed = need[1] or (_weight_gradients and (need[3] or need[4]))
-        gy = gy.contiguous(memory_format=ctx.order)
-        dx, sums = FusedActGrad.apply(gy, x, y, *small, ctx.spec, summed)
-        return dx, *gradients_of_sums(sums, *small)
-
-
-class FusedActGrad(Function):
-    """gy, ... -> dx, and, if summed, the sums (N, 3, C) over pixels of s, s * x and s * noise."""
-
-    @staticmethod
-    def forward(ctx, gy, x, y, scale, noise, strength, b, spec, summed):
-        dx, small = torch.empty_like(gy), dict(scale=scale, noise=noise, strength=strength, b=b)
-        sums = run_fused_act(1, spec, gy, summed, gy=gy, x=x, y=y, out=dx, **small)
-        # Without x the second derivative does not depend on gy: R1 keeps a third less.
-        ctx.save_for_backward(None if x is None else gy, x, y, scale, noise, strength, b)
-        ctx.spec, ctx.order = spec, memory_order(gy)
-        return dx, sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gdx, gsums):
-        gy, x, y, *small = ctx.saved_tensors
-        given = dict(zip(("scale", "noise", "strength", "b"), small, strict=True))
-        if gsums is not None:
-            given |= dict(zip(("gb", "gscale", "gstrength"), gsums.unbind(1), strict=True))
-        gdx = gdx.contiguous(memory_format=ctx.order)
-        ggy, gx = torch.empty_like(gdx), None if x is None else torch.empty_like(gdx)
-        summed = x is not None  # the rest is linear in gy alone
-        sums = run_fused_act(
-            2, ctx.spec, gdx, summed, gy=gy, x=x, y=y, gdx=gdx, out=ggy, gx=gx, **given
-        )
-        return ggy, gx, None, *gradients_of_sums(sums, *small), None
-
-
-def gradients_of_sums(sums, scale, noise, strength, b):
-    """What the backward passes return for scale, noise, strength, b and spec."""
-    if sums is None:
-        return [None] * 5
-    dscale = None if scale is None else sums[:, 1]
-    dstrength = None if strength is None else sums[:, 2].sum(0 if strength.ndim else None)
-    return dscale, None, dstrength, None if b is None else sums[:, 0].sum(0), None
-
-
-def run_fused_act(order, spec, reference, summed=False, **tensors):
-    """Launches the kernel of an order of differentiation. tensors: by the names of struct Tensors;
-    reference: one of them, for shape and memory order. Returns sums (N, 3, C) if summed, else None;
-    N is 1 where samples need not be told apart."""
-    library, act, alpha, gain, clamp = spec
-    get = tensors.get
-    N, C, *sides = reference.shape
-    HW = math.prod(sides)
-    last = HW == 1 or not reference.is_contiguous()  # channels last
-    if last and get("scale") is None and get("noise") is None:
-        N, HW = 1, N * HW
-    if reference.numel() == 0:
-        return torch.zeros(N, 3, C, device=reference.device) if summed else None
-
-    images = [get(k) for k in ("x", "y", "gy", "gdx", "out", "gx")]
-    V = 16 // reference.element_size()
-    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in images)
-    V = V if aligned and act in PIECEWISE and (C if last else HW) % V == 0 else 1
-    groups, slots = (N, HW) if last else (N * C, HW // V)
-    lanes = min(C // V, 256) if last else 1
-    lane_blocks = -(-C // (V * lanes)) if last else 1
-    rows = min(256 // lanes, -(-slots // 32) * 32)
-    # Long walks make the sums cheap, short ones keep a small tensor's work spread over the GPU.
-    walk = min(32 if summed else 8, max(1, groups * slots // (rows * 1024)))
-    chunks = -(-slots // (rows * walk))
-    sums = None
-    if summed:
-        size = (groups, chunks, 3, C if last else 1)
-        sums = torch.empty(size, dtype=torch.float32, device=reference.device)
-    noise_step, noise = 0, get("noise")
-    if noise is not None:
-        noise = noise.contiguous()
-        noise_step = HW if noise.ndim == 4 and len(noise) > 1 else 0
-    small = [get(k) for k in ("scale", "strength", "b", "gscale", "gstrength", "gb")]
-    small = [None if t is None else t.contiguous() for t in small]
-    held = [*images[:4], small[0], noise, *small[1:], *images[4:], sums]
-    launch(
-        library.fused_act, reference, order, DTYPES[reference.dtype], V > 1, last, groups, HW, C,
-        chunks, rows * walk, lanes, lane_blocks, rows * lanes, list(ACTIVATIONS).index(act), alpha,
-        gain, -1.0 if clamp is None else clamp, (ctypes.c_void_p * 14)(*map(pointer, held)),
-        noise_step, int(get("strength") is not None and get("strength").ndim == 1),
-    )  # fmt: skip
-    if summed:
-        sums = sums.sum(1)
-        sums = sums if last else sums.reshape(N, C, 3).transpose(1, 2)
-    return sums
-
-
-# =============================================================================
-# norm_act
-# =============================================================================
-#   forward    xhat = (x - mean) / sqrt(var + eps) of each map (n, c),  u = xhat * scale + shift,
-#              y = pad(f(u)) + residual               f: (leaky) ReLU; pad: by reflection
-#   backward   with s = pad'(dL/dy) * f'(u), where pad' sums over a pixel and its mirror images:
-#              dx = scale / sqrt(var + eps) * (s - mean_hw s - xhat * mean_hw (s * xhat)),
-#              dscale = sum_hw s * xhat,   dshift = sum_hw s,   dresidual = dL/dy
-#   second     of the reference, which a backward pass with create_graph=True turns to: wanted only
-#              by gradient penalties of networks with norms
-# Either pass reads its tensors twice: for sums over their maps, and for the result.
-
-
-def norm_act(
-    x, scale=None, shift=None, act="linear", alpha=None, pad=0, residual=None, eps=1e-5, impl=None
-):
-    """y = pad(f(norm(x) * scale + shift)) + residual, with norm the instance norm: every map of
-    every sample to mean 0 and variance 1.
-
-    x: (N, C, H, W), more than one pixel; scale and shift: both (C,), both (N, C) as in AdaIN, or
-    None; act: "linear", "relu" or "lrelu", of gain 1, with alpha the slope below 0 of lrelu, 0.2;
-    pad: by reflection, on all sides; residual: None or of y's shape. Returns the type of x.
-    """
-    N, C, H, W = x.shape
-    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
-    if act not in PIECEWISE or H * W == 1 or not 0 <= pad < min(H, W):
-        raise ValueError(f"act {act!r}, padding {pad} of {tuple(x.shape)}")
-    given = [None if t is None else tuple(t.shape) for t in (scale, shift, residual)]
-    if given[0] != given[1] or given[0] not in (None, (C,), (N, C)):
-        raise ValueError(f"scale {given[0]}, shift {given[1]}: {(N, C)} or {(C,)} is needed")
-    if given[2] not in (None, (N, C, H + 2 * pad, W + 2 * pad)):
-        raise ValueError(f"residual {given[2]} of {tuple(x.shape)}, padding {pad}")
-    if any(t is not None and t.device != x.device for t in (scale, shift, residual)):
-        raise ValueError(f"scale, shift and residual have to be on {x.device}")
-    library = kernels(x, impl)
-    if library is None:
-        return norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps)
-    x, _ = dense(x)
-    scale, shift = (None if t is None else t.float() for t in (scale, shift))
-    residual = None if residual is None else residual.to(x.dtype)
-    return NormAct.apply(x, scale, shift, residual, (library, act, alpha, pad, eps))
-
-
-def norm_act_ref(x, scale, shift, residual, act, alpha, pad, eps):
-    N, C, dtype = *x.shape[:2], x.dtype
-    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
-    scale, shift = (
-        None if t is None else t.to(x.dtype).expand(N, C).flatten() for t in (scale, shift)
-    )
-    # A batch norm of N * C channels: one pass for the moments, one for the rest. In four dimensions
-    # its gradients are wrong on a CPU where N is 1 and dL/dy is channels last.
-    maps = x.contiguous().view(1, N * C, -1)
-    y = F.batch_norm(maps, None, None, scale, shift, training=True, eps=eps).view(x.shape)
-    y = ACTIVATIONS[act].f(y, alpha)
-    y = F.pad(y, (pad,) * 4, "reflect") if pad else y
-    return (y if residual is None else y + residual).to(dtype)
-
-
-def through(layers, x, residual=None):
-    """x through the layers, then plus the residual. Where there are kernels, an instance norm
-    (which knows neither weights nor running statistics) and what follows of ReLU, reflection
-    padding and that sum are one pass over memory, and a bias before it is neither added nor
-    trained: the norm takes it out again."""
-    if kernels(x, None) is None:
-        for layer in layers:
-            x = layer(x)
-        return x if residual is None else x + residual
-    layers = list(layers)
-    while layers:
-        layer = layers.pop(0)
-        if not isinstance(layer, torch.nn.InstanceNorm2d):
-            normed = layers and isinstance(layers[0], torch.nn.InstanceNorm2d)
-            x = without_bias(layer, x) if normed else layer(x)
-            continue
-        slope, pad = 1.0, 0
-        if layers and isinstance(layers[0], torch.nn.ReLU | torch.nn.LeakyReLU):
-            slope = getattr(layers.pop(0), "negative_slope", 0.0)
-        if layers and isinstance(layers[0], torch.nn.ReflectionPad2d):
-            pad = layers.pop(0).padding[0]
-        added, residual = (None, residual) if layers else (residual, None)
-        x = norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
-    return x if residual is None else x + residual
-
-
-def without_bias(conv, x):
-    """conv(x) of a convolution as of one that has no bias."""
-    options = dict(stride=conv.stride, padding=conv.padding)
-    if isinstance(conv, torch.nn.Conv2d):
-        return F.conv2d(x, conv.weight, **options)
-    return F.conv_transpose2d(x, conv.weight, **options, output_padding=conv.output_padding)
-
-
-class NormAct(Function):
-    """x (dense), scale, shift, residual -> y; keeps x, and mean and 1 / deviation of its maps."""
-
-    @staticmethod
-    def forward(ctx, x, scale, shift, residual, spec):
-        (N, C, H, W), pad, order = x.shape, spec[3], memory_order(x)
-        size = (N, C, H + 2 * pad, W + 2 * pad)
-        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
-        residual = None if residual is None else residual.contiguous(memory_format=order)
-        moments = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
-        run_norm_act(spec, x, residual, y, scale, shift, moments)
-        ctx.save_for_backward(x, scale, shift, moments)
-        ctx.spec = spec
-        return y
-
-    @staticmethod
-    def backward(ctx, gy):
-        x, scale, shift, moments = ctx.saved_tensors
-        *need, need_residual = ctx.needs_input_grad[:4]
-        # In x's order, as what it is summed with: sums of two orders are slow.
-        gy = gy.contiguous(memory_format=memory_order(x))
-        gresidual = gy if need_residual else None
-        if torch.is_grad_enabled():  # create_graph: these gradients will have some of their own
-            inputs = [t if t is None else t.view_as(t) for t in (x, scale, shift)]
-            y = norm_act_ref(*inputs, None, *ctx.spec[1:])
-            wanted = [t for t, needed in zip(inputs, need, strict=True) if needed]
-            found = iter(torch.autograd.grad(y, wanted, gy, create_graph=True) if wanted else ())
-            return *[next(found) if needed else None for needed in need], gresidual, None
-        gx, sums = torch.empty_like(x), torch.empty_like(moments)
-        run_norm_act(ctx.spec, x, gy, gx, scale, shift, moments, sums)
-        gshift, gscale = (
-            None if t is None else g.sum(0) if t.ndim == 1 else g
-            for t, g in zip((shift, scale), sums, strict=True)
-        )
-        return gx, gscale, gshift, gresidual, None
-
-
-def run_norm_act(spec, x, other, out, scale, shift, moments, sums=None):
-    """Launches both kernels of the forward pass, or, with sums, of the backward pass. other: the
-    residual or gy; out: y or gx; sums: (2, N, C), the gradients of shift and scale by samples."""
-    if x.numel() == 0:
-        return
-    library, act, alpha, pad, eps = spec
-    N, C, H, W = x.shape
-    last = not x.is_contiguous()  # channels last
-    V = 16 // x.element_size()
-    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (x, other, out))
-    V = V if aligned and (C % V == 0 if last else H * W % V == 0 and pad == 0) else 1
-    groups = N if last else N * C
-    lanes = min(C // V, 128 // (V * x.element_size())) if last else 1  # 128 bytes: many rows
-    lane_blocks = -(-C // (V * lanes)) if last else 1
-    slots, out_slots = (n // (1 if last else V) for n in (H * W, (H + 2 * pad) * (W + 2 * pad)))
-    rows = min(256 // lanes, -(-slots // 32) * 32)
-    # Two blocks for each processor of a large GPU; each reads what all blocks of its maps found.
-    most = max(1, 256 // (groups * lane_blocks))
-    walk, out_walk = (-(-n // (rows * most)) for n in (slots, out_slots))
-    chunks, out_chunks = -(-slots // (rows * walk)), -(-out_slots // (rows * out_walk))
-    size = (groups, chunks, 2, C if last else 1)
-    partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    small = [None if t is None else t.contiguous() for t in (scale, shift)]
-    step = C if scale is not None and scale.ndim == 2 else 0
-    shape = (groups, C, H, W, pad, step, lanes, lane_blocks, rows * lanes)
-    shape += (chunks, rows * walk, out_chunks, rows * out_walk)
-    held = (x, other, out, *small, *moments, *((None, None) if sums is None else sums), partial)
-    launch(
-        library.norm_act, x, sums is not None, DTYPES[x.dtype], V > 1, last,
-        (ctypes.c_int64 * 13)(*shape), 1.0 if act == "linear" else alpha, eps,
-        (ctypes.c_void_p * 10)(*map(pointer, held)),
-    )  # fmt: skip
-
-
-# =============================================================================
-# upfirdn2d
-# =============================================================================
-#   forward    zeros after every sample (up), zeros around (pad; negative: crop), convolution with
-#              f (flip_filter: correlation) times gain, every down-th sample kept
-#   backward   linear in x, hence the same again with up and down exchanged, the filter flipped and
-#              padding (FW - pad0 - 1, W * up - OW * down + pad0 - up + 1); and so on, to any order
-
-
-def setup_filter(f, normalize=True, flip_filter=False, gain=1, separable=None, device=None):
-    """A FIR filter as upfirdn2d takes it: (n,) separable, or (h, w). f: number, list, tensor, None.
-
-    One-dimensional ones of less than 8 taps become their outer product, unless `separable`.
-    normalize: make the sum 1; gain: of the whole, two-dimensional filter.
-    """
-    f = torch.as_tensor(1 if f is None else f, dtype=torch.get_default_dtype(), device=device)
-    if f.ndim > 2 or f.numel() == 0:
-        raise ValueError(f"a filter has 0, 1 or 2 dimensions and some taps, not {tuple(f.shape)}")
-    f = f.reshape(1) if f.ndim == 0 else f
-    if f.ndim == 1 and not (f.numel() >= 8 if separable is None else separable):
-        f = f.outer(f)
-    f = f / f.sum() if normalize else f
-    f = f.flip(list(range(f.ndim))) if flip_filter else f
-    return f * gain ** (f.ndim / 2)
-
-
-def pair(value):
-    """(x, y) of an int or a pair."""
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def four(padding):
-    """(left, right, above, below) of an int, a pair (x, y) or all four."""
-    padding = pair(padding)
-    return padding if len(padding) == 4 else (padding[0],) * 2 + (padding[1],) * 2
-
-
-def sizes(f):
-    """(width, height) of a filter; None is a single tap."""
-    return (1, 1) if f is None else (f.shape[-1], f.shape[0])
-
-
-def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl=None):
-    """Pads, upsamples, filters and downsamples the images x (N, C, H, W).
-
-    f: (n,) separable, (h, w), or None: one tap of 1; never trained. up, down: int or (x, y);
-    padding: of the upsampled image, int, (x, y) or (left, right, above, below), negative: crop.
-    Source: Karras et al. 2019, StyleGAN2, sec. 4; for the filter, Zhang 2019 (arXiv:1904.11486).
-    """
-    f = torch.ones(1, device=x.device) if f is None else f
-    (ux, uy), (dx, dy), (FW, FH) = pair(up), pair(down), sizes(f)
-    x0, x1, y0, y1 = four(padding)
-    H, W = x.shape[2:]
-    OW, OH = (W * ux + x0 + x1 - FW) // dx + 1, (H * uy + y0 + y1 - FH) // dy + 1
-    if W * ux + x0 + x1 < FW or H * uy + y0 + y1 < FH:
-        raise ValueError(
-            f"a {FH}x{FW} filter does not fit into {tuple(x.shape)}, padding {padding}"
-        )
-    library = kernels(x, impl)
-    if library is None:
-        return upfirdn2d_ref(x, f, (ux, uy), (dx, dy), (x0, x1, y0, y1), flip_filter, gain)
-    return Upfirdn2d.apply(x, f.float(), (ux, uy), (dx, dy), (x0, y0), (OW, OH), flip_filter, gain)
-
-
-def upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
-    f = f.outer(f) if f.ndim == 1 and len(f) < 8 else f  # few taps: one pass is faster than two
-    if x.device.type == "cpu":  # depthwise convolutions are several times faster in this order
-        x = x.contiguous(memory_format=torch.channels_last)
-    f = f.to(x.dtype) * gain ** (f.ndim / 2)
-    if f.ndim == 2:
-        return fir_ref(x, f, up, down, padding, flip_filter)
-    x = fir_ref(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)
-    return fir_ref(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)
-
-
-def fir_ref(x, f, up, down, padding, flip_filter):
-    C, (FH, FW), (x0, x1, y0, y1) = x.shape[1], f.shape, padding
-    if up == (1, 1):
-        f = f if flip_filter else f.flip([0, 1])  # F.conv2d correlates
-        even = x0 == x1 >= 0 and y0 == y1 >= 0  # what a convolution pads by itself
-        x, pad = (x, (y0, x0)) if even else (F.pad(x, padding), 0)
-        return F.conv2d(x, f.repeat(C, 1, 1, 1), None, down[::-1], pad, groups=C)
-    # Zeros and convolution at once. It pads by F - 1 before and by F - up after, less `crop`.
-    f = f.flip([0, 1]) if flip_filter else f
-    x0, x1, y0, y1 = x0 - FW + 1, x1 - FW + up[0], y0 - FH + 1, y1 - FH + up[1]
-    even = x0 == x1 <= 0 and y0 == y1 <= 0
-    crop = (-y0, -x0) if even else 0
-    x = F.conv_transpose2d(x, f.repeat(C, 1, 1, 1), None, up[::-1], crop, groups=C)
-    x = x if even else F.pad(x, [x0, x1, y0, y1])
-    return x[:, :, :: down[1], :: down[0]]
-
-
-class Upfirdn2d(Function):
-    """See upfirdn2d. pad: (left, above); size: (width, height) of the result."""
-
-    @staticmethod
-    def forward(ctx, x, f, up, down, pad, size, flip_filter, gain, odd=False):
-        x, last = dense(x)
-        N, C, H, W = x.shape
-        (OW, OH), (FW, FH) = size, sizes(f)
-        order = torch.channels_last if last else torch.contiguous_format
-        y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=order)
-        ctx.save_for_backward(f)
-        ctx.rest = up, down, pad, (W, H), flip_filter, gain, odd
-        if y.numel() == 0 or x.numel() == 0:
-            return y.zero_()
-        # The fast kernel: separable, equal factors on both axes, one of them 1.
-        taps, factors = len(f), {(up[0], down[0]), (up[1], down[1])}
-        V = 16 // x.element_size() if taps <= 4 else 4
-        fast = f.ndim == 1 and taps in ((4,) if odd else (2, 3, 4, 12)) and len(factors) == 1
-        fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
-        fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
-        full = f if fast or f.ndim == 2 else f.outer(f)
-        shape = (C, H, W, OH, OW, FH, FW, *up, *down, *pad, flip_filter, odd)
-        launch(
-            kernels(x, "cuda").upfirdn2d, x, DTYPES[x.dtype], last, taps if fast else 0,
-            N if last else N * C, (ctypes.c_int * 15)(*shape), gain, pointer(x),
-            pointer(full.contiguous()), pointer(y),
-        )  # fmt: skip
-        return y
-
-    @staticmethod
-    def backward(ctx, gy):
-        (f,) = ctx.saved_tensors
-        up, down, (x0, y0), (W, H), flip_filter, gain, odd = ctx.rest
-        FW, FH = sizes(f)
-        pad = (FW - x0 - 1, FH - y0 - 1)
-        gx = Upfirdn2d.apply(gy, f, down, up, pad, (W, H), not flip_filter, gain, odd)
-        return (gx, *[None] * 8)
-
-
-def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl=None):
-    """Filters x without changing its size, beyond padding. See upfirdn2d."""
-    (x0, x1, y0, y1), (FW, FH) = four(padding), sizes(f)
-    padding = (x0 + FW // 2, x1 + (FW - 1) // 2, y0 + FH // 2, y1 + (FH - 1) // 2)
-    return upfirdn2d(x, f, 1, 1, padding, flip_filter, gain, impl)
-
-
-def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl=None):
-    """Enlarges x `up` times, keeping brightness: the gain is multiplied by up^2."""
-    (ux, uy), (x0, x1, y0, y1), (FW, FH) = pair(up), four(padding), sizes(f)
-    padding = (x0 + (FW + ux - 1) // 2, x1 + (FW - ux) // 2)
-    padding += (y0 + (FH + uy - 1) // 2, y1 + (FH - uy) // 2)
-    return upfirdn2d(x, f, up, 1, padding, flip_filter, gain * ux * uy, impl)
-
-
-def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl=None):
-    """Shrinks x `down` times."""
-    (dx, dy), (x0, x1, y0, y1), (FW, FH) = pair(down), four(padding), sizes(f)
-    padding = (x0 + (FW - dx + 1) // 2, x1 + (FW - dx) // 2)
-    padding += (y0 + (FH - dy + 1) // 2, y1 + (FH - dy) // 2)
-    return upfirdn2d(x, f, 1, down, padding, flip_filter, gain, impl)
-
-
-@functools.cache
-def binomial(taps, device):
-    """[1, 1], [1, 2, 1], [1, 3, 3, 1], ..., scaled to a sum of 1, once per device."""
-    f = [math.comb(taps - 1, k) for k in range(taps)]
-    return setup_filter(f, separable=True, device=device)
-
-
-def pool2(x, impl=None):
-    """The means of 2x2 pixels, half of both sides: F.avg_pool2d(x, 2)."""
-    if kernels(x, impl) is None:  # as fast on a CPU, and its second derivative several times
-        return F.avg_pool2d(x, 2)
-    return downsample2d(x, binomial(2, x.device), impl=impl)
-
-
-def double(x, impl=None):
-    """Each pixel 2x2 times, twice both sides: nearest F.interpolate."""
-    if kernels(x, impl) is None:
-        return F.interpolate(x, scale_factor=2, mode="nearest")
-    return upsample2d(x, binomial(2, x.device), impl=impl)
-
-
-# Box and blur, [1, 1] and [1, 2, 1], are [1, 3, 3, 1], but for the edges: outside of the image
-# between the two is zero. One pass gets that from odd edges, where the outermost pixels of the
-# padding are minus those of x: the box makes 0 of -a and a.
-#   box_then_blur   padding 1: -x_0, x_0, x_1, ...
-#   blur_then_box   padding 2: -x_0, 0, x_0, x_1, ...    each is the adjoint of the other
-
-
-def box_then_blur(x, gain=1, impl=None):
-    """The box where it fits, then the blur, times gain: (N, C, H, W) -> (N, C, H - 1, W - 1)"""
-    if kernels(x, impl) is not None:
-        return odd_edged(x, 1, gain)
-    x = upfirdn2d(x, binomial(2, x.device), gain=gain, impl=impl)
-    return filter2d(x, binomial(3, x.device), impl=impl)
-
-
-def blur_then_box(x, gain=1, impl=None):
-    """The blur, then the box at every place that it meets: (N, C, H, W) -> (N, C, H + 1, W + 1)"""
-    if kernels(x, impl) is not None:
-        return odd_edged(x, 2, gain)
-    x = filter2d(x, binomial(3, x.device), impl=impl)
-    return upfirdn2d(x, binomial(2, x.device), padding=1, gain=gain, impl=impl)
-
-
-def odd_edged(x, pad, gain):
-    (H, W), f = x.shape[2:], binomial(4, x.device).float()
-    size = (W + 2 * pad - 3, H + 2 * pad - 3)
-    return Upfirdn2d.apply(x, f, (1, 1), (1, 1), (pad, pad), size, False, gain, True)
-
-
-# =============================================================================
-# Convolutions
-# =============================================================================
-#   forward    y = x * w
-#   backward   dx of dy and w: the transposed convolution; dw of dy and x, by
-#              aten::convolution_backward
-#   second     all three are bilinear, and the derivatives of each are the other two
-# PyTorch's own second derivative convolves with dy as a kernel as large as the image instead.
-
-_weight_gradients = True
-
-
-@contextlib.contextmanager
-def no_weight_gradients():
-    """Within, backward passes leave out the gradients of convolution weights: for the gradients
-    with respect to images or ws of R1 and path length, which would only throw them away. Not
-    where weights themselves depend on those, as in a fused modulated convolution."""
-    global _weight_gradients
-    before, _weight_gradients = _weight_gradients, False
-    try:
-        yield
-    finally:
-        _weight_gradients = before
-
-
-def conv2d(x, w, stride=1, padding=0, groups=1):
-    """F.conv2d without bias. x: (N, I, H, W); w: (O, I / groups, kh, kw). Where there are kernels,
-    1x1 convolutions from or to images in half precision are products: with less than 8 channels
-    cuDNN's are slow."""
-    stride, padding, (O, I) = pair(stride), pair(padding), w.shape[:2]
-    plain = w.shape[2:] == (1, 1) and groups == 1 and (stride, padding) == ((1, 1), (0, 0))
-    if plain and min(O, I) < 8 and x.element_size() == 2 and kernels(x, None) is not None:
-        few_by_many = w.flatten(1) if O < I else w.flatten(1).mT.contiguous()
-        return (to_image if O < I else from_image)(x, few_by_many.expand(len(x), -1, -1))
-    return Convolution.apply(x, w, stride, padding, groups, False, (0, 0))
-
-
-def conv_transpose2d(x, w, stride=1, padding=0, output_padding=0, groups=1):
-    """F.conv_transpose2d without bias. x: (N, I, H, W); w: (I, O / groups, kh, kw)."""
-    extra = pair(output_padding)
-    return Convolution.apply(x, w, pair(stride), pair(padding), groups, True, extra)
-
-
-class Convolution(Function):
-    """y of x and w. rest: stride, padding, groups, transposed, output padding."""
-
-    @staticmethod
-    def forward(ctx, x, w, *rest):
-        # A w that learns nothing, as D's in a phase of G, saves the memory of x.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
-        ctx.shape, ctx.rest = x.shape, rest
-        stride, padding, groups, transposed, extra = rest
-        return torch.convolution(x, w, None, stride, padding, (1, 1), transposed, extra, groups)
-
-    @staticmethod
-    def backward(ctx, gy):
-        x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad[:2]
-        gx = input_gradient(gy, w, ctx.shape, ctx.rest) if need_x else None
-        need_w = need_w and _weight_gradients
-        gw = WeightGradient.apply(gy, x, w.detach(), ctx.rest) if need_w else None
-        return gx, gw, *[None] * 5
-
-
-def input_gradient(gy, w, shape, rest):
-    """That of a convolution of x of a shape is a transposed convolution, and the reverse."""
-    stride, padding, groups, transposed, _ = rest
-    extra = (0, 0)
-    if not transposed:  # rows and columns that no step of the stride reached
-        sizes = zip(shape[2:], gy.shape[2:], stride, padding, w.shape[2:], strict=True)
-        extra = tuple(n - (m - 1) * s + 2 * p - k for n, m, s, p, k in sizes)
-    return Convolution.apply(gy, w, stride, padding, groups, not transposed, extra)
-
-
-class WeightGradient(Function):
-    """gw of gy and x; w only has the right shape."""
-
-    @staticmethod
-    def forward(ctx, gy, x, w, rest):
-        ctx.save_for_backward(gy, x)
-        ctx.rest = stride, padding, groups, transposed, extra = rest
-        return torch.ops.aten.convolution_backward(
-            gy, x, w, None, stride, padding, (1, 1), transposed, extra, groups,
-            (False, True, False),
-        )[1]  # fmt: skip
-
-    @staticmethod
-    def backward(ctx, ggw):
-        gy, x = ctx.saved_tensors
-        need_y, need_x = ctx.needs_input_grad[:2]
-        ggy = Convolution.apply(x, ggw, *ctx.rest) if need_y else None
-        gx = input_gradient(gy, ggw, x.shape, ctx.rest) if need_x else None
-        return ggy, gx, None, None
-
-
-# 1x1 convolutions to and from images, which have few channels, as products. With X (few, H W)
-# of an image, Y (H W, many) of features, w (few, many):
-#   to_image    X = w Y^T;  backward: dY = dX^T w, which is from_image;  dw = dX Y
-#   from_image  Y = X^T w;  backward: dX = w dY^T, which is to_image;  dw = X dY
-# Products are fast where rows of matrices are long in memory. So images are NCHW, and features, as
-# always, channels last; the other way round rows would have 3 elements.
-
-
-def to_image(x, w):
-    """A 1x1 convolution with the weights of each sample, which have gradients even within
-    no_weight_gradients. x: (N, I, H, W), w: (N, O, I), O few channels -> (N, O, H, W)."""
-    return ToImage.apply(x, w)
-
-
-def from_image(x, w):
-    """The transposed one, within no_weight_gradients without those. x: (N, I, H, W), I few
-    channels, w: (N, I, O) -> (N, O, H, W)."""
-    return FromImage.apply(x, w)
-
-
-def rows_of(x):
-    """(N, C, H W)"""
-    return x.contiguous().flatten(2)
-
-
-def pixels_of(x):
-    """(N, H W, C)"""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-class ToImage(Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return (w @ pixels_of(x).mT).unflatten(2, x.shape[2:])
-
-    @staticmethod
-    def backward(ctx, gy):
-        x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad
-        gx = FromImage.apply(gy, w).contiguous(memory_format=memory_order(x)) if need_x else None
-        return gx, image_weight_gradient(gy, x) if need_w else None
-
-
-class FromImage(Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return (rows_of(x).mT @ w).mT.unflatten(2, x.shape[2:])
-
-    @staticmethod
-    def backward(ctx, gy):
-        x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad
-        gx = ToImage.apply(gy, w) if need_x else None
-        need_w = need_w and _weight_gradients
-        return gx, image_weight_gradient(x, gy) if need_w else None
-
-
-def image_weight_gradient(image, features):
-    """(N, few, many), summed over pixels in parts: one sum would keep few of a GPU's processors
-    busy."""
-    size = image.shape[2:].numel()
-    part = math.gcd(size, 4096)
-    part = part if part >= 64 else size
-    image = rows_of(image).unflatten(2, (-1, part)).transpose(1, 2)
-    return (image @ pixels_of(features).unflatten(1, (-1, part))).sum(1)
-
-
-def conv2d_resample(
-    x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False, impl=None
-):
-    """Upsamples x by zeros, pads, filters with f, convolves with w, downsamples.
-
-    x: (N, I, H, W); w: (O, I / groups, kh, kw); padding: of the upsampled image, as in upfirdn2d,
-    where that of the filter is added by itself; flip_weight: True: correlation, as F.conv2d. The
-    steps commute but for borders, and are taken in the order that computes least.
-    """
-    (FW, FH), (kh, kw) = sizes(f), w.shape[2:]
-    x0, x1, y0, y1 = four(padding)
-    if up > 1:
-        x0, x1, y0, y1 = (
-            p + q for p, q in zip(
-                (x0, x1, y0, y1),
-                ((FW + up - 1) // 2, (FW - up) // 2, (FH + up - 1) // 2, (FH - up) // 2),
-                strict=True,
-            )
-        )  # fmt: skip
-    if down > 1:
-        x0, x1 = x0 + (FW - down + 1) // 2, x1 + (FW - down) // 2
-        y0, y1 = y0 + (FH - down + 1) // 2, y1 + (FH - down) // 2
-    w = w if flip_weight or up > 1 else w.flip([2, 3])
-    pads = (x0, x1, y0, y1)
-    resample = functools.partial(upfirdn2d, f=f, flip_filter=flip_filter, impl=impl)
-
-    if (kw, kh) == (1, 1) and up == 1 and down > 1:
-        return conv2d(resample(x, down=down, padding=pads), w, groups=groups)
-    if (kw, kh) == (1, 1) and up > 1 and down == 1:
-        return resample(conv2d(x, w, groups=groups), up=up, padding=pads, gain=up**2)
-    if up == 1 and down > 1:
-        return conv2d(resample(x, padding=pads), w, stride=down, groups=groups)
-    if up > 1:
-        # Stride `up` in a transposed convolution is the zeros and the full convolution at once,
-        # which pads by k - 1 before and k - up after; what is left of the padding goes to the
-        # filter, or, where it is negative, is cropped by the convolution.
-        O, I = w.shape[:2]
-        w = w.flip([2, 3]) if flip_weight else w
-        w = (
-            w.reshape(groups, O // groups, I, kh, kw)
-            .transpose(1, 2)
-            .reshape(-1, O // groups, kh, kw)
-        )
-        x0, x1, y0, y1 = x0 - kw + 1, x1 - kw + up, y0 - kh + 1, y1 - kh + up
-        crop = max(min(-y0, -y1), 0), max(min(-x0, -x1), 0)
-        x = conv_transpose2d(x, w, up, crop, groups=groups)
-        pads = (x0 + crop[1], x1 + crop[1], y0 + crop[0], y1 + crop[0])
-        x = resample(x, padding=pads, gain=up**2)
-        return x if down == 1 else upfirdn2d(x, f, 1, down, 0, flip_filter, impl=impl)
-    if x0 == x1 >= 0 and y0 == y1 >= 0:
-        return conv2d(x, w, padding=(y0, x0), groups=groups)
-    return conv2d(F.pad(x, pads), w, groups=groups)
-
-
-# Convolutions between sides of 1 : 2, of progressive GANs. Doubling or averaging pixels, the box
-# [1, 1], and a 3x3 kernel w are one 4x4 kernel of stride 2, and a blur with [1, 2, 1] is a pass.
-# With w alone of stride 2, 9/16 of the work, box and blur are one pass, too.
-
-
-def upscale_conv2d(x, w, blur=False, impl=None):
-    """Each pixel 2x2 times, a 3x3 convolution, and, with `blur`, the filter [1, 2, 1]; zeros are
-    outside. x: (N, I, H, W), w: (O, I, 3, 3) -> (N, O, 2 H, 2 W)"""
-    fused = blur and kernels(x, impl) is not None
-    w = (w if fused else widened(w)).flip([2, 3]).transpose(0, 1)
-    if fused:
-        return box_then_blur(conv_transpose2d(x, w, stride=2), gain=4, impl=impl)
-    x = conv_transpose2d(x, w, stride=2, padding=1)
-    return filter2d(x, binomial(3, x.device), impl=impl) if blur else x
-
-
-def conv2d_downscale(x, w, blur=False, impl=None):
-    """With `blur`, the filter [1, 2, 1], a 3x3 convolution, means of 2x2 pixels; zeros are outside.
-    x: (N, I, H, W), sides even, w: (O, I, 3, 3) -> (N, O, H / 2, W / 2)"""
-    if blur and kernels(x, impl) is not None:
-        return conv2d(blur_then_box(x, impl=impl), w, stride=2)
-    x = filter2d(x, binomial(3, x.device), impl=impl) if blur else x
-    return conv2d(x, widened(w) / 4, stride=2, padding=1)
-
-
-def widened(w):
-    """3x3 kernels (O, I, 3, 3) with a 2x2 box of ones convolved into them: (O, I, 4, 4)."""
-    return F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)
-
-
-# =============================================================================
-# grid_sample
-# =============================================================================
-#   forward    bilinear, zeros outside, align_corners=False; linear in the image
-#   backward   aten::grid_sampler_2d_backward; its derivative by dy is grid_sample itself
-
-
-def grid_sample(x, grid):
-    """F.grid_sample(x, grid) of images x (N, C, H, W) at grid (N, OH, OW, 2), twice differentiable
-    in x on every torch; the grid gets no gradient."""
-    return GridSample.apply(x, grid)
-
-
-class GridSample(Function):
-    @staticmethod
-    def forward(ctx, x, grid):
-        ctx.save_for_backward(grid)
-        ctx.shape = x.shape
-        return F.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)
-
-    @staticmethod
-    def backward(ctx, gy):
-        return GridSampleGrad.apply(gy, *ctx.saved_tensors, ctx.shape), None
-
-
-class GridSampleGrad(Function):
-    @staticmethod
-    def forward(ctx, gy, grid, shape):
-        ctx.save_for_backward(grid)
-        x = gy.new_zeros(()).expand(shape)  # only its shape matters: the grid gets no gradient
-        backward = torch.ops.aten.grid_sampler_2d_backward
-        return backward(gy, x, grid, 0, 0, False, (True, False))[0]
-
-    @staticmethod
-    def backward(ctx, ggx):
-        return GridSample.apply(ggx, ctx.saved_tensors[0]), None, None
-
-
-# =============================================================================
-# warp
-# =============================================================================
-# The geometry of StyleGAN2-ADA (Karras et al. 2020, appendix B): an image, continued by reflection,
-# is upsampled by a wavelet's lowpass and read bilinearly at twice the resolution. On either axis
-#   upsampled  u[k] = 2 sum_i x[reflect(i)] f[k - 2 i + 5];   0 where i or k / 2 is beyond reach
-#   forward    v = (1 - t) u[j] + t u[j + 1] where the map leads to j + t: a sum of 7 pixels, with
-#              coefficients c_i = 2 (1 - t) f[j - 2 i + 5] + 2 t f[j - 2 i + 6]
-#   backward   the adjoint: a pixel's sum of dv, with the same coefficients, over all v that read it
-#   second     linear in x, hence each is the other's backward
-# A sum of 7 x 7 pixels, instead of padding by all that a reflection can be, to nine times the
-# pixels: how far a batch reaches is known to the GPU only.
-
-
 def warp(x, G, reach, f, impl=None):
     """Images x (N, C, H, W), at twice the resolution and mapped by G -> (N, C, 2H + 12, 2W + 12).
 
@@ -2062,38 +2134,14 @@ def warp(x, G, reach, f, impl=None):
     """
     if len(f) != 12:
         raise ValueError(f"a lowpass of 12 taps is needed, not {len(f)}")
+    if tuple(G.shape) != (len(x), 2, 3) or tuple(reach.shape) != (2, 2):
+        raise ValueError(f"G {tuple(G.shape)}, reach {tuple(reach.shape)} for {tuple(x.shape)}")
+    if any(t.device != x.device for t in (G, reach, f)):
+        raise ValueError(f"G, reach and f have to be on {x.device}")
     if kernels(x, impl) is None:  # on a CPU it costs nothing to look how far the batch reaches
         most = int(reach.max()) if x.device.type == "cpu" else max(x.shape[2:])
         return warp_ref(x, G, reach, f, most)
     return Warp.apply(x, *(t.float().contiguous() for t in (G, reach, f)), False)
-
-
-def warp_ref(x, G, reach, f, most):
-    """most: pixels to pad with, or all that there can be; at least what reach says."""
-    dtype, (H, W) = x.dtype, x.shape[2:]
-    x = x.to(torch.promote_types(dtype, torch.float32)).contiguous()
-    pad = min(most, W - 1), min(most, H - 1)
-
-    def inside(scale):
-        """1 where the padded image, scaled, is within reach, else 0. (H, W)"""
-        ranges = []
-        for axis, side in enumerate((W, H)):
-            k = torch.arange(scale * (side + 2 * pad[axis]), device=x.device)
-            first, end = pad[axis] - reach[0, axis], pad[axis] + side + reach[1, axis]
-            ranges.append(((k >= scale * first) & (k < scale * end)).to(x.dtype))
-        return ranges[1][:, None] * ranges[0]
-
-    x = F.pad(x, (pad[0], pad[0], pad[1], pad[1]), "reflect") * inside(1)
-    x = upsample2d(x, f, impl="ref") * inside(2)
-
-    # The upsampled pixels are half of such a pixel off (the filter has an even length), and
-    # grid_sample counts from -1 to 1 over all of them.
-    u, v = (torch.arange(1 - n, n + 1, device=G.device) / 2 for n in (W + 6, H + 6))
-    G = G.to(torch.promote_types(G.dtype, x.dtype))[:, None, None]
-    places = G[..., 0] * u[:, None] + G[..., 1] * v[:, None, None] + G[..., 2]
-    sides = torch.stack([G.new_full((), side + 2 * p) for side, p in zip((W, H), pad, strict=True)])
-    grid = (2 * places - 0.5) / sides  # (N, 2H + 12, 2W + 12, 2)
-    return grid_sample(x, grid.to(x.dtype)).to(dtype)
 
 
 class Warp(Function):
@@ -2119,6 +2167,10 @@ class Warp(Function):
         return (Warp.apply(gy, *ctx.saved_tensors, not ctx.adjoint), *[None] * 4)
 
 
+# What is compiled.
+SOURCE = PRELUDE + FUSED_ACT[1:] + NORM_ACT[1:] + UPFIRDN2D[1:] + WARP[1:]
+
+
 # =============================================================================
 # python ops_cuda.py: checks and measurements
 # =============================================================================
@@ -2131,6 +2183,7 @@ ORDERS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 def operators(N, C, H, W, device):
     """{name: (function of x and impl, further tensors that it trains)}."""
+    torch.manual_seed(0)  # the same numbers on every machine
     b, scale, noise = torch.randn(C), torch.rand(N, C) + 0.5, torch.randn(N, 1, H, W)
     small = [t.to(device) for t in (scale, noise, torch.tensor(0.7), b)]
     f2 = setup_filter([1, 1], separable=True, device=device)
@@ -2210,12 +2263,7 @@ def check(device):
     hundreds of convolutions.
     """
     wrong, count = 0, 0
-
-    def table(shape, device):
-        torch.manual_seed(0)  # the same numbers on every machine
-        return operators(*shape, device)
-
-    tables = {shape: (table(shape, device), table(shape, "cpu")) for shape in SHAPES}
+    tables = {shape: [operators(*shape, d) for d in (device, "cpu")] for shape in SHAPES}
     for name in tables[SHAPES[0]][0]:
         agreed, cases = 0, 0
         for shape, dtype in itertools.product(SHAPES, ROUNDING):
@@ -2277,9 +2325,9 @@ def measure(device, shapes=TRAINING):
             N, C, H, W = shape
             sides = (N, min(C, 3), H, W) if name == "warp" else shape  # it is for images
             for dtype in (torch.float16, torch.float32):
-                for order in ORDERS:
+                for order, memory in ORDERS.items():
                     what = f"{name} | {'x'.join(map(str, sides))} | {str(dtype)[6:]} | {order}"
-                    x = torch.randn(sides, device=device).to(dtype, memory_format=ORDERS[order])
+                    x = torch.randn(sides, device=device).to(dtype, memory_format=memory)
                     for kind, ms, size in passes(name, function, x, more):
                         speed = size / ms / 1e6
                         row = f"| {what} | {kind} | {ms:.3f} | {speed:.0f} | {speed / copy:.0%} |"
