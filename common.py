@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose help shows defaults and whose errors are one line."""
 
     def add(self, *names, help="", **options):
-        if options.get("default") not in (None, False, ""):
+        if options.get("default") not in (None, "") and options["default"] is not False:
             help += " (default: %(default)s)"
         return self.add_argument(*names, help=help.strip(), **options)
 
@@ -314,11 +314,11 @@ def add_generator_options(p):
     add_device_option(p)
 
 
-def add_generate_options(p, psi=1.0, cutoff=None):
-    """The options of `generate`."""
+def add_generate_options(p, psi=1.0, cutoff=None, psi_rule=""):
+    """The options of `generate`. psi_rule: what the help says of a psi that is None."""
     add_generator_options(p)
     p.add("--seeds", type=seeds, default="0-15", help="as in 0-7,42")
-    p.add("--psi", type=finite, default=psi, help="truncation: 1 is none, 0 the mean picture")
+    p.add("--psi", type=finite, default=psi, help=f"truncation, 1: none, 0: mean picture{psi_rule}")
     limit = "layers that are truncated" + ": all" * (cutoff is None)
     p.add("--cutoff", type=positive_int, default=cutoff, help=limit)
     p.add("--noise", choices=("const", "random", "none"), default="const")
@@ -2316,12 +2316,12 @@ class Run:
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
-    def graph(self, phase, *optimizers):
+    def graph(self, phase, *optimizers, key=None):
         """phase, and a step of each optimiser with the gradients that it left, as one function of
         phase's arguments, with its result. On a single GPU it becomes a CUDA graph, but for steps
         of optimisers that are not capturable: see `graph` for what phase may do. Made once for the
-        same phase and optimisers."""
-        key = (phase, *optimizers)
+        same phase, key and optimisers."""
+        key = (phase, key, *optimizers)
         if key not in self.graphs:
 
             def phase_and_gradients(*args):

@@ -19,7 +19,8 @@ In this file, in the order of the signal              paper
 Results: README. Differs from the paper, with the official code (NVlabs/stylegan): noise, bias and
 leaky ReLU come before the normalisation, which Fig. 1 leaves open; R1 is that of images enlarged to
 full size, so that it weighs four times as much after each doubling of the resolution. Differs from
-both: a GPU computes the four highest resolutions in float16; --precision fp32 is the paper's way.
+both: a GPU computes the four highest resolutions in float16 and convolves in TF32 in the others;
+--precision fp32 is the paper's way.
 """
 
 import argparse
@@ -70,9 +71,6 @@ RATES = {128: 1.5, 256: 2, 512: 3, 1024: 3}
 TICKS = {4: 160, 8: 140, 16: 120, 32: 100, 64: 80, 128: 60, 256: 40, 512: 30, 1024: 20}
 LR, BETAS, EPS = 0.001, (0.0, 0.99), 1e-8  # Adam
 REPEATS = 4  # steps between looks at the schedule
-SWITCHES = ("use_styles", "pixel_norm", "instance_norm", "const_input")  # of G, by --config
-LAYERS = (*SWITCHES, "noise_inputs", "blur")
-SCHEDULE = ("start_size", "train_kimg", "fade_kimg", "batches", "batch_max")  # options of growth
 MIXING = 0.9  # sec. 3.1
 EMA_KIMG = 10.0  # half-life of the weights' average, thousands of images
 W_AVG_BETA = 0.995
@@ -126,8 +124,8 @@ def downscale(x, factor=2):
 class Conv2d(nn.Module):
     """A convolution of D, or to RGB, with equalized learning rate, bias and activation.
 
-    forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if `down`: by means of 2x2 pixels,
-    and blurred in front if `blurred`
+    forward(x): (N, I, H, W) -> (N, O, H, W), half of both sides if `down`: means of 2x2 pixels
+    after the convolution, and with `blurred` the filter [1, 2, 1] before it
     """
 
     def __init__(self, I, O, k, act="linear", down=False, blurred=False, clamp=None):
@@ -221,16 +219,17 @@ class Epilogue(nn.Module):
         self.pixel_norm, self.instance_norm = pixel_norm, instance_norm
 
     def forward(self, x, w, noise="random"):
-        image, strength = None, None
+        noise_map, strength = None, None
         if self.use_noise and noise != "none":
             strength = self.noise_strength
             if noise == "const":
-                image = self.noise_const
+                noise_map = self.noise_const
+            elif noise == "random":
+                noise_map = torch.randn(len(x), 1, *x.shape[2:], device=x.device)
             else:
-                shape = (len(x), 1, *x.shape[2:])
-                image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
-        # lrelu(x + image * strength + bias)
-        x = ops.fused_act(x, None, image, strength, self.bias, "lrelu", gain=1)
+                noise_map = noise(len(x), 1, *x.shape[2:])
+        # lrelu(x + noise_map * strength + bias)
+        x = ops.fused_act(x, None, noise_map, strength, self.bias, "lrelu", gain=1)
         if self.pixel_norm:
             x = normalize(x.to(self.bias.dtype)).to(x.dtype)  # not in half precision
         scale, shift = self.affine(w).chunk(2, 1) if self.use_styles else (None, None)
@@ -243,7 +242,8 @@ class Epilogue(nn.Module):
 
 
 class SynthesisLayer(Epilogue):
-    """A 3x3 convolution, in front with `up` of doubled pixels and then blurred, and the rest."""
+    """A layer of G: a 3x3 convolution and the Epilogue. up: pixels are doubled before the
+    convolution; blurred: and filtered by [1, 2, 1] after it."""
 
     def __init__(self, I, O, res, w_dim, up=False, blurred=True, **epilogue):
         super().__init__(O, res, w_dim, **epilogue)
@@ -260,10 +260,10 @@ class SynthesisLayer(Epilogue):
         return super().forward(x, w, noise)
 
 
-def block_type(block, x):
+def block_type(block):
     """The type that a block computes in: its half type on a GPU, else that of its weights."""
-    half = block.half if x.is_cuda else None
-    return half or block.conv1.weight.dtype
+    weight = block.conv1.weight
+    return (block.half if weight.is_cuda else None) or weight.dtype
 
 
 class SynthesisBlock(nn.Module):
@@ -277,11 +277,11 @@ class SynthesisBlock(nn.Module):
         self.half = half
         if I:
             self.conv0 = SynthesisLayer(I, O, res, w_dim, True, blurred, **epilogue)
-        elif const_input:
-            self.const = nn.Parameter(torch.ones(O, res, res))
-        else:  # the traditional input layer, of Table 1's rows A to C
-            self.dense = Linear(w_dim, O * res * res, bias=False, gain=ops.SQRT2 / 4)
-        if I == 0:
+        else:
+            if const_input:
+                self.const = nn.Parameter(torch.ones(O, res, res))
+            else:  # the traditional input layer, of Table 1's rows A to C
+                self.dense = Linear(w_dim, O * res * res, bias=False, gain=ops.SQRT2 / 4)
             self.conv0 = Epilogue(O, res, w_dim, **epilogue)
         self.conv1 = SynthesisLayer(O, O, res, w_dim, **epilogue)
         self.torgb = Conv2d(O, img_channels, 1)
@@ -291,7 +291,7 @@ class SynthesisBlock(nn.Module):
             x = self.const[None].repeat(len(ws[0]), 1, 1, 1)
         elif x is None:
             x = self.dense(ws[0]).unflatten(1, (-1, 4, 4))
-        x = self.conv0(x.to(block_type(self, x)), ws[0], noise)
+        x = self.conv0(x.to(block_type(self)), ws[0], noise)
         return self.conv1(x, ws[-1], noise)
 
     def rgb(self, x):
@@ -428,11 +428,11 @@ class DiscriminatorBlock(nn.Module):
         self.conv1 = Conv2d(I, O, 3, "lrelu", down=True, blurred=blurred, clamp=clamp)
 
     def forward(self, x):
-        return self.conv1(self.conv0(x.to(block_type(self, x))))
+        return self.conv1(self.conv0(x.to(block_type(self))))
 
     def features(self, img):
         """(N, img_channels, res, res) -> (N, I, res, res)"""
-        return self.fromrgb(img.to(block_type(self, img)))
+        return self.fromrgb(img.to(block_type(self)))
 
 
 class DiscriminatorEpilogue(nn.Module):
@@ -497,13 +497,13 @@ class Discriminator(nn.Module):
     def forward(self, img, c=None):
         if self.config["c_dim"] and c is None:
             raise ValueError(f"this model is conditional: c (N, {self.config['c_dim']}) is missing")
-        first, *rest = self.resolutions[int(self.lod) :]
-        img = downscale(img, img.shape[2] // first)
-        x = getattr(self, f"b{first}").features(img)
-        for res, below in zip([first, *rest], rest, strict=False):
+        grown = self.resolutions[int(self.lod) :]
+        img = downscale(img, img.shape[2] // grown[0])
+        x = getattr(self, f"b{grown[0]}").features(img)
+        for res in grown[:-1]:
             x = getattr(self, f"b{res}")(x)
-            if self.lod % 1 and res == first:  # fade in the first resolution
-                coarse = getattr(self, f"b{below}").features(downscale(img))
+            if self.lod % 1 and res == grown[0]:  # fade in the first resolution
+                coarse = getattr(self, f"b{res // 2}").features(downscale(img))
                 x = x.lerp(coarse.to(x.dtype), self.fade.to(x.dtype))
         return self.b4(x, c if self.config["c_dim"] else None)
 
@@ -517,15 +517,6 @@ def build(config):
 # =============================================================================
 # Losses
 # =============================================================================
-
-
-def mixed_ws(G, z, c, z2, crossover):
-    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
-    sec. 3.1); crossover = num_ws mixes nothing."""
-    ws = G.mapping(z, c)
-    ws2 = G.mapping(z2, c, update_avg=False)
-    first = torch.arange(ws.shape[1], device=ws.device) < crossover
-    return torch.where(first[None, :, None], ws, ws2)
 
 
 def generator_loss(logits, kind="logistic"):
@@ -569,8 +560,8 @@ def gradient_penalty(D, real, fake, u, c=None, target=1.0):
 
 
 def share_of(D, img):
-    """The share of |grad_x D(x)|^2 at images of reduced size that is left at the same, enlarged to
-    D's full size, where the official code takes it."""
+    """|grad_x D(x)|^2 at images enlarged to D's full size, where the official code takes it, as a
+    share of that at the images as they are: each doubling spreads a gradient over four pixels."""
     return (img.shape[2] / D.config["img_resolution"]) ** 2
 
 
@@ -579,9 +570,10 @@ def share_of(D, img):
 # =============================================================================
 # Each phase adds the gradients of its losses, in rounds of at most --batch-gpu samples. All random
 # choices are tensors, drawn in every step: so phases can be CUDA graphs, and choices equal for any
-# number of processes.
+# number of processes, if the rounds are the same.
 
-Stage = namedtuple("Stage", "lod res batch lr tick")
+# images, age: so many images, and steps since Adam's reset, come before it
+Stage = namedtuple("Stage", "lod res batch lr tick images age", defaults=(0, 0))
 
 
 def schedule(
@@ -615,19 +607,16 @@ def is_growth(lod, before):
     return (math.floor(lod), math.ceil(lod)) != (math.floor(before), math.ceil(before))
 
 
-Round = namedtuple("Round", "first age stage")  # images, and steps since Adam's reset, before it
-
-
 def plan(kimg, **options):
-    """All rounds of REPEATS steps, each at one stage of the schedule, of a training that sees so
-    many thousands of images; options: of `schedule`."""
+    """The stages, of REPEATS steps each, of a training that sees so many thousands of images;
+    options: of `schedule`."""
     found, images, age, before = [], 0, 0, -1
     while images < kimg * 1000:
         stage = schedule(images / 1000, **options)
         if stage.batch == 0:
             raise UserError(f"the batch of {stage.res} pixels is less than an image per process.")
         age, before = 0 if is_growth(stage.lod, before) else age, stage.lod
-        found.append(Round(images, age, stage))
+        found.append(stage._replace(images=images, age=age))
         images, age = images + REPEATS * stage.batch, age + REPEATS
     return found
 
@@ -640,8 +629,8 @@ def tensorflow_eps(age):
 
 
 def faded(real, lod):
-    """Real images of the resolution that was grown to, as a fade needs them: blended with those of
-    half of it. real: (N, C, res, res)."""
+    """Real images (N, C, res, res) of the resolution grown to; during a fade, blended with their
+    own half resolution."""
     t = lod % 1
     return real.lerp(upscale(downscale(real)), t) if t else real
 
@@ -650,6 +639,15 @@ def rounds(size, z, c):
     """(z, c) in pieces of `size` samples; None: all at once."""
     pieces = z.split(size or len(z))
     return zip(pieces, [None] * len(pieces) if c is None else c.split(size or len(z)), strict=True)
+
+
+def mixed_ws(G, z, c, z2, crossover):
+    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
+    sec. 3.1); crossover = num_ws mixes nothing."""
+    ws = G.mapping(z, c)
+    ws2 = G.mapping(z2, c, update_avg=False)
+    first = torch.arange(ws.shape[1], device=ws.device) < crossover
+    return torch.where(first[None, :, None], ws, ws2)
 
 
 def mix(G, z, c, args, run):
@@ -666,28 +664,27 @@ def mix(G, z, c, args, run):
 
 def discriminator_phase(G, D, real, real_c, args, run, noise):
     """Gradients of D, with its penalties in every step. Returns {name: loss}, unweighted."""
-    losses, z = {}, run.randn(len(real), G.config["z_dim"])
-    for (z_k, c), (x, _) in zip(
-        rounds(args.batch_gpu, z, real_c), rounds(args.batch_gpu, real, None), strict=True
-    ):
+    losses, n = {}, len(real)
+    latents = rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), real_c)
+    for (z, c), (x, _) in zip(latents, rounds(args.batch_gpu, real, None), strict=True):
         with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
-            fake = G.synthesis.grown(mix(G, z_k, c, args, run), noise)
-        found = {}
+            fake = G.synthesis.grown(mix(G, z, c, args, run), noise)
+        row = {}
         for name, img, gamma, reg in (
             ("D_fake", fake, args.r2_gamma, "reg/r2"), ("D_real", x, args.r1_gamma, "reg/r1"),
         ):  # fmt: skip
             img = img.detach().requires_grad_(gamma > 0)
             logits = D(img, c)
-            total = found[name] = discriminator_loss(logits, name == "D_real", args.loss).mean()
+            total = row[name] = discriminator_loss(logits, name == "D_real", args.loss).mean()
             if gamma:
-                found[reg] = (r1_penalty(logits, img) * share_of(D, img)).mean()
-                total = total + gamma / 2 * found[reg]
-            run.backward(total * (len(x) / len(real)))
+                row[reg] = (r1_penalty(logits, img) * share_of(D, img)).mean()
+                total = total + gamma / 2 * row[reg]
+            run.backward(total * (len(x) / n))
         if args.gp_lambda:
             u = run.rand(len(x), 1, 1, 1)
-            found["reg/gp"] = gradient_penalty(D, x, fake, u, c, args.gp_target).mean()
-            run.backward(args.gp_lambda * found["reg/gp"] * (len(x) / len(real)))
-        for name, loss in found.items():
+            row["reg/gp"] = gradient_penalty(D, x, fake, u, c, args.gp_target).mean()
+            run.backward(args.gp_lambda * row["reg/gp"] * (len(x) / n))
+        for name, loss in row.items():
             losses.setdefault(name, []).append(loss.detach())
     return {name: torch.stack(of_rounds).mean() for name, of_rounds in losses.items()}
 
@@ -723,7 +720,7 @@ def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, n
 
     # ---- D, with R1 or WGAN-GP in every step --------------------------------------------------
     D.requires_grad_(True)
-    phase = run.graph(discriminator_phase, opt_D)
+    phase = run.graph(discriminator_phase, opt_D)  # the phase, then a step of opt_D
     losses = phase(G, D, real, real_c, args, run, noise)
 
     # ---- the average of G, of which samples and scores are made: G as it was before this step --
@@ -733,6 +730,9 @@ def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, n
     D.requires_grad_(False)
     phase = run.graph(generator_phase, opt_G)
     return losses | {"G": phase(G, D, len(real), sample_c, args, run, noise)}
+
+
+SWITCHES = ("use_styles", "pixel_norm", "instance_norm", "const_input")  # of G, by --config
 
 
 def new_networks(args, size, c_dim, half):
@@ -749,10 +749,13 @@ def new_networks(args, size, c_dim, half):
 def train(args):
     first = common.first_weights(args)
     given = load_networks(first)[0] if first else {}
+    if args.channels is None:
+        args.channels = next((net.config["img_channels"] for net in given.values()), 3)
     fill_options(args, given)
     run = common.Run("stylegan", args, __file__, own_half=True)
     run.log_every = 1000
-    run.fixed = ("batch", "checkpoint", "config", "loss", *SCHEDULE)
+    run.fixed = ("batch", "checkpoint", "config", "loss", "start_size", "train_kimg", "fade_kimg")
+    run.fixed += ("batches", "batch_max")
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
     source = common.open_images(args.data, args.size, toy)
 
@@ -767,7 +770,7 @@ def train(args):
     levels = {res: data.shrunk(size // res) for res in resolutions(size)}
 
     def image(n):
-        stage = stages[bisect.bisect(stages, n, key=lambda r: r.first) - 1].stage
+        stage = stages[bisect.bisect(stages, n, key=lambda s: s.images) - 1]
         epoch, i = divmod(n, len(data))
         k = common.shuffled(len(data), args.seed, epoch)[i]
         rng = common.item_rng(args.seed, epoch, i)
@@ -788,21 +791,24 @@ def train(args):
     opts = {name: run.adam([nets[name]], LR, BETAS, EPS, capturable=False) for name in "GD"}
 
     examples = common.sample_inputs(G_ema, labels, args.seed)
-    reals = common.grid(data.all(len(examples[0])), 8)
     start = run.restore(nets, opts, {}, data.names)
     run.say(
         f"{len(data)} images of {size}x{size}; G has {common.count(G):,} parameters,"
         f" D {common.count(D):,};"
-        f" from {stages[0].stage.res} to {stages[-1].stage.res} pixels, in batches of"
-        f" {', '.join(str(n) for n in dict.fromkeys(r.stage.batch for r in stages))}"
+        f" from {stages[0].res} to {stages[-1].res} pixels, in batches of"
+        f" {', '.join(str(n) for n in dict.fromkeys(s.batch for s in stages))};"
+        f" loss {args.loss}, R1 {args.r1_gamma:.3g}"
     )
+    most = max(s.batch for s in stages)
+    if len(data) < most:
+        run.say(f"only {len(data)} images: a batch of {most} holds each more than once")
     if start == 0:
-        run.save_picture(reals, "reals")
+        run.save_picture(common.grid(data.all(len(examples[0])), 8), "reals")
 
     for step, (real, *real_c) in run.batches(image, start, len(stages) * REPEATS):
         real_c = real_c[0] if real_c else None
-        _, age, stage = stages[step // REPEATS]
-        age += step % REPEATS + 1
+        stage = stages[step // REPEATS]
+        age = stage.age + step % REPEATS + 1
 
         # ---- growth: where a fade begins or ends Adam forgets, and other layers are trained -----
         for net in nets.values():
@@ -812,7 +818,7 @@ def train(args):
             for opt in opts.values():
                 opt.state.clear()
             if stage.res > min(levels):
-                levels[stage.res // 2].forget()  # the smaller pictures
+                levels[stage.res // 2].forget()  # cached pictures of the size before
         for opt in opts.values():
             opt.param_groups[0]["eps"] = tensorflow_eps(age)
         run.set_lr(opts.values(), stage.lr)
@@ -846,10 +852,12 @@ def fill_options(args, nets):
     options |= dict(kimg=25000, r1_gamma=0.0, r2_gamma=0.0, gp_lambda=0.0) | row
     loss = LOSSES[args.loss or options["loss"]]
     options |= {name: value for name, value in loss.items() if name in options}
-    for _, net in sorted(nets.items()):  # D first, G decides
-        held = net.config | {"noise_inputs": net.config.get("use_noise", options["noise_inputs"])}
-        held["start_size"] = held["img_resolution"] >> int(held["lod"])  # go on from there
-        if args.config and any(held.get(k, v) != v for k, v in row.items() if k in LAYERS):
+    if nets:  # their layers, from the resolution that they have grown to
+        held = dict(nets[max(nets)].config)  # of G_ema, else G, else D
+        held["start_size"] = held["img_resolution"] >> int(held["lod"])
+        held["noise_inputs"] = held.get("use_noise", options["noise_inputs"])
+        layers = (*SWITCHES, "noise_inputs", "blur")
+        if args.config and any(held.get(k, v) != v for k, v in row.items() if k in layers):
             raise UserError(
                 f"--checkpoint has other layers than row {args.config}: leave --config out."
             )
@@ -873,7 +881,7 @@ def plan_of(args, size, world):
         batch_max=table(args.batch_max), lr=args.lr,
         lr_max=LOSSES[args.loss].get("lr_max", math.inf), rampup_kimg=args.lr_rampup, world=world,
     )  # fmt: skip
-    for batch in {r.stage.batch for r in stages}:
+    for batch in {s.batch for s in stages}:
         if args.batch_gpu and batch // world % min(args.batch_gpu, batch // world):
             raise UserError(f"--batch-gpu {args.batch_gpu} does not divide {batch // world}.")
     return stages
@@ -882,7 +890,7 @@ def plan_of(args, size, world):
 def images_before(stages, step):
     """How many images come before a step."""
     k = min(step // REPEATS, len(stages) - 1)
-    return stages[k].first + (step - k * REPEATS) * stages[k].stage.batch
+    return stages[k].images + (step - k * REPEATS) * stages[k].batch
 
 
 def table(text):
@@ -979,23 +987,22 @@ def from_official(arrays, options=None):
 def official_config(arrays, options):
     """The config of the G or D that holds these tensors, with our names."""
     shape = {name: tuple(t.shape) for name, t in arrays.items()}
-    prefix, rgb = (
-        ("synthesis.", "torgb") if "synthesis.b4.torgb.weight" in shape else ("", "fromrgb")
-    )
-    found = (re.match(rf"{re.escape(prefix)}b(\d+)\.{rgb}\.weight", name) for name in shape)
-    widths = {int(m[1]): shape[m[0]][1 if prefix else 0] for m in sorted(found, key=str) if m}
+    G = "synthesis.b4.torgb.weight" in shape
+    rgb = r"synthesis\.b(\d+)\.torgb\.weight" if G else r"b(\d+)\.fromrgb\.weight"
+    found = (re.fullmatch(rgb, name) for name in shape)
+    widths = {int(m[1]): shape[m[0]][1 if G else 0] for m in found if m}
     if sorted(widths) != resolutions(max(widths, default=0) or 1):
         raise ValueError("no layers 4x4, 8x8, ... of a StyleGAN network")
     size, most = max(widths), max(widths.values())
     narrow = [r * w for r, w in widths.items() if w < most]
     config = dict(channel_max=most, channel_base=max(narrow, default=size * most))
-    last = most if prefix else shape["b4.fc.weight"][0]
+    last = most if G else shape["b4.fc.weight"][0]
     if last > most:  # D's dense layer alone is wider
         config = dict(channel_max=last, channel_base=max(4 * most, 2 * last))
     if widths != {r: channels(r, **config) for r in widths}:
         raise ValueError(f"{widths} channels are not those of a StyleGAN network")
     config |= dict(img_resolution=size, blur=bool(options.get("blur_filter", True)))
-    if not prefix:
+    if not G:
         c_dim = shape["b4.out.weight"][0]
         group = options.get("mbstd_group_size") or 4
         config |= dict(img_channels=shape[f"b{size}.fromrgb.weight"][1])
@@ -1003,12 +1010,10 @@ def official_config(arrays, options):
         return dict(kind="D", c_dim=options.get("label_size", c_dim if c_dim > 1 else 0), **config)
     layers = [n for n in shape if re.fullmatch(r"mapping\.fc\d+\.weight", n)]
     c_dim, z_dim = shape.get("mapping.embed", (0, 0))
-    w_dim, inputs = (shape["mapping.w_avg"][0],) * 2
+    w_dim = inputs = shape["mapping.w_avg"][0]
     if layers:
-        w_dim, inputs = (
-            shape[f"mapping.fc{len(layers) - 1}.weight"][0],
-            shape["mapping.fc0.weight"][1],
-        )
+        w_dim = shape[f"mapping.fc{len(layers) - 1}.weight"][0]
+        inputs = shape["mapping.fc0.weight"][1]
     return dict(
         kind="G", c_dim=c_dim, z_dim=z_dim or inputs, w_dim=w_dim, map_layers=len(layers),
         map_features=shape["mapping.fc0.weight"][0] if len(layers) > 1 else None,
@@ -1149,19 +1154,19 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p, data="toy", batch=32, every="kimg", default_every=None, gpu_precision="fp16+tf32",
-        own_half=True,
+        p, data="toy", batch=32, every="160 to 20 kimg, by resolution,", default_every=None,
+        gpu_precision="fp16+tf32", own_half=True,
     )  # fmt: skip
     common.add_stylegan_train_options(p)
-    p.add("--config", choices=list(CONFIGS), help="row of Table 1: F, or that of --checkpoint")
+    p.add("--config", choices=list(CONFIGS), help="row of Table 1: F; layers are a --checkpoint's")
     p.add("--mirror", action="store_true", help="flip images at random")
-    p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
+    p.add("--channels", type=int, choices=(1, 3), help="3, or 1: greyscale")
     p.add("--kimg", type=number, help="length, in thousands of images: 25000, config A 12000")
     p.add("--start-size", type=number, help="pixels at first: 8, config A 4, or a --checkpoint's")
     p.add("--train-kimg", type=number, default=600, help="of each resolution, before it grows")
     p.add("--fade-kimg", type=common.not_negative_int, default=600, help="to fade in the next one")
     batches = ",".join(f"{res}:{n}" for res, n in BATCHES.items())
-    p.add("--batches", type=table_text, default=batches, help="RES:N,...: instead of --batch")
+    p.add("--batches", type=table_text, default=batches, help="RES:N,...: there, not --batch")
     p.add("--batch-max", type=table_text, help="RES:N,...: limits per process")
     p.add("--loss", choices=list(LOSSES), help="logistic (FFHQ); wgan-gp: as for CelebA-HQ")
     p.add("--r1-gamma", type=from_0, help="weight of R1, with logistic and saturating: 10")
@@ -1180,7 +1185,9 @@ def main(argv=None):
     p.add("--noise-inputs", **noisy, help="in every layer of G: on, rows A to D off")
 
     p = cli.command("generate", generate, "pictures of seeds, figures of the paper, or a film")
-    common.add_generate_options(p, psi=None, cutoff=8)
+    common.add_generate_options(
+        p, psi=None, cutoff=8, psi_rule=f"; default: {PSI}, of figures and rows A and B 1"
+    )
     figures = "of the paper: mixing (Fig. 3), noise (Figs. 4, 5), truncation (Fig. 8)"
     p.add("--figure", choices=list(FIGURES), help=figures)
 

@@ -180,8 +180,8 @@ def modulated_conv2d(
     """Weight modulation and demodulation, sec. 2.2.
 
     x: (N, I, H, W); weight: (O, I, k, k); style: (N, I), around 1.
-    Returns (N, O, H * up / down, ...) and the factors (N, O) by which it must still be multiplied,
-    None without demodulation: the caller does so in one pass with noise, bias and activation.
+    Returns (N, O, H * up / down, ...) and the demodulation (N, O) that it is still to be multiplied
+    by, None without: the caller does so in one pass with noise, bias and activation.
 
     Eq. (1), w' = style * w, is applied to the input channels and Eq. (3), the division by
     |w'|, to the output channels instead of the weights: the same, since convolution is linear.
@@ -191,16 +191,17 @@ def modulated_conv2d(
         # Demodulation cancels scales of weight and style, and their gradients with them; these keep
         # x in the range of float16.
         with torch.no_grad():
-            largest = torch.linalg.vector_norm(weight, math.inf, (1, 2, 3), keepdim=True)
-            largest, of_style = largest * math.sqrt(I * k * k), style.abs().amax(1, keepdim=True)
-        weight, style = weight / largest, style / of_style
-    factors = None
+            w_max = torch.linalg.vector_norm(weight, math.inf, (1, 2, 3), keepdim=True)
+            w_max = w_max * math.sqrt(I * k * k)
+            style_max = style.abs().amax(1, keepdim=True)  # (N, 1)
+        weight, style = weight / w_max, style / style_max
+    demodulation = None
     if demodulate:
         energy = weight.square().sum([2, 3])  # (O, I)
-        factors = (style.square() @ energy.T + 1e-8).rsqrt()  # Eq. (3)
+        demodulation = (style.square() @ energy.T + 1e-8).rsqrt()  # (N, O), Eq. (3)
     x = ops.fused_act(x, scale=style)  # Eq. (1)
     x = ops.conv2d_resample(x, weight.to(x.dtype), fir, up, down, pad, flip_weight=flip_weight)
-    return x, factors
+    return x, demodulation
 
 
 class SynthesisLayer(nn.Module):
@@ -224,22 +225,24 @@ class SynthesisLayer(nn.Module):
     def forward(self, x, w, noise="random", gain=1.0):
         style = self.affine(w)
         # The kernel of an upsampling layer is a true convolution's, the others correlate.
-        x, factors = modulated_conv2d(
-            x, self.weight, style, self.up, 1, 1, self.fir, flip_weight=self.up == 1
+        x, demodulation = modulated_conv2d(
+            x, self.weight, style, up=self.up, pad=1, fir=self.fir, flip_weight=self.up == 1
         )
-        image, strength = None, None
+        noise_map, strength = None, None
         if self.use_noise and noise != "none":
             strength = self.noise_strength
             if noise == "const":
-                image = self.noise_const
+                noise_map = self.noise_const
+            elif noise == "random":
+                noise_map = torch.randn(len(x), 1, *x.shape[2:], device=x.device)
             else:
-                shape = (len(x), 1, *x.shape[2:])
-                image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
+                noise_map = noise(len(x), 1, *x.shape[2:])
         clamp = None if self.clamp is None else self.clamp * gain
-        # gain * lrelu(x * factors + image * strength + bias), clamped: Eq. (3), noise, bias
+        # gain * lrelu(x * demodulation + noise_map * strength + bias), clamped
         return ops.fused_act(
-            x, factors, image, strength, self.bias, "lrelu", gain=ops.SQRT2 * gain, clamp=clamp
-        )
+            x, demodulation, noise_map, strength, self.bias, "lrelu",
+            gain=ops.SQRT2 * gain, clamp=clamp,
+        )  # fmt: skip
 
 
 class ToRGB(nn.Module):
@@ -257,17 +260,17 @@ class ToRGB(nn.Module):
 
     def forward(self, x, w):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
-        # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
-        w = (self.weight.flatten(1) * style[:, None, :]).to(x.dtype)  # Eq. (1)
-        img = ops.to_image(x, w)  # the convolution
+        # Here the weights are the smaller thing to scale: 1x1 kernels.
+        weight = (self.weight.flatten(1) * style[:, None, :]).to(x.dtype)  # (N, O, I), Eq. (1)
+        img = ops.to_image(x, weight)  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
 
-def block_type(block, x):
+def block_type(block):
     """The type that a block computes in: its half type on a GPU, else that of its weights."""
-    half = block.half if x.is_cuda else None
-    return half or block.conv1.weight.dtype
+    weight = block.conv1.weight
+    return (block.half if weight.is_cuda else None) or weight.dtype
 
 
 class SynthesisBlock(nn.Module):
@@ -294,10 +297,10 @@ class SynthesisBlock(nn.Module):
 
     def forward(self, x, img, ws, noise="random"):
         if x is None:
-            x = self.const[None].to(block_type(self, self.const)).repeat(len(ws[0]), 1, 1, 1)
+            x = self.const[None].to(block_type(self)).repeat(len(ws[0]), 1, 1, 1)
             x = self.conv1(x, ws[0], noise)
         else:
-            x = x.to(block_type(self, x))
+            x = x.to(block_type(self))
             if self.architecture == "resnet":
                 y = self.skip(x, gain=math.sqrt(0.5))
                 x = self.conv0(x, ws[0], noise)
@@ -340,8 +343,8 @@ class SynthesisNetwork(nn.Module):
         architecture="skip", half_res=0, half="float16", clamp=None, use_noise=True,
     ):  # fmt: skip
         super().__init__()
-        I, self.num_ws = 0, 2 * int(math.log2(img_resolution)) - 2
         self.resolutions = resolutions(img_resolution)
+        I, self.num_ws = 0, 2 * len(self.resolutions)
         for res in self.resolutions:
             O, last = channels(res, channel_base, channel_max), res == img_resolution
             kind = half_type(res, img_resolution, half_res, half)
@@ -352,13 +355,9 @@ class SynthesisNetwork(nn.Module):
             I = O
 
     def forward(self, ws, noise="random"):
-        x = img = None
-        ws, first = ws.unbind(1), 0
-        for res in self.resolutions:
-            convs = 1 if res == 4 else 2
-            block = getattr(self, f"b{res}")
-            x, img = block(x, img, ws[first : first + convs + 1], noise)
-            first += convs
+        x, img, ws = None, None, ws.unbind(1)
+        for i, res in enumerate(self.resolutions):  # a block's last w is the next one's first, too
+            x, img = getattr(self, f"b{res}")(x, img, ws[max(2 * i - 1, 0) : 2 * i + 2], noise)
         return img
 
 
@@ -423,7 +422,7 @@ class DiscriminatorBlock(nn.Module):
         self.register_buffer("fir", fir_filter(), persistent=False)
 
     def forward(self, x, img):
-        dtype = block_type(self, img if x is None else x)
+        dtype = block_type(self)
         x = None if x is None else x.to(dtype)
         if hasattr(self, "fromrgb"):
             y = self.fromrgb(img.to(dtype))
@@ -514,15 +513,6 @@ def build(config):
 # =============================================================================
 
 
-def mixed_ws(G, z, c, z2, crossover):
-    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
-    sec. 3.1); crossover = num_ws mixes nothing."""
-    ws = G.mapping(z, c)
-    ws2 = G.mapping(z2, c, update_avg=False)
-    first = torch.arange(ws.shape[1], device=ws.device) < crossover
-    return torch.where(first[None, :, None], ws, ws2)
-
-
 def logistic_loss(logits, real):
     """-log sigmoid of +-logits: how far D is from calling the images real (True) or not. (N,)
 
@@ -559,13 +549,23 @@ def path_lengths(G, ws, y, noise="random"):
 # =============================================================================
 # Each phase adds the gradients of its loss, in rounds of at most --batch-gpu samples, whose means
 # sum up, as in the official code: Adam does not mind the factor. All random choices are tensors,
-# drawn in every step: so phases can be CUDA graphs, and choices equal for any number of processes.
+# drawn in every step: so phases can be CUDA graphs, and choices equal for any number of processes,
+# if the rounds are the same.
 
 
 def rounds(size, z, c):
     """(z, c) in pieces of `size` samples; None: all at once."""
     pieces = z.split(size or len(z))
     return zip(pieces, [None] * len(pieces) if c is None else c.split(size or len(z)), strict=True)
+
+
+def mixed_ws(G, z, c, z2, crossover):
+    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
+    sec. 3.1); crossover = num_ws mixes nothing."""
+    ws = G.mapping(z, c)
+    ws2 = G.mapping(z2, c, update_avg=False)
+    first = torch.arange(ws.shape[1], device=ws.device) < crossover
+    return torch.where(first[None, :, None], ws, ws2)
 
 
 def mix(G, z, c, args, run):
@@ -592,11 +592,11 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
-    losses, whole = [], args.batch_gpu or n  # a round of the other phases
-    size = whole // PL_SHRINK
-    n = n // whole * size
+    losses, at_once = [], args.batch_gpu or n
+    size = at_once // PL_SHRINK  # of each round
+    n_pl = n // at_once * size
     res, C = G.config["img_resolution"], G.config["img_channels"]
-    for z, c in rounds(size, run.randn(n, G.config["z_dim"]), sample_c(n)):
+    for z, c in rounds(size, run.randn(n_pl, G.config["z_dim"]), sample_c(n_pl)):
         ws = mix(G, z, c, args, run)
         lengths = path_lengths(G, ws, run.randn(len(z), C, res, res), noise)
         # The running mean includes these lengths and passes their gradients on, as officially.
@@ -648,7 +648,7 @@ def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noi
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)
+    phase = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
     losses["G"] = phase(G, D, n, sample_c, args, run, noise)
     if args.pl_weight and step % args.pl_every == 0:
         phase = run.graph(path_length_phase, opt_G)
@@ -694,6 +694,8 @@ def new_networks(args, size, c_dim, half):
 def train(args):
     first = common.first_weights(args)
     given = load_networks(first)[0] if first else {}
+    if args.channels is None:
+        args.channels = next((net.config["img_channels"] for net in given.values()), 3)
     fill_options(args, given)
     run = common.Run("stylegan2", args, __file__, own_half=True)
     run.log_every, run.fixed = 1000, ("batch", "checkpoint", "config")
@@ -730,7 +732,7 @@ def train(args):
     pl_mean = torch.zeros((), device=run.device)
 
     start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, data.names)
-    n = args.batch_gpu or args.batch // run.world
+    n = args.batch_gpu  # what D sees at once
     run.say(
         f"{len(data)} images of {size}x{size}; G has {common.count(G):,} parameters,"
         f" D {common.count(D):,};"
@@ -774,9 +776,10 @@ def fill_options(args, nets):
 
 
 def check_options(args, world):
-    n = args.batch_gpu or args.batch // world
-    if args.batch // world % n:
-        raise UserError(f"--batch-gpu {n} does not divide the {args.batch // world} of a process.")
+    share = args.batch // world
+    n = args.batch_gpu = min(args.batch_gpu or share, share)
+    if share % n:
+        raise UserError(f"--batch-gpu {n} does not divide the {share} of a process.")
     if n % min(args.mbstd_group, n):
         raise UserError(
             f"--mbstd-group {args.mbstd_group} does not divide the {n} images that D sees at once."
@@ -880,7 +883,7 @@ def main(argv=None):
     common.add_stylegan_train_options(p)
     p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
     p.add("--mirror", action="store_true", help="flip images at random")
-    p.add("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale")
+    p.add("--channels", type=int, choices=(1, 3), help="3, or 1: greyscale")
     p.add("--kimg", type=number, default=25000, help="length, in thousands of images")
     p.add("--G", choices=("skip", "resnet", "orig"), help="architecture, Fig. 7: skip")
     p.add("--D", choices=("resnet", "skip", "orig"), help="likewise: resnet")

@@ -19,13 +19,15 @@ In this file, after the networks of StyleGAN2         paper
     python stylegan2.py project --checkpoint RUN --input FACE.png
 
 Results: README. Differs from the paper, with the official PyTorch code (NVlabs/
-stylegan2-ada-pytorch): r_t counts the logits of R1 steps, too; flips and turns pass through the
-wavelet resampler and so are not exact to the pixel.
+stylegan2-ada-pytorch): r_t counts the logits of R1 steps, too; p may pass 1; D maps labels by eight
+layers; flips and turns pass through the wavelet resampler and so are not exact to the pixel. Unlike
+it: by default convolutions in the lower resolutions are TF32.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import math
 import sys
 
@@ -72,7 +74,7 @@ CONFIGS = {  # appendix D and the official train.py; gpus: how many share the ba
 
 def auto_config(res, gpus, batch=None):
     """--config auto, of the official train.py: sensible values for a resolution and a number of
-    GPUs. They follow --batch if given; there, they stay those of the batch that it replaces."""
+    GPUs. They follow a --batch that is given, where officially they would stay as without it."""
     batch = batch or max(min(gpus * min(4096 // res, 32), 64), gpus)
     return dict(
         gpus=gpus, batch=batch, mbstd_group=min(batch // gpus, 4), map_layers=2,
@@ -81,7 +83,7 @@ def auto_config(res, gpus, batch=None):
     )  # fmt: skip
 
 
-# What a plain `python stylegan2_ada.py` trains: 200 faces, on two CPU cores in ten minutes or so.
+# What a plain `python stylegan2_ada.py` trains: 200 faces, on two CPU cores in minutes.
 TOY = dict(size=32, subset=200, channel_base=512, channel_max=64, z_dim=64, w_dim=64)
 TOY |= dict(noise_inputs=False)  # cartoons have no stochastic detail: noise would stay as specks
 TOY |= dict(kimg=60, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ada_kimg=30, every=5)
@@ -210,8 +212,8 @@ def modulated_conv2d(
     """Weight modulation and demodulation, sec. 2.2.
 
     x: (N, I, H, W); weight: (O, I, k, k); style: (N, I), around 1.
-    Returns (N, O, H * up / down, ...) and the factors (N, O) by which it must still be multiplied,
-    None without demodulation: the caller does so in one pass with noise, bias and activation.
+    Returns (N, O, H * up / down, ...) and the demodulation (N, O) that it is still to be multiplied
+    by, None without: the caller does so in one pass with noise, bias and activation.
 
     Eq. (1), w' = style * w, is applied to the input channels and Eq. (3), the division by
     |w'|, to the output channels instead of the weights: the same, since convolution is linear.
@@ -221,16 +223,17 @@ def modulated_conv2d(
         # Demodulation cancels scales of weight and style, and their gradients with them; these keep
         # x in the range of float16.
         with torch.no_grad():
-            largest = torch.linalg.vector_norm(weight, math.inf, (1, 2, 3), keepdim=True)
-            largest, of_style = largest * math.sqrt(I * k * k), style.abs().amax(1, keepdim=True)
-        weight, style = weight / largest, style / of_style
-    factors = None
+            w_max = torch.linalg.vector_norm(weight, math.inf, (1, 2, 3), keepdim=True)
+            w_max = w_max * math.sqrt(I * k * k)
+            style_max = style.abs().amax(1, keepdim=True)  # (N, 1)
+        weight, style = weight / w_max, style / style_max
+    demodulation = None
     if demodulate:
         energy = weight.square().sum([2, 3])  # (O, I)
-        factors = (style.square() @ energy.T + 1e-8).rsqrt()  # Eq. (3)
+        demodulation = (style.square() @ energy.T + 1e-8).rsqrt()  # (N, O), Eq. (3)
     x = ops.fused_act(x, scale=style)  # Eq. (1)
     x = ops.conv2d_resample(x, weight.to(x.dtype), fir, up, down, pad, flip_weight=flip_weight)
-    return x, factors
+    return x, demodulation
 
 
 class SynthesisLayer(nn.Module):
@@ -254,22 +257,24 @@ class SynthesisLayer(nn.Module):
     def forward(self, x, w, noise="random", gain=1.0):
         style = self.affine(w)
         # The kernel of an upsampling layer is a true convolution's, the others correlate.
-        x, factors = modulated_conv2d(
-            x, self.weight, style, self.up, 1, 1, self.fir, flip_weight=self.up == 1
+        x, demodulation = modulated_conv2d(
+            x, self.weight, style, up=self.up, pad=1, fir=self.fir, flip_weight=self.up == 1
         )
-        image, strength = None, None
+        noise_map, strength = None, None
         if self.use_noise and noise != "none":
             strength = self.noise_strength
             if noise == "const":
-                image = self.noise_const
+                noise_map = self.noise_const
+            elif noise == "random":
+                noise_map = torch.randn(len(x), 1, *x.shape[2:], device=x.device)
             else:
-                shape = (len(x), 1, *x.shape[2:])
-                image = torch.randn(shape, device=x.device) if noise == "random" else noise(*shape)
+                noise_map = noise(len(x), 1, *x.shape[2:])
         clamp = None if self.clamp is None else self.clamp * gain
-        # gain * lrelu(x * factors + image * strength + bias), clamped: Eq. (3), noise, bias
+        # gain * lrelu(x * demodulation + noise_map * strength + bias), clamped
         return ops.fused_act(
-            x, factors, image, strength, self.bias, "lrelu", gain=ops.SQRT2 * gain, clamp=clamp
-        )
+            x, demodulation, noise_map, strength, self.bias, "lrelu",
+            gain=ops.SQRT2 * gain, clamp=clamp,
+        )  # fmt: skip
 
 
 class ToRGB(nn.Module):
@@ -287,17 +292,17 @@ class ToRGB(nn.Module):
 
     def forward(self, x, w):
         style = self.affine(w) / math.sqrt(self.weight.shape[1])
-        # Here the weights are the smaller thing to scale: (N, O, I) of 1x1 kernels.
-        w = (self.weight.flatten(1) * style[:, None, :]).to(x.dtype)  # Eq. (1)
-        img = ops.to_image(x, w)  # the convolution
+        # Here the weights are the smaller thing to scale: 1x1 kernels.
+        weight = (self.weight.flatten(1) * style[:, None, :]).to(x.dtype)  # (N, O, I), Eq. (1)
+        img = ops.to_image(x, weight)  # the convolution
         img = ops.bias_act(img, self.bias, clamp=self.clamp)
         return img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
 
 
-def block_type(block, x):
+def block_type(block):
     """The type that a block computes in: its half type on a GPU, else that of its weights."""
-    half = block.half if x.is_cuda else None
-    return half or block.conv1.weight.dtype
+    weight = block.conv1.weight
+    return (block.half if weight.is_cuda else None) or weight.dtype
 
 
 class SynthesisBlock(nn.Module):
@@ -324,10 +329,10 @@ class SynthesisBlock(nn.Module):
 
     def forward(self, x, img, ws, noise="random"):
         if x is None:
-            x = self.const[None].to(block_type(self, self.const)).repeat(len(ws[0]), 1, 1, 1)
+            x = self.const[None].to(block_type(self)).repeat(len(ws[0]), 1, 1, 1)
             x = self.conv1(x, ws[0], noise)
         else:
-            x = x.to(block_type(self, x))
+            x = x.to(block_type(self))
             if self.architecture == "resnet":
                 y = self.skip(x, gain=math.sqrt(0.5))
                 x = self.conv0(x, ws[0], noise)
@@ -370,8 +375,8 @@ class SynthesisNetwork(nn.Module):
         architecture="skip", half_res=0, half="float16", clamp=None, use_noise=True,
     ):  # fmt: skip
         super().__init__()
-        I, self.num_ws = 0, 2 * int(math.log2(img_resolution)) - 2
         self.resolutions = resolutions(img_resolution)
+        I, self.num_ws = 0, 2 * len(self.resolutions)
         for res in self.resolutions:
             O, last = channels(res, channel_base, channel_max), res == img_resolution
             kind = half_type(res, img_resolution, half_res, half)
@@ -382,13 +387,9 @@ class SynthesisNetwork(nn.Module):
             I = O
 
     def forward(self, ws, noise="random"):
-        x = img = None
-        ws, first = ws.unbind(1), 0
-        for res in self.resolutions:
-            convs = 1 if res == 4 else 2
-            block = getattr(self, f"b{res}")
-            x, img = block(x, img, ws[first : first + convs + 1], noise)
-            first += convs
+        x, img, ws = None, None, ws.unbind(1)
+        for i, res in enumerate(self.resolutions):  # a block's last w is the next one's first, too
+            x, img = getattr(self, f"b{res}")(x, img, ws[max(2 * i - 1, 0) : 2 * i + 2], noise)
         return img
 
 
@@ -453,7 +454,7 @@ class DiscriminatorBlock(nn.Module):
         self.register_buffer("fir", fir_filter(), persistent=False)
 
     def forward(self, x, img):
-        dtype = block_type(self, img if x is None else x)
+        dtype = block_type(self)
         x = None if x is None else x.to(dtype)
         if hasattr(self, "fromrgb"):
             y = self.fromrgb(img.to(dtype))
@@ -555,11 +556,8 @@ CATEGORIES = {  # appendix B: what each --augpipe is made of, in the order in wh
     "noise": ("noise",),
     "cutout": ("cutout",),
 }
-# bg: the first two categories, bgc: the first three, ...
-PIPES = CATEGORIES | {
-    letters: sum(list(CATEGORIES.values())[: len(letters)], ())
-    for letters in ("bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
-}
+UNIONS = ("blit", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")  # each has one category more
+PIPES = CATEGORIES | dict(zip(UNIONS, itertools.accumulate(CATEGORIES.values()), strict=True))
 
 STRENGTHS = dict(
     xint_max=0.125,  # of the image's side, uniform to both sides
@@ -577,8 +575,7 @@ STRENGTHS = dict(
     cutout_size=0.5,  # of the image's side
 )
 
-# sym6, the orthogonal wavelet whose lowpass resamples images, and the octave bands of sym2: rows
-# from the lowest octave, [0, pi/8], to the highest, [pi/2, pi], that add up to a unit impulse.
+# sym6, the orthogonal wavelet whose lowpass resamples images; LOW, HIGH: of sym2.
 SYM6 = (
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
@@ -589,10 +586,13 @@ BAND_POWER = np.array([10, 1, 1, 1]) / 13  # expected, of natural images with th
 
 
 def octave_bands():
-    """The four bandpass filters (4, 43) of the image-space filtering."""
+    """The bandpass filters (4, 43) of the image-space filtering, from the lowest octave, [0, pi/8],
+    to the highest, [pi/2, pi]. They add up to a unit impulse."""
 
     def spread(h, k):  # k - 1 zeros between taps
-        return np.kron(h, np.eye(1, k)[0])[: 1 - k]
+        row = np.zeros(k * (len(h) - 1) + 1)
+        row[::k] = h
+        return row
 
     low = np.convolve(spread(LOW, 2), LOW)
     rows = [
@@ -835,15 +835,6 @@ class AugmentPipe(nn.Module):
 # All but the last are StyleGAN2's, which the sections and equations belong to.
 
 
-def mixed_ws(G, z, c, z2, crossover):
-    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
-    sec. 3.1); crossover = num_ws mixes nothing."""
-    ws = G.mapping(z, c)
-    ws2 = G.mapping(z2, c, update_avg=False)
-    first = torch.arange(ws.shape[1], device=ws.device) < crossover
-    return torch.where(first[None, :, None], ws, ws2)
-
-
 def logistic_loss(logits, real):
     """-log sigmoid of +-logits: how far D is from calling the images real (True) or not. (N,)
 
@@ -900,6 +891,15 @@ def rounds(size, z, c):
     return zip(pieces, [None] * len(pieces) if c is None else c.split(size or len(z)), strict=True)
 
 
+def mixed_ws(G, z, c, z2, crossover):
+    """ws (N, num_ws, w_dim) of z, from layer `crossover` () on those of z2 (style mixing, StyleGAN
+    sec. 3.1); crossover = num_ws mixes nothing."""
+    ws = G.mapping(z, c)
+    ws2 = G.mapping(z2, c, update_avg=False)
+    first = torch.arange(ws.shape[1], device=ws.device) < crossover
+    return torch.where(first[None, :, None], ws, ws2)
+
+
 def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer and of fresh latents above;
     one layer for all samples."""
@@ -924,11 +924,11 @@ def generator_phase(G, D, T, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
-    losses, whole = [], args.batch_gpu or n  # a round of the other phases
-    size = whole // PL_SHRINK
-    n = n // whole * size
+    losses, at_once = [], args.batch_gpu or n
+    size = at_once // PL_SHRINK  # of each round
+    n_pl = n // at_once * size
     res, C = G.config["img_resolution"], G.config["img_channels"]
-    for z, c in rounds(size, run.randn(n, G.config["z_dim"]), sample_c(n)):
+    for z, c in rounds(size, run.randn(n_pl, G.config["z_dim"]), sample_c(n_pl)):
         ws = mix(G, z, c, args, run)
         lengths = path_lengths(G, ws, run.randn(len(z), C, res, res), noise)
         # The running mean includes these lengths and passes their gradients on, as officially.
@@ -1008,7 +1008,7 @@ def train_step(
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)
+    phase = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
     losses = {"G": phase(G, D, T, n, sample_c, args, run, noise)}
     if args.pl_weight and step % args.pl_every == 0:  # of images as they are: G alone is judged
         phase = run.graph(path_length_phase, opt_G)
@@ -1100,6 +1100,18 @@ def overfitting(D, T, sets, size):
     return row
 
 
+CURVES = {  # the panels of progress.png: names in log.jsonl and metrics.jsonl
+    "mean logits of D: real and fake in training": ("D/real", "D/fake"),
+    "mean logits of D, the paper's Fig. 1": ("D/train", "D/heldout", "D/generated"),
+    "r_t and signs of D": ("ada/r_t", "D/sign_real", "D/sign_fake"),
+    "p": ("ada/p",),
+    "R1": ("reg/r1",),
+    "path length": ("reg/pl_mean", "reg/pl"),
+    "losses": ("loss/G", "loss/D_real", "loss/D_fake"),
+    "distance to all pictures": ("fd8", "fid"),
+}
+
+
 def train(args):
     first = common.first_weights(args)
     given = load_networks(first)[0] if first else {}
@@ -1108,7 +1120,7 @@ def train(args):
     toy = common.TOY_CLASSES if args.cond else common.TOY_FACES
     source = common.open_images(args.data, args.size, toy)
     pictures, size = common.square_pictures(args, source, args.channels)
-    if not args.resume:
+    if not args.resume:  # which keeps what it began with, on any number of processes
         fill_options(args, given, size, common.world_size())
     run = common.Run("stylegan2_ada", args, __file__, own_half=True)
     run.log_every, run.fixed = 1000, ("batch", "checkpoint", "config")
@@ -1123,7 +1135,9 @@ def train(args):
     def image(n):
         epoch, i = divmod(n, copies * N)
         k = common.shuffled(copies * N, args.seed, epoch)[i]
-        pixels = pictures[chosen[k % N]][:, :: -1 if k >= N else 1]
+        pixels = pictures[chosen[k % N]]
+        if k >= N:
+            pixels = pixels[:, ::-1]
         return (pixels,) if labels is None else (pixels, labels[chosen[k % N]])
 
     def sample_c(n):
@@ -1255,18 +1269,6 @@ def check_options(args, size, world):
         raise UserError(
             f"--augpipe {args.augpipe} filters images of 32 pixels or more, not {size}."
         )
-
-
-CURVES = {  # the panels of progress.png: names in log.jsonl and metrics.jsonl
-    "mean logits of D: real and fake in training": ("D/real", "D/fake"),
-    "mean logits of D, the paper's Fig. 1": ("D/train", "D/heldout", "D/generated"),
-    "r_t and signs of D": ("ada/r_t", "D/sign_real", "D/sign_fake"),
-    "p": ("ada/p",),
-    "R1": ("reg/r1",),
-    "path length": ("reg/pl_mean", "reg/pl"),
-    "losses": ("loss/G", "loss/D_real", "loss/D_fake"),
-    "distance to all pictures": ("fd8", "fid"),
-}
 
 
 # =============================================================================

@@ -884,10 +884,10 @@ def test_stylegan2_trains_on_the_kernels(device, monkeypatch, half, allowed, arc
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     if device == "cpu":  # where the networks would stay in float32
         of_weights = stylegan2.block_type
-        monkeypatch.setattr(stylegan2, "block_type", lambda b, x: b.half or of_weights(b, x))
+        monkeypatch.setattr(stylegan2, "block_type", lambda b: b.half or of_weights(b))
     with common.exact_float32(device):  # the rounding of TF32 is larger than what is allowed
         mine = gradients_of_phases(G, D, device)
-        monkeypatch.setattr(stylegan2, "block_type", lambda b, x: b.conv1.weight.dtype)
+        monkeypatch.setattr(stylegan2, "block_type", lambda b: b.conv1.weight.dtype)
         monkeypatch.setattr(ops, "kernels", lambda x, impl: None)
         exact = gradients_of_phases(G, D, device)
     for name, wanted in exact.items():
@@ -908,7 +908,7 @@ def test_stylegan_trains_on_the_kernels(device, monkeypatch, half, allowed):
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     of_weights = stylegan.block_type
     if device == "cpu":  # where the networks would stay in float32
-        monkeypatch.setattr(stylegan, "block_type", lambda b, x: b.half or of_weights(b, x))
+        monkeypatch.setattr(stylegan, "block_type", lambda b: b.half or of_weights(b))
     options = dict(r1_gamma=1, r2_gamma=0, gp_lambda=0, loss="logistic", mixing=0.9, batch_gpu=None)
     args, filters = types.SimpleNamespace(**options), []
     apply = ops.Upfirdn2d.apply
@@ -931,7 +931,7 @@ def test_stylegan_trains_on_the_kernels(device, monkeypatch, half, allowed):
     with common.exact_float32(device):  # the rounding of TF32 is larger than what is allowed
         mine = gradients()
         assert filters
-        monkeypatch.setattr(stylegan, "block_type", lambda b, x: b.conv1.weight.dtype)
+        monkeypatch.setattr(stylegan, "block_type", lambda b: b.conv1.weight.dtype)
         monkeypatch.setattr(ops, "kernels", lambda x, impl: None)
         exact = gradients()
     for a, b in zip(mine, exact, strict=True):

@@ -298,19 +298,19 @@ def test_crossovers_lie_in_the_layers_that_are_grown(monkeypatch):
 
 def test_the_published_schedule_of_1024_pixels():
     stages = stylegan.plan(8500, size=1024)
-    lods = [math.ceil(r.stage.lod) for r in stages if r.age == 0]
+    lods = [math.ceil(s.lod) for s in stages if s.age == 0]
     assert lods == [7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0]  # fades begin just below theirs
     for kimg, res, batch, lr in [
         (0, 8, 256, 0.001), (700, 16, 128, 0.001), (2000, 32, 64, 0.001), (3100, 64, 32, 0.001),
         (4300, 128, 32, 0.0015), (6500, 256, 32, 0.002), (7000, 512, 32, 0.003),
         (8450, 1024, 32, 0.003),
     ]:  # fmt: skip
-        stage = next(r.stage for r in stages if r.first >= kimg * 1000)
+        stage = next(s for s in stages if s.images >= kimg * 1000)
         assert (stage.res, stage.batch) == (res, batch) and math.isclose(stage.lr, lr), kimg
-    images, (first, _, last) = stylegan.images_before, stages[-1]
-    assert images(stages, 5) == 5 * 256 and images(stages, 4 * len(stages) - 4) == first
-    assert images(stages, 4 * len(stages)) == first + 4 * last.batch >= 8_500_000
-    assert max(r.stage.lr for r in stylegan.plan(8500, size=1024, lr_max=0.002)) == 0.002
+    images, last = stylegan.images_before, stages[-1]
+    assert images(stages, 5) == 5 * 256 and images(stages, 4 * len(stages) - 4) == last.images
+    assert images(stages, 4 * len(stages)) == last.images + 4 * last.batch >= 8_500_000
+    assert max(s.lr for s in stylegan.plan(8500, size=1024, lr_max=0.002)) == 0.002
 
 
 def test_real_images_are_averages_of_boxes_and_fade_with_their_own(tmp_path):

@@ -966,7 +966,7 @@ def test_the_pipe_networks_and_losses_can_be_pasted_elsewhere(trained):
     text = (ROOT / "stylegan2_ada.py").read_text()
     bar = "# " + "=" * 77 + "\n"
     sections = dict(zip(*[iter(text.split(bar)[1:])] * 2, strict=True))
-    names = "import functools\nimport math\nimport numpy as np\nimport torch\n"
+    names = "import functools\nimport itertools\nimport math\nimport numpy as np\nimport torch\n"
     names += "import torch.nn.functional as F\nfrom torch import nn\nimport ops_cuda as ops\n"
     here = {}
     code = [sections[f"# {name}\n"] for name in ("Networks", "Augmentation", "Losses")]
