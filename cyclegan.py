@@ -70,8 +70,7 @@ class InstanceNorm(nn.InstanceNorm2d):
 
 def norm2d(norm, C):
     """The normalisation of C channels: 'instance' (the paper), 'batch' or 'none'."""
-    layers = {"instance": InstanceNorm, "batch": nn.BatchNorm2d}
-    return layers[norm](C) if norm != "none" else nn.Identity()
+    return {"instance": InstanceNorm, "batch": nn.BatchNorm2d, "none": nn.Identity}[norm](C)
 
 
 def init_weights(net, std=INIT_STD):
@@ -109,7 +108,7 @@ class ResnetGenerator(nn.Module):
     the official code. Under autocast the result has the type of x, so that losses stay float32.
     """
 
-    multiple = 4  # of which H and W must be
+    multiple = 4  # H and W must be multiples of it
 
     def __init__(
         self, in_channels=3, out_channels=3, ngf=64, blocks=9, norm="instance", dropout=False
@@ -127,21 +126,23 @@ class ResnetGenerator(nn.Module):
         for C in (2 * ngf, ngf):  # u128, u64
             layers += [nn.ConvTranspose2d(2 * C, C, 3, 2, padding=1, output_padding=1, bias=bias)]
             layers += [norm2d(norm, C), nn.ReLU()]
-        layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, out_channels, 7), nn.Tanh()]  # c7s1-3
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, out_channels, 7), nn.Tanh()]  # c7s1-3,
+        # but with a tanh for norm and ReLU, as in the official code
         self.model = nn.Sequential(*layers)
 
     def forward(self, x):
-        if ops.kernels(x, None) is None:
-            return self.model(x).to(x.dtype)
-        # The same in fewer passes over memory, see ops.through. Layers 0-9 stand before the blocks.
-        # These begin with a padding; as that of a sum is the sum of the paddings, what goes from
-        # block to block can stay padded.
-        layers, end = list(self.model), 10 + self.config["blocks"]
+        fused = ops.kernels(x, None) is not None
+        return (self.in_fewer_passes(x) if fused else self.model(x)).to(x.dtype)
+
+    def in_fewer_passes(self, x):
+        """model(x) on a GPU, see ops.through. What goes from block to block stays padded, since the
+        padding of a sum is the sum of the paddings."""
+        layers, end = list(self.model), 10 + self.config["blocks"]  # 0-9 stand before the blocks
         y = ops.through([*layers[:10], nn.ReflectionPad2d(1)], x)
         for block in layers[10:end]:
             padding, *rest = block.conv_block
             y = ops.through([*rest, padding], y, residual=y)
-        return ops.through(layers[end:], y[:, :, 1:-1, 1:-1]).to(x.dtype)
+        return ops.through(layers[end:], y[:, :, 1:-1, 1:-1])
 
 
 class UnetLevel(nn.Module):
@@ -191,7 +192,7 @@ class UnetGenerator(nn.Module):
         C = [ngf * min(2**j, 8) for j in range(downs)]  # 64, 128, 256, 512, 512, ...
         level = None
         for j in range(downs - 1, 0, -1):  # from the innermost level outwards
-            middle = 4 <= j < downs - 1  # the levels of 512 channels but the innermost
+            middle = 4 <= j < downs - 1  # 512 to 512 channels, but not the innermost
             level = UnetLevel(C[j - 1], C[j], level, norm, dropout=dropout and middle)
         self.model = UnetLevel(in_channels, C[0], level, norm, out_channels)
 
@@ -214,6 +215,8 @@ class PatchDiscriminator(nn.Module):
         C = [ndf * min(2**i, 8) for i in range(n_layers + 1)]
         layers = [nn.Conv2d(in_channels, C[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, n_layers + 1):
+            # Ck has stride 2 in appendix 7.2. The official code's last has 1: with 2 a patch would
+            # have 94 pixels, not the 70 that the paper states.
             stride = 2 if i < n_layers else 1
             layers += [nn.Conv2d(C[i - 1], C[i], 4, stride, padding=1, bias=norm == "instance")]
             layers += [norm2d(norm, C[i]), nn.LeakyReLU(0.2)]
@@ -279,17 +282,23 @@ def gradient_penalty(D, real, fake, alpha):
     return ((grads.flatten(1) + 1e-16).norm(2, dim=1) - 1).square().mean()
 
 
+def forward_both(net, x, y):
+    """net(x), net(y): as one batch, which is faster, or as two where a batch norm would mix them or
+    sizes differ."""
+    if net.config["norm"] == "batch" or x.shape[1:] != y.shape[1:]:
+        return net(x), net(y)
+    return net(torch.cat([x, y])).split([len(x), len(y)])
+
+
 def discriminator_loss(D, real, fake, mode="lsgan"):
     """Half the sum for real and fake pictures: "we divide the objective by 2" (appendix 7.1)."""
     on_real, on_fake = forward_both(D, real, fake)
     return (adversarial_loss(on_real, True, mode) + adversarial_loss(on_fake, False, mode)) / 2
 
 
-def forward_both(net, x, y):
-    """net(x), net(y) in one pass, or in two where a batch norm would mix them or sizes differ."""
-    if net.config["norm"] == "batch" or x.shape[1:] != y.shape[1:]:
-        return net(x), net(y)
-    return net(torch.cat([x, y])).split([len(x), len(y)])
+# =============================================================================
+# Training
+# =============================================================================
 
 
 class ImagePool:
@@ -334,17 +343,12 @@ class ImagePool:
             self.images, self.count = state["images"], state["count"]
 
 
-# =============================================================================
-# Training
-# =============================================================================
-
-
 def lr_factor(epoch, policy="linear", epochs=EPOCHS, epochs_decay=None, every=50):
     """What the learning rate is multiplied by in `epoch` = 1 .. epochs.
 
     linear: 1, then straight down over the last `epochs_decay` epochs (None: half of all), to
-    1 / (epochs_decay + 1) in the last (sec. 4; the official code of 2018-2020 and 2025). step: a
-    tenth of it after each `every` epochs. cosine: half a cosine over the flat epochs, then up.
+    1 / (epochs_decay + 1) in the last (sec. 4; the official code of 2018-2020 and 2025). step:
+    times 0.1 after every `every` epochs. cosine: down over the flat epochs, then up again.
     """
     epochs_decay = epochs // 2 if epochs_decay is None else epochs_decay
     flat = epochs - epochs_decay
@@ -427,9 +431,7 @@ def new_networks(args):
     G = dict(kind="resnet", blocks=args.blocks or (9 if args.crop_size >= 256 else 6))
     if args.G != "resnet":
         G = dict(kind="unet", downs={"unet_256": 8, "unet_128": 7}[args.G])
-    D = dict(kind="patch", n_layers=args.n_layers if args.D == "n_layers" else 3)
-    if args.D == "pixel":
-        D = dict(kind="pixel")
+    D = dict(kind="pixel") if args.D == "pixel" else dict(kind="patch", n_layers=args.n_layers)
     G |= dict(ngf=args.ngf, norm=args.norm, dropout=args.dropout)
     D |= dict(ndf=args.ndf, norm=args.norm)
     A, B = args.channels_A, args.channels_B
@@ -440,6 +442,81 @@ def new_networks(args):
         "D_B": build(D | dict(in_channels=B)),
     }
     return {name: init_weights(net, args.init_gain) for name, net in nets.items()}
+
+
+def train(args):
+    run = common.Run("cyclegan", args, script=__file__, precision="bf16")
+    run.fixed += ("G", "blocks", "D", "n_layers", "ngf", "ndf", "norm", "dropout")
+    one_size = args.preprocess.endswith("crop")  # CUDA graphs, cuDNN's search of algorithms need it
+    run.records = one_size
+    torch.backends.cudnn.benchmark = one_size
+    if args.preprocess == "resize_and_crop" and args.crop_size > args.load_size:
+        raise UserError(f"--crop-size {args.crop_size} is above --load-size {args.load_size}.")
+    source = common.open_data(args.data, size=args.load_size)
+
+    # ---- networks, optimisers, pools ----------------------------------------------------------
+    nets = new_networks(args)
+    if run.weights:
+        found = load_networks(run.weights, args.direction)[0]
+        if not args.resume:
+            new = ", ".join(name for name in nets if name not in found) or "none"
+            run.say(f"{', '.join(found)} with their sizes are those of {run.weights}; new: {new}")
+        nets |= found
+    A, B = args.channels_A, args.channels_B
+    common.check_channels(nets, {"G_AB": [A, B], "G_BA": [B, A], "D_A": [A], "D_B": [B]})
+    common.check_size(nets, args.crop_size)
+    nets = {k: net.to(run.device, memory_format=run.order) for k, net in nets.items()}
+    G_AB, G_BA, D_A, D_B = nets.values()
+    betas = (args.beta1, BETAS[1])
+    opts = {"G": run.adam([G_AB, G_BA], args.lr, betas), "D": run.adam([D_A, D_B], args.lr, betas)}
+    pools = {"fake_A": ImagePool(args.pool_size), "fake_B": ImagePool(args.pool_size)}
+
+    # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
+    multiple = max(G_AB.multiple, G_BA.multiple)
+    data_A, data_B = (open_domain(args, source, part, multiple) for part in ("trainA", "trainB"))
+    most = max(len(data_A), len(data_B))
+    steps_per_epoch = most // args.batch
+    if steps_per_epoch == 0:
+        raise UserError(f"--data {args.data}: {most} images, --batch is {args.batch}. Lower it.")
+    crop = args.crop_size if args.preprocess.endswith("crop") else None
+    crop_and_flip = functools.partial(common.crop_and_flip, crop=crop, flip=args.flip)
+
+    def pair(n):
+        epoch, i = divmod(n, steps_per_epoch * args.batch)
+        rng = common.item_rng(args.seed, epoch, i)
+        a = common.shuffled(most, args.seed, epoch)[i] % len(data_A)
+        b = rng.integers(len(data_B))  # B anew at random for every A: the data are unpaired
+        return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
+
+    examples = fixed_examples(args, source)
+    scored = common.has_subset(source, "testA") and common.has_subset(source, "testB")
+    start = run.restore(nets, opts, pools, [*data_A.names, *data_B.names])
+    run.say(
+        f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps;"
+        " G_AB translates A to B, G_BA translates B to A"
+    )
+
+    for step, (real_A, real_B) in run.batches(pair, start, steps_per_epoch * args.epochs):
+        epoch = step // steps_per_epoch + 1
+        lr = args.lr * lr_factor(
+            epoch, args.lr_policy, args.epochs, args.epochs_decay, args.lr_decay_every
+        )
+        run.set_lr(opts.values(), lr)
+        losses = train_step(nets.values(), opts.values(), pools.values(), real_A, real_B, args, run)
+        run.log(losses, epoch=epoch, lr=lr)
+        done = run.steps_done
+        keep = done % (steps_per_epoch * args.keep_every) == 0 or done == run.total
+        if keep or run.due(args.every):
+            run.save_picture(sample_sheet(G_AB, G_BA, examples, run.device))
+            if keep and scored and run.rank == 0:
+                run.save_scores(scores(G_AB, G_BA, args, source, run.device, say=run.say))
+            run.save(keep=keep)
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+# =============================================================================
+# Official checkpoints
+# =============================================================================
 
 
 def from_official(arrays):
@@ -499,13 +576,15 @@ def load_networks(path, direction="AtoB"):
     from a folder of official latest_net_*.pth."""
     official = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}  # theirs: ours
     alone = "G_AB" if direction == "AtoB" else "G_BA"
-    files = {ours: Path(path, f"latest_net_{name}.pth") for name, ours in official.items()}
-    files = {name: f for name, f in files.items() if f.is_file()}
-    path = common.last_checkpoint(path) or path
-    path = Path(path, "latest_net_G.pth") if Path(path, "latest_net_G.pth").is_file() else path
-    named = [ours for name, ours in official.items() if Path(path).stem.endswith(f"net_{name}")]
+    files = {ours: Path(path, f"latest_net_{theirs}.pth") for theirs, ours in official.items()}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if not files:  # one file: ours, of all networks, or an official one
+        lone = Path(path, "latest_net_G.pth")
+        file = lone if lone.is_file() else Path(common.last_checkpoint(path) or path)
+        said = [ours for theirs, ours in official.items() if file.stem.endswith(f"net_{theirs}")]
+        files = {said[0] if said else alone: file}
     nets, options = {}, {}
-    for name, file in (files or {(named or [alone])[0]: path}).items():
+    for name, file in files.items():
         found, options = common.load_networks(file, "cyclegan", build, from_official)
         nets |= {name: found} if isinstance(found, nn.Module) else found
     for name, net in nets.items():
@@ -514,91 +593,24 @@ def load_networks(path, direction="AtoB"):
     return nets, options
 
 
+# =============================================================================
+# evaluate, translate, app
+# =============================================================================
+
+
 def open_domain(args, source, part, multiple=None):
-    """The pictures of `part` (trainA, ...) as arrays, prepared for training (`multiple`: of which
-    sides must be), or, without it, by the official test rule: the whole picture at crop size."""
-    rule = (args.preprocess, args.load_size) if multiple else ("resize_and_crop", args.crop_size)
-    prepare = functools.partial(common.resize_for, *rule, args.crop_size, multiple)
+    """The pictures of `part` (trainA, ...) as arrays. For training by --preprocess, with sides that
+    are multiples of `multiple`; with None by the official test rule: all of it, at crop size."""
+    mode, size = "resize_and_crop", args.crop_size
+    if multiple:
+        mode, size = args.preprocess, args.load_size
+    prepare = functools.partial(common.resize_for, mode, size, args.crop_size, multiple)
     return common.ImageSet(common.subset(source, part), prepare, pil_mode(args, part), args.cache)
 
 
 def pil_mode(args, part):
     """Pillow's mode of the pictures of a part or domain: trainA, A, ..."""
     return "L" if vars(args)[f"channels_{part[-1]}"] == 1 else "RGB"
-
-
-def train(args):
-    run = common.Run("cyclegan", args, script=__file__, precision="bf16")
-    run.fixed += ("G", "blocks", "D", "n_layers", "ngf", "ndf", "norm", "dropout")
-    # CUDA graphs, and cuDNN's search for algorithms, are for pictures of one size.
-    run.records = torch.backends.cudnn.benchmark = args.preprocess.endswith("crop")
-    if args.preprocess == "resize_and_crop" and args.crop_size > args.load_size:
-        raise UserError(f"--crop-size {args.crop_size} is above --load-size {args.load_size}.")
-    source = common.open_data(args.data, size=args.load_size)
-
-    # ---- networks, optimisers, pools ----------------------------------------------------------
-    nets = new_networks(args)
-    if run.weights:
-        found = load_networks(run.weights, args.direction)[0]
-        if not args.resume:
-            new = ", ".join(name for name in nets if name not in found) or "none"
-            run.say(f"{', '.join(found)} with their sizes are those of {run.weights}; new: {new}")
-        nets |= found
-    A, B = args.channels_A, args.channels_B
-    common.check_channels(nets, {"G_AB": [A, B], "G_BA": [B, A], "D_A": [A], "D_B": [B]})
-    common.check_size(nets, args.crop_size)
-    nets = {k: net.to(run.device, memory_format=run.order) for k, net in nets.items()}
-    G_AB, G_BA, D_A, D_B = nets.values()
-    betas = (args.beta1, BETAS[1])
-    opts = {"G": run.adam([G_AB, G_BA], args.lr, betas), "D": run.adam([D_A, D_B], args.lr, betas)}
-    pools = {"fake_A": ImagePool(args.pool_size), "fake_B": ImagePool(args.pool_size)}
-
-    # ---- data: pair n is a pure function of (seed, n) -----------------------------------------
-    multiple = max(G_AB.multiple, G_BA.multiple)
-    data_A, data_B = (open_domain(args, source, part, multiple) for part in ("trainA", "trainB"))
-    most = max(len(data_A), len(data_B))
-    steps_per_epoch = most // args.batch
-    if steps_per_epoch == 0:
-        raise UserError(f"--data {args.data}: {most} images, --batch is {args.batch}. Lower it.")
-    crop = args.crop_size if args.preprocess.endswith("crop") else None
-    crop_and_flip = functools.partial(common.crop_and_flip, crop=crop, flip=args.flip)
-
-    def pair(n):
-        epoch, i = divmod(n, steps_per_epoch * args.batch)
-        rng = common.item_rng(args.seed, epoch, i)
-        a = common.shuffled(most, args.seed, epoch)[i] % len(data_A)
-        b = rng.integers(len(data_B))  # B anew at random for every A: the data are unpaired
-        return crop_and_flip(data_A[a], rng=rng), crop_and_flip(data_B[b], rng=rng)
-
-    examples = fixed_examples(args, source)
-    start = run.restore(nets, opts, pools, [*data_A.names, *data_B.names])
-    run.say(
-        f"{len(data_A)} images of A, {len(data_B)} of B: an epoch is {steps_per_epoch} steps;"
-        " G_AB translates A to B, G_BA translates B to A"
-    )
-
-    for step, (real_A, real_B) in run.batches(pair, start, steps_per_epoch * args.epochs):
-        epoch = step // steps_per_epoch + 1
-        lr = args.lr * lr_factor(
-            epoch, args.lr_policy, args.epochs, args.epochs_decay, args.lr_decay_every
-        )
-        run.set_lr(opts.values(), lr)
-        losses = train_step(nets.values(), opts.values(), pools.values(), real_A, real_B, args, run)
-        run.log(losses, epoch=epoch, lr=lr)
-        done = run.steps_done
-        keep = done % (steps_per_epoch * args.keep_every) == 0 or done == run.total
-        if keep or run.due(args.every):
-            run.save_picture(sample_sheet(G_AB, G_BA, examples, run.device))
-            run.save(keep=keep)
-
-    if run.rank == 0 and common.has_subset(source, "testA") and common.has_subset(source, "testB"):
-        run.save_scores(scores(G_AB, G_BA, args, source, run.device))
-    run.say(f"samples and checkpoint are in {run.folder}")
-
-
-# =============================================================================
-# Pictures and scores
-# =============================================================================
 
 
 def fixed_examples(args, source, n=6):
@@ -625,7 +637,7 @@ def sample_sheet(G_AB, G_BA, examples, device):
     return columns
 
 
-def scores(G_AB, G_BA, args, source, device, inception=None):
+def scores(G_AB, G_BA, args, source, device, inception=None, say=print):
     """Prints and returns the scores of both directions on the test pictures, {direction: scores} as
     of common.translation_scores. A generator that is None leaves out what needs it."""
     data = {d: open_domain(args, source, f"test{d}") for d in "AB"}
@@ -643,7 +655,7 @@ def scores(G_AB, G_BA, args, source, device, inception=None):
         if inception is not None and len(target) > 1 and len(fake) > 1:
             row["fid"] = common.fid_kid(target, fake, inception, args.fid_resize)
         result[f"{A}to{B}"] = row
-        print(f"{A}to{B}: {common.describe_scores(row)}")
+        say(f"{A}to{B}: {common.describe_scores(row)}")
     return result
 
 
@@ -671,11 +683,6 @@ def evaluate(args):
     result = scores(G.get("G_AB"), G.get("G_BA"), args, source, device, inception)
     if args.out:
         common.write_json(args.out, result)
-
-
-# =============================================================================
-# Translating pictures
-# =============================================================================
 
 
 @torch.no_grad()
@@ -746,7 +753,7 @@ def main(argv=None):
     )
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--epochs", type=count, default=EPOCHS, help="length of the training")
-    p.add("--epochs-decay", type=common.not_negative_int, help="of them at a falling rate: half")
+    p.add("--epochs-decay", type=common.not_negative_int, help="the last, at a falling rate: half")
     p.add("--lr", type=above_0, default=LR, help="Adam's learning rate")
     p.add("--beta1", type=common.fraction, default=BETAS[0], help="Adam's first beta")
     p.add("--lr-policy", choices=("linear", "step", "cosine"), default="linear")
@@ -758,8 +765,9 @@ def main(argv=None):
     p.add("--pool-size", type=common.not_negative_int, default=POOL_SIZE, help="past fakes for D")
     p.add("--G", choices=("resnet", "unet_256", "unet_128"), default="resnet")
     p.add("--blocks", type=count, help="residual blocks: 9 from 256 pixels, else 6")
-    p.add("--D", choices=("basic", "n_layers", "pixel"), default="basic", help="basic: 70x70")
-    p.add("--n-layers", type=count, default=3, help="of --D n_layers; 1 to 5 see 16 to 286 pixels")
+    kinds = "a PatchGAN, basic or n_layers, or one of 1x1 patches"
+    p.add("--D", choices=("basic", "n_layers", "pixel"), default="basic", help=kinds)
+    p.add("--n-layers", type=count, default=3, help="of a PatchGAN; 1 to 5 see 16 to 286 pixels")
     p.add("--ngf", type=count, default=64, help="channels after G's first convolution")
     p.add("--ndf", type=count, default=64, help="channels after D's first convolution")
     p.add("--norm", choices=("instance", "batch", "none"), default="instance")

@@ -51,12 +51,15 @@ from common import UserError
 
 LR, LR_F = 1e-4, 1e-6  # of G, D, E and of F, appendix: training details
 BETAS, WEIGHT_DECAY = (0.0, 0.99), 1e-4  # Adam; the decay is added to the gradient
-EMA_BETA = 0.999
-LAMBDA_STY, LAMBDA_CYC, R1_GAMMA = 1.0, 1.0, 1.0
+EMA_BETA = 0.999  # of the averages of G, F and E
+LAMBDA_STY, LAMBDA_CYC, R1_GAMMA = 1.0, 1.0, 1.0  # Eq. (5)
+LAMBDA_DS = 2.0  # likewise, at first: it falls to 0; 1 for CelebA-HQ, see PRESETS
 ITERS, BATCH = 100_000, 8
 CROP_PROB = 0.5  # of a random part of the picture instead of the whole
 OUTPUTS = 10  # translations of a test picture to each domain, appendix: evaluation
 CHANNEL_BASE, CHANNEL_MAX = 2**14, 512  # channels after the first convolution times side; most
+TEST_PARTS = ("val", "test")  # folders of test pictures, beside train
+MOST = 32  # pictures in a row or column of a grid
 SKIPS = {32: 0, 64: 1, 128: 1}  # sides with a high-pass skip: which of the two masks it takes
 
 # What goes with the networks; a --checkpoint has its own.
@@ -212,8 +215,8 @@ class Generator(nn.Module):
     """G: a picture x and a style s -> x in the domain and style of s (Fig. 2a).
 
     forward(x, s, masks=None) -> (N, img_channels, H, W), not limited to [-1, 1]: there is no tanh
-        x: (N, img_channels, H, W) in [-1, 1], of any sides that the halvings divide and leave 2
-        pixels of
+        x: (N, img_channels, H, W) in [-1, 1]; H, W multiples of 2^halvings, one of them at least
+        twice that
         s: (N, style_dim); masks: two of (N, 1, h, w) in [0, 1], where to keep the source's detail,
         for networks with high-pass skips (w_hpf > 0); None: no skips
     Raises ValueError if masks are given to a network without skips.
@@ -436,8 +439,8 @@ def average_of(net):
 @torch.no_grad()
 def update_ema(ema, nets, beta):
     """ema = lerp(nets, ema, beta), parameter by parameter: at 0.999 a half-life of 693 steps."""
-    for mine, new in zip(ema, nets, strict=True):
-        torch._foreach_lerp_(list(mine.parameters()), list(new.parameters()), 1 - beta)
+    for average, net in zip(ema, nets, strict=True):
+        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - beta)
 
 
 def no_masks(img):
@@ -445,33 +448,32 @@ def no_masks(img):
     return None
 
 
-def discriminator_phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run):
-    """Two steps of D, with R1 in each, on fakes in the style of latents z, then of references. One
-    phase, which steps by itself: a recorded one cannot change its guide."""
-    (G, F, E, D), found = nets, {}
-    for guide, style_of, x in (("latent", F, z), ("ref", E, ref)):
-        with torch.no_grad(), run.autocast():
-            fake = G(real, style_of(x, y_ref), masks)
-        with run.autocast():
-            losses = discriminator_losses(D, real, y, fake, y_ref)
-        run.backward(losses["D_real"] + losses["D_fake"] + args.r1_gamma / 2 * losses["reg/r1"])
-        run.step(opt_D)
-        found |= {f"{name}_{guide}": loss.detach() for name, loss in losses.items()}
-    return found
-
-
-def generator_phase(guide, nets, real, y, x, x2, y_ref, masks, masks_of, lambda_ds, args, run):
-    """Gradients of Eq. (5) for those of G, F and E that learn now, of fakes in the style of x.
-
-    guide: "latent" or "ref", which x and x2 are, one for each picture; lambda_ds: ().
-    """
+def discriminator_phase(guide, nets, real, y, given, y_ref, masks, args, run):
+    """Gradients of D for Eq. (1) and R1. guide: "latent" or "ref", what `given` is, latents (N,
+    z_dim) or pictures, in whose styles fakes are made. Returns {name: loss}, unweighted."""
     G, F, E, D = nets
     style_of = F if guide == "latent" else E
-    # On its own, since autocast keeps what it casts within, here without gradients.
     with torch.no_grad(), run.autocast():
-        other = G(real, style_of(x2, y_ref), masks)
+        fake = G(real, style_of(given, y_ref), masks)
     with run.autocast():
-        s = style_of(x, y_ref)
+        losses = discriminator_losses(D, real, y, fake, y_ref)
+    run.backward(losses["D_real"] + losses["D_fake"] + args.r1_gamma / 2 * losses["reg/r1"])
+    return {f"{name}_{guide}": loss.detach() for name, loss in losses.items()}
+
+
+def generator_phase(
+    guide, nets, real, y, given, given2, y_ref, masks, masks_of, lambda_ds, args, run
+):  # fmt: skip
+    """Gradients of Eq. (5) for those of G, F and E that learn now. guide: see discriminator_phase;
+    given2: the others, from which diversity leads away; lambda_ds: (). Returns {name: loss}."""
+    G, F, E, D = nets
+    style_of = F if guide == "latent" else E
+    # In an autocast of its own: it keeps the weights that it casts, and those cast under no_grad
+    # would pass no gradients on below.
+    with torch.no_grad(), run.autocast():
+        other = G(real, style_of(given2, y_ref), masks)
+    with run.autocast():
+        s = style_of(given, y_ref)
         losses = generator_losses(G, E, D, real, y, s, y_ref, other, masks, masks_of)
     total = losses["adv"] + args.lambda_sty * losses["sty"] + args.lambda_cyc * losses["cyc"]
     run.backward(total - lambda_ds * losses["ds"])
@@ -485,9 +487,9 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
     nets, opts: of G, F, E, D; ema: the averages of G, F, E; batch: pictures (N, C, size, size) in
     [-1, 1], two references of one domain for each; their domains y (N,) and y_ref (N,), to which
     latents lead, too; lambda_ds: as of this step; masks_of(picture): G's masks. `run` gives randn,
-    autocast, backward, step, and graph(phase, *optimizers) -> a function of phase's arguments: the
+    autocast, backward, and graph(phase, *optimizers, key) -> a function of phase's arguments: the
     phase, which leaves gradients, and a step of the optimizers. A GPU repeats both as one CUDA
-    graph, so that all that changes must be tensors.
+    graph, for each key, so that all that changes must be tensors.
     """
     (G, F, E, D), (opt_G, opt_F, opt_E, opt_D) = nets, opts
     real, ref, ref2, y, y_ref = batch
@@ -498,19 +500,22 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
 
     # ---- D, in the style of a latent, then of a reference -------------------------------------
     D.requires_grad_(True)
-    phase = run.graph(discriminator_phase)
-    losses = phase(nets, opt_D, real, y, z, ref, y_ref, masks, args, run)
+    losses = {}
+    for guide, given in (("latent", z), ("ref", ref)):
+        phase = run.graph(discriminator_phase, opt_D, key=guide)  # then a step of opt_D
+        losses |= phase(guide, nets, real, y, given, y_ref, masks, args, run)
 
     # ---- G, F and E, in the style of a latent; D only passes gradients on ---------------------
     D.requires_grad_(False)
     phase = run.graph(generator_phase, opt_G, opt_F, opt_E)
-    losses = losses | phase("latent", nets, real, y, z, z2, *rest)
+    losses |= phase("latent", nets, real, y, z, z2, *rest)
 
     # ---- G alone, in the style of a reference -------------------------------------------------
     # E learns to read styles off pictures in the phase above only; its author found results worse
     # when it also learns from this one (clovaai/stargan-v2, issue 44). So it passes gradients on.
     E.requires_grad_(False)
-    losses = losses | run.graph(generator_phase, opt_G)("ref", nets, real, y, ref, ref2, *rest)
+    phase = run.graph(generator_phase, opt_G)
+    losses |= phase("ref", nets, real, y, ref, ref2, *rest)
     E.requires_grad_(True)
 
     # ---- the averages, with which samples, scores and translations are made -------------------
@@ -529,6 +534,104 @@ def new_networks(args, domains):
         "D": Discriminator(domains=domains, **both),
     }
     return {name: init_weights(net) for name, net in nets.items()}
+
+
+def train(args):
+    first = common.first_weights(args)
+    given = load_networks(first)[0] if first else {}
+    fill_options(args, given)
+    args.ds_iters = args.ds_iters or args.iters  # stays when a finished run is lengthened
+    run = common.Run("stargan_v2", args, script=__file__, precision="bf16")
+    run.fixed += ("preset",)
+    source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
+
+    # ---- data: item n is a pure function of (seed, n) -----------------------------------------
+    # Twice the size is what crops of larger pictures are made of.
+    prepare = functools.partial(common.at_most, 2 * args.size)
+    domains = open_domains(args, source, ["train"], prepare)
+    args.domains = ",".join(domains)
+    data = list(domains.values())
+
+    def item(n):
+        """A picture of a random domain, two references of another or the same, both domains: each
+        domain is as likely as any other, however many pictures it has."""
+        rng = common.item_rng(args.seed, 0, n)
+        y, y_ref = rng.integers(len(data), size=2)
+        chosen = [data[d][rng.integers(len(data[d]))] for d in (y, y_ref, y_ref)]
+        crop = functools.partial(common.crop_and_squeeze, size=args.size, rng=rng)
+        pictures = [crop(x, crop_prob=args.crop_prob, flip=args.flip) for x in chosen]
+        return *pictures, np.array([y, y_ref])
+
+    # ---- networks, their averages, optimisers -------------------------------------------------
+    nets = new_networks(args, len(data))
+    nets |= {f"{name}_ema": average_of(nets[name]) for name in "GFE"}
+    if given:
+        common.copy_matching(nets, given, run.say)
+    if args.w_hpf > 0:
+        resumed = run.weights is not None and run.weights != args.checkpoint
+        nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
+    nets = {name: net.to(run.device, memory_format=run.order) for name, net in nets.items()}
+    masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks
+    trained, ema = [nets[name] for name in "GFED"], [nets[f"{name}_ema"] for name in "GFE"]
+    rates = dict(G=args.lr, F=args.lr_f, E=args.lr, D=args.lr)
+    opts = {
+        name: run.adam([nets[name]], lr, BETAS, weight_decay=WEIGHT_DECAY)
+        for name, lr in rates.items()
+    }
+
+    shown = open_shown(args, source, list(domains))
+    examples = [images.all(2) for images in shown.values()]
+    scored = any(common.has_subset(source, part) for part in TEST_PARTS)
+    names = [f"{name}/{path}" for name, images in domains.items() for path in images.names]
+    start = run.restore(nets, opts, {}, names)
+    counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
+    if args.w_hpf > 0:
+        run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")
+    run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
+    if len(names) < args.batch:
+        run.say(f"only {len(names)} pictures: a batch of {args.batch} holds each more than once")
+
+    for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
+        y, y_ref = ys.unbind(1)
+        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters)
+        batch = (real, ref, ref2, y, y_ref)
+        losses = train_step(trained, ema, opts.values(), batch, lambda_ds, args, run, masks_of)
+        run.log(losses, lambda_ds=round(lambda_ds, 4))
+        last = run.steps_done == run.total
+        keep = last or run.due(args.keep_every * args.batch)
+        if keep or run.due(args.every * args.batch):
+            if run.rank == 0:
+                sheets = sample_sheets(ema, examples, list(domains), masks_of)
+                for name, (columns, rows) in sheets.items():
+                    run.save_picture(columns, f"{run.steps_done:07d}-{name}", rows)
+            if scored and run.rank == 0:
+                row = scores(ema, shown, source.is_toy, masks_of)
+                run.save_scores(row)
+                run.say(common.describe_scores(row))
+            run.save(keep=keep)
+    run.say(f"samples and checkpoint are in {run.folder}")
+
+
+def fill_options(args, nets):
+    """Sizes that were left out: those of the networks to start from, else the paper's."""
+    held = dict(SIZES)
+    for name in ("F", "E", "G"):
+        net = nets.get(name) or nets.get(f"{name}_ema")
+        config = net.config if net else {}
+        held |= {k: v for k, v in config.items() if k in held}
+        held["channels"] = config.get("img_channels", held["channels"])
+    common.set_missing(args, held)
+    if args.size < 32 or args.size & (args.size - 1):
+        raise UserError(f"--size {args.size}: a power of two from 32 on is needed.")
+    if args.channel_base < args.size:
+        raise UserError(f"--channel-base {args.channel_base} leaves no channels at {args.size} px.")
+    if args.w_hpf > 0 and args.size < 64:
+        raise UserError(f"--w-hpf {args.w_hpf:g} needs pictures of --size 64 or more.")
+
+
+# =============================================================================
+# Official checkpoints
+# =============================================================================
 
 
 # Names of networks in official checkpoints: ours.
@@ -610,21 +713,9 @@ def load_networks(path):
     return common.load_networks(path, "stargan_v2", build, from_official)
 
 
-def fill_options(args, nets):
-    """Sizes that were left out: those of the networks to start from, else the paper's."""
-    held = dict(SIZES)
-    for name in ("F", "E", "G"):
-        net = nets.get(name) or nets.get(f"{name}_ema")
-        config = net.config if net else {}
-        held |= {k: v for k, v in config.items() if k in held}
-        held["channels"] = config.get("img_channels", held["channels"])
-    common.set_missing(args, held)
-    if args.size < 32 or args.size & (args.size - 1):
-        raise UserError(f"--size {args.size}: a power of two from 32 on is needed.")
-    if args.channel_base < args.size:
-        raise UserError(f"--channel-base {args.channel_base} leaves no channels at {args.size} px.")
-    if args.w_hpf > 0 and args.size < 64:
-        raise UserError(f"--w-hpf {args.w_hpf:g} needs pictures of --size 64 or more.")
+# =============================================================================
+# translate, app, evaluate
+# =============================================================================
 
 
 def open_domains(args, source, parts, prepare):
@@ -654,89 +745,6 @@ def open_domains(args, source, parts, prepare):
     for images in data.values():
         images.room = next(iter(data.values())).room  # one limit of memory for all
     return data
-
-
-def train(args):
-    first = common.first_weights(args)
-    given = load_networks(first)[0] if first else {}
-    fill_options(args, given)
-    args.ds_iters = args.ds_iters or args.iters  # stays when a finished run is lengthened
-    run = common.Run("stargan_v2", args, script=__file__, precision="bf16")
-    run.fixed += ("preset",)
-    source = common.open_data(args.data, size=args.size, toy=common.TOY_DOMAIN_FOLDERS)
-
-    # ---- data: item n is a pure function of (seed, n) -----------------------------------------
-    # Twice the size is what crops of larger pictures are made of.
-    prepare = functools.partial(common.at_most, 2 * args.size)
-    domains = open_domains(args, source, ["train"], prepare)
-    args.domains = ",".join(domains)
-    data = list(domains.values())
-
-    def item(n):
-        """A picture of a random domain, two references of another or the same, both domains: each
-        domain is as likely as any other, however many pictures it has."""
-        rng = common.item_rng(args.seed, 0, n)
-        y, y_ref = rng.integers(len(data), size=2)
-        chosen = [data[d][rng.integers(len(data[d]))] for d in (y, y_ref, y_ref)]
-        crop = functools.partial(common.crop_and_squeeze, size=args.size, rng=rng)
-        pictures = [crop(x, crop_prob=args.crop_prob, flip=args.flip) for x in chosen]
-        return *pictures, np.array([y, y_ref])
-
-    # ---- networks, their averages, optimisers -------------------------------------------------
-    nets = new_networks(args, len(data))
-    nets |= {f"{name}_ema": average_of(nets[name]) for name in "GFE"}
-    if given:
-        common.copy_matching(nets, given, run.say)
-    if args.w_hpf > 0:
-        resumed = run.weights is not None and run.weights != args.checkpoint
-        nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
-    nets = {name: net.to(run.device, memory_format=run.order) for name, net in nets.items()}
-    masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks
-    trained, ema = [nets[name] for name in "GFED"], [nets[f"{name}_ema"] for name in "GFE"]
-    rates = dict(G=args.lr, F=args.lr_f, E=args.lr, D=args.lr)
-    opts = {
-        name: run.adam([nets[name]], lr, BETAS, weight_decay=WEIGHT_DECAY)
-        for name, lr in rates.items()
-    }
-
-    shown = open_shown(args, source, list(domains))
-    examples = [images.all(2) for images in shown.values()]
-    scored = any(common.has_subset(source, part) for part in TEST_PARTS)
-    names = [f"{name}/{path}" for name, images in domains.items() for path in images.names]
-    start = run.restore(nets, opts, {}, names)
-    counts = ", ".join(f"{len(images)} of {name}" for name, images in domains.items())
-    if args.w_hpf > 0:
-        run.say("masks of face landmarks are on; for other data than photos of faces: --w-hpf 0")
-    run.say(f"{len(data)} domains of {args.size}x{args.size} pictures: {counts}")
-    if len(names) < args.batch:
-        run.say(f"only {len(names)} pictures: a batch of {args.batch} holds each more than once")
-
-    for step, (real, ref, ref2, ys) in run.batches(item, start, args.iters):
-        y, y_ref = ys.unbind(1)
-        lambda_ds = lambda_ds_at(step, args.lambda_ds, args.ds_iters)
-        batch = (real, ref, ref2, y, y_ref)
-        losses = train_step(trained, ema, opts.values(), batch, lambda_ds, args, run, masks_of)
-        run.log(losses, lambda_ds=round(lambda_ds, 4))
-        last = run.steps_done == run.total
-        keep = last or run.due(args.keep_every * args.batch)
-        if keep or run.due(args.every * args.batch):
-            if run.rank == 0:
-                sheets = sample_sheets(ema, examples, list(domains), masks_of)
-                for name, (columns, rows) in sheets.items():
-                    run.save_picture(columns, f"{run.steps_done:07d}-{name}", rows)
-            if scored and run.rank == 0:
-                row = scores(ema, shown, source.is_toy, masks_of)
-                run.save_scores(row)
-                run.say(common.describe_scores(row))
-            run.save(keep=keep)
-    run.say(f"samples and checkpoint are in {run.folder}")
-
-
-# =============================================================================
-# Pictures and scores
-# =============================================================================
-
-TEST_PARTS = ("val", "test")  # folders beside train
 
 
 def open_shown(args, source, domains):
@@ -785,17 +793,15 @@ def styles_of_references(E, images, y, batch=16):
 @torch.no_grad()
 def styles_of_latents(F, z, y, psi=1.0):
     """s (N, style_dim) of z (N, z_dim) in domain y; psi: 1 as they are, 0 their domain's mean."""
+    z = z.to(device_of(F))
+    s = F(z, torch.full((len(z),), y, device=z.device))
+    return s if psi == 1 else mean_style(F, y).to(s.dtype).lerp(s, psi)
 
-    def styles(z):
-        z = z.to(device_of(F))
-        return F(z, torch.full((len(z),), y, device=z.device))
 
-    s = styles(z)
-    if psi == 1:
-        return s
-    # Of 10,000 latents, always the same.
-    many = torch.randn(10_000, F.config["z_dim"], generator=torch.Generator().manual_seed(0))
-    return styles(many.to(z.dtype)).mean(0).lerp(s, psi)
+def mean_style(F, y):
+    """(style_dim,): the mean style of 10,000 latents in domain y, always the same."""
+    z = torch.randn(10_000, F.config["z_dim"], generator=torch.Generator().manual_seed(0))
+    return styles_of_latents(F, z.to(next(F.parameters()).dtype), y).mean(0)
 
 
 def table(G, sources, styles, firsts, masks_of):
@@ -864,16 +870,13 @@ def scores(ema, tests, is_toy, masks_of, n=50, diverse=10):
         if is_toy:
             images, name = list(tests.values())[a], list(tests)[b]
             pair["true"] = images.counterparts(name, images.mode, n)
-            mean = translated(G, x, styles_of_latents(F, z[:1], b, psi=0.0), masks)
+            mean = translated(G, x, mean_style(F, b)[None], masks)
             errors.append(common.mean_abs(mean, pair["true"]))
         for name, images in pair.items():
             parts.setdefault(name, []).append(images)
     row = common.translation_scores(**{name: torch.cat(images) for name, images in parts.items()})
     row["diversity"] = float(np.mean(diversity))
     return row | (dict(error_in_mean_style=float(np.mean(errors))) if is_toy else {})
-
-
-MOST = 32  # pictures in a row or column of a grid
 
 
 def networks_of(args):
@@ -1073,9 +1076,7 @@ def app(args):
     common.serve_page(args, title, function, domains=names, styles=True)
 
 
-# =============================================================================
-# Evaluation
-# =============================================================================
+# ---- evaluate: the protocol of the appendix ------------------------------------------------------
 # Appendix: every test picture goes to every other domain, ten times. LPIPS tells how much the ten
 # differ, FID whether all look like the domain's training pictures. Tables 2 and 3 have the means
 # over the pairs of domains.
@@ -1171,8 +1172,7 @@ def evaluate(args):
         for name in (name for name in train if name != target):
             x = pictures[name]
             if source.is_toy:
-                z = torch.zeros(1, nets["F"].config["z_dim"])
-                s = styles_of_latents(nets["F"], z, y, psi=0.0)
+                s = mean_style(nets["F"], y)[None]
                 in_mean_style = translated(nets["G"], x, s, masks_for(x, masks_of, device))
                 true = tests[name].counterparts(target, tests[name].mode)
             for mode, s in random_styles(nets, y, len(x), pictures[target], rng).items():
@@ -1223,7 +1223,7 @@ def main(argv=None):
     p.add("--lr", type=above_0, default=LR, help="Adam's learning rate, of G, D and E")
     p.add("--lr-f", type=above_0, default=LR_F, help="that of the mapping network F")
     p.add("--lambda-sty", type=from_0, default=LAMBDA_STY, help="weight of style reconstruction")
-    p.add("--lambda-ds", type=from_0, default=2.0, help="of diversity, at first; faces: 1")
+    p.add("--lambda-ds", type=from_0, default=LAMBDA_DS, help="of diversity, at first; faces: 1")
     p.add("--ds-iters", type=count, help="until that weight is 0: as --iters at first")
     p.add("--lambda-cyc", type=from_0, default=LAMBDA_CYC, help="weight of cycle consistency")
     p.add("--r1-gamma", type=from_0, default=R1_GAMMA, help="weight of R1, halved")

@@ -241,7 +241,7 @@ def of_stargan_v2(what, args, device):
     def step(k):
         stargan_v2.train_step(trained, ema, opts, (real, *refs, y, y_ref), 1.0, args, run)
 
-    names = ("D", "G, F, E by latents", "G by references")
+    names = ("D by latents", "D by references", "G, F, E by latents", "G by references")
     return Work(step, batch, run, names)
 
 

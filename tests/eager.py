@@ -2,7 +2,7 @@
 
 
 class Eager:
-    def graph(self, phase, *optimizers):
+    def graph(self, phase, *optimizers, key=None):
         """phase, then self.step of the optimisers with the gradients that it left."""
 
         def phase_and_step(*args):

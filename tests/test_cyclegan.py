@@ -737,3 +737,22 @@ def test_training_skips_one_bad_file_in_a_hundred_and_refuses_more(capsys, tmp_p
     (tmp_path / "d/trainA/008.jpg").write_text("not a picture")
     line = fails(capsys, *options)
     assert "2 of 122" in line and ".jpg" in line
+
+
+def test_the_networks_and_losses_can_be_pasted_elsewhere():
+    text = (ROOT / "cyclegan.py").read_text()
+    bar = "# " + "=" * 77 + "\n"
+    sections = dict(zip(*[iter(text.split(bar)[1:])] * 2, strict=True))
+    names = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+    names += "import ops_cuda as ops\nINIT_STD = 0.02\n"
+    here = {}
+    exec(names + sections["# Networks\n"] + sections["# Losses\n"], here)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    for kind in ("resnet", "unet"):
+        size = dict(blocks=1) if kind == "resnet" else dict(downs=5)
+        G = here["init_weights"](here["build"](dict(kind=kind, ngf=4, **size)))
+        for D in (here["PatchDiscriminator"](ndf=4), here["PixelDiscriminator"](ndf=4)):
+            loss = here["discriminator_loss"](D, x, G(x))
+            loss += here["gradient_penalty"](D, x, G(x), torch.rand(2, 1))
+            assert loss.isfinite() and loss > 0
