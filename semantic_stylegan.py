@@ -2,14 +2,14 @@
 Image Synthesis and Editing" (Shi, Yang, Wan, Shen 2021, arXiv:2112.02236).
 
 In this file, in the order of the signal              paper
-    MappingNetwork, mixed_ws                          sec. 3.1: z to a code for each region
+    MappingNetwork                                    sec. 3.1: z to a code for each region
     LocalGenerators                                   sec. 3.1, Fig. 3: one small MLP per region
     fusion_weights                                    sec. 3.2: a softmax of pseudo-depths
     RenderNet                                         sec. 3.3: image and segmentation of features
     Discriminator                                     sec. 3.4: two branches, image and segmentation
     logistic_loss, r1_penalties, path_lengths         sec. 3.4, StyleGAN2's
     mask_loss                                         sec. 3.3: segmentation stays near the masks
-    train                                             sec. 3.4, 4; adaptation: sec. 4.4
+    mixed_ws, train                                   sec. 3.4, 4; adaptation: sec. 4.4
     compose, edit, invert, evaluate                   sec. 4.2, 4.3: what the regions are good for
 
     python semantic_stylegan.py                       # toy faces and their regions, 2 CPU cores
@@ -59,8 +59,8 @@ from common import UserError
 LR, BETAS = 0.002, (0.0, 0.99)  # Adam, before the correction for lazy regularization
 R1_EVERY, PL_EVERY = 16, 4  # lazy regularization, StyleGAN2 sec. 3.1
 R1_IMG, R1_SEG = 10.0, 1000.0  # D reacts to masks far more strongly than to images, sec. 3.4
-PL_WEIGHT, PL_DECAY, PL_SHRINK = 0.5, 0.01, 2  # path lengths of half a batch
-LAMBDA_MASK = 100.0
+PL_WEIGHT, PL_DECAY, PL_SHRINK = 0.5, 0.01, 2  # official code; path lengths of half a batch
+LAMBDA_MASK = 100.0  # of mask_loss
 MIXING = 0.3  # of a batch: codes of two latents in one face
 EMA_BETA = 0.5 ** (32 / 10_000)  # half-life of 312 steps, whatever the batch
 ITERS, BATCH = 200_000, 16
@@ -206,12 +206,14 @@ class LocalLayer(nn.Module):
 
     def forward(self, x, w):
         N, (K, O, I) = len(w), self.weight.shape
+        # The style A w / sqrt(w_dim) + b of all regions in one product, over sqrt(I), which is the
+        # equalized scale of `weight`.
         style = torch.baddbmm(
             self.affine_bias[:, None], w.transpose(0, 1), self.affine_weight.mT,
             beta=1 / math.sqrt(I), alpha=1 / math.sqrt(I * w.shape[2]),
-        ).transpose(0, 1)  # (N, K, I), with the scale of an equalized weight  # fmt: skip
+        ).transpose(0, 1)  # (N, K, I)  # fmt: skip
         weight = self.weight * style.contiguous()[:, :, None]  # (N, K, O, I)
-        weight = weight * (weight.square().sum(3, keepdim=True) + 1e-8).rsqrt()
+        weight = weight * (weight.square().sum(3, keepdim=True) + 1e-8).rsqrt()  # demodulated
         weight = weight.flatten(0, 1)  # (N * K, O, I)
         if x.ndim == 2:
             x = (weight.flatten(0, 1) @ x).view(N, K * O, -1, 1)
@@ -413,10 +415,14 @@ class Generator(nn.Module):
             raise ValueError(f"{K} regions of {layers} layers: ws and codes would be of one width")
         if not all(0 < k < K for k in see_through):
             raise ValueError(f"see-through regions {see_through}: they go from 1 to {K - 1}")
-        given = dict(locals()) | dict(regions=list(regions), see_through=list(see_through))
         super().__init__()
-        unsaved = ("self", "__class__", "K")
-        self.config = {"kind": "G"} | {k: v for k, v in given.items() if k not in unsaved}
+        self.config = dict(
+            kind="G", size=size, regions=list(regions), w_dim=w_dim, map_layers=map_layers,
+            channels=channels, coarse_size=coarse_size, min_size=min_size, layers=layers,
+            base_layers=base_layers, depth_layers=depth_layers, local_channels=local_channels,
+            coarse_channels=coarse_channels, residual_refine=residual_refine,
+            detach_texture=detach_texture, see_through=list(see_through), use_noise=use_noise,
+        )  # fmt: skip
         self.num_ws = base_layers + 2 * K
         self.mapping = MappingNetwork(w_dim, self.num_ws, map_layers)
         self.position = FourierFeatures(local_channels, coarse_size, int(math.log2(size)))
@@ -536,20 +542,6 @@ def build(config):
 # =============================================================================
 
 
-def mixed_ws(ws, ws2, r):
-    """Style mixing of a model of regions: ws (N, num_ws, w_dim) with codes of ws2 where r says so.
-
-    r: (N, K) of 0: both codes of the region stay, 1: its texture is ws2's, 2: structure and
-    texture are. Base codes stay, and a region never has another's structure with its own texture.
-    """
-    K = r.shape[1]
-    base, regions = ws.split([ws.shape[1] - 2 * K, 2 * K], 1)
-    other = ws2[:, -2 * K :].unflatten(1, (K, 2))
-    takes = torch.stack([r == 2, r >= 1], 2)[..., None]  # (N, K, 2, 1): structure, texture
-    regions = torch.where(takes, other, regions.unflatten(1, (K, 2)))
-    return torch.cat([base, regions.flatten(1, 2)], 1)
-
-
 def logistic_loss(logits, real):
     """-log sigmoid of +-logits: how far D is from calling the images real (True) or not. (N,)
 
@@ -577,8 +569,8 @@ def mask_loss(seg, coarse):
 
 
 def path_lengths(img, codes, y):
-    """|J_w^T y| of each sample (N,), StyleGAN2 Eq. (4), of images (N, 3, H, W) alone. y: likewise
-    ~ N(0, 1); codes: (N, K * layers, w_dim), what the images were made of; all rows count alike.
+    """|J_w^T y| of each sample (N,), StyleGAN2 Eq. (4), of img (N, 3, H, W) alone. y: ~ N(0, 1), of
+    its shape; codes: (N, K * layers, w_dim), what img was made of; all rows count alike.
 
     y is divided by the image side and squares are averaged over rows, as in the official code.
     """
@@ -595,9 +587,23 @@ def path_lengths(img, codes, y):
 # equal for any number of processes.
 
 
+def mixed_ws(ws, ws2, r):
+    """Style mixing of a model of regions: ws (N, num_ws, w_dim) with codes of ws2 where r says so.
+
+    r: (N, K) of 0: both codes of the region stay, 1: its texture is ws2's, 2: structure and
+    texture are. Base codes stay, and a region never has another's structure with its own texture.
+    """
+    K = r.shape[1]
+    base, regions = ws.split([ws.shape[1] - 2 * K, 2 * K], 1)
+    other = ws2[:, -2 * K :].unflatten(1, (K, 2))
+    takes = torch.stack([r == 2, r >= 1], 2)[..., None]  # (N, K, 2, 1): structure, texture
+    regions = torch.where(takes, other, regions.unflatten(1, (K, 2)))
+    return torch.cat([base, regions.flatten(1, 2)], 1)
+
+
 def mix(G, n, args, run):
-    """codes (n, K * layers, w_dim) of n latents, or with probability --mixing, one draw for the
-    batch, of two latents in each."""
+    """codes (n, K * layers, w_dim) of n latents; with probability --mixing, drawn once for the
+    batch, each mixes two."""
     z, z2 = (run.randn(n, G.config["w_dim"]) for _ in range(2))
     mixes = run.rand(1, shared=True) < args.mixing
     r = (3 * run.rand(n, len(G.config["regions"]))).floor()
@@ -669,7 +675,7 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
     D.requires_grad_(True)
     phase = run.graph(discriminator_phase, opt_D)
     found = phase(G, D, real, seg, args, run, noise)
-    losses |= zip(("D_real", "D_fake", "D/real", "D/fake"), found, strict=True)
+    losses["D_real"], losses["D_fake"], losses["D/real"], losses["D/fake"] = found
     if step % args.r1_every == 0 and (args.r1_img or args.r1_seg):
         found = run.graph(r1_phase, opt_D)(D, real, seg, args, run)
         losses |= zip(("reg/r1_img", "reg/r1_seg"), found, strict=False)
@@ -760,23 +766,25 @@ def train(args):
         rng = common.item_rng(args.seed, epoch, i)
         if args.adapt:
             return (common.crop_and_flip(data[k], None, args.mirror, rng),)
-        return common.augment_pair(*data[k], rng, args.mirror or args.aug, args.aug, data.swap)
+        flip = args.mirror or args.aug
+        return common.augment_pair(*data[k], rng, flip=flip, affine=args.aug, swap=data.swap)
 
     # ---- networks, their average, optimisers --------------------------------------------------
     nets = new_networks(args, size, regions)
     if given:
         common.copy_matching(nets, given, run.say)
     G, D, G_ema = (net.to(run.device, memory_format=run.order) for net in nets.values())
-    learned, averaged = [G.position, G.local, G.render], [(G_ema, G)]
+    trained, averages = [G.position, G.local, G.render], [(G_ema, G)]
     if args.freeze_local or args.freeze:
-        averaged = [(G_ema.mapping, G.mapping), (G_ema.render, G.render)]
+        averages = [(G_ema.mapping, G.mapping), (G_ema.render, G.render)]
     if args.freeze:
-        learned = [G.render]
+        trained = [G.render]
         for net in (G.position, G.local):
             net.requires_grad_(False)
-    of_G, of_D = lazy(args.lr, args.pl_every), lazy(args.lr, args.r1_every)
-    opts = {"mapping": run.adam([G.mapping], *of_G), "G": run.adam(learned, *of_G)}
-    opts |= {"D": run.adam([D], *of_D)}
+    adam_G, adam_D = lazy(args.lr, args.pl_every), lazy(args.lr, args.r1_every)  # rate, betas
+    # Two of G, since path length moves all of it but the mapping network.
+    opts = {"mapping": run.adam([G.mapping], *adam_G), "G": run.adam(trained, *adam_G)}
+    opts |= {"D": run.adam([D], *adam_D)}
     pl_mean = torch.zeros((), device=run.device)
 
     if not args.resume:
@@ -797,7 +805,7 @@ def train(args):
         losses = train_step(G, D, opts.values(), pl_mean, real, seg, step, args, run, run.randn)
 
         # ---- the average of G, of which samples and scores are made ---------------------------
-        for average, net in averaged:
+        for average, net in averages:
             update_ema(average, net, args.ema_beta)
 
         run.log(losses)
@@ -1225,10 +1233,10 @@ def compose(args):
 def edit(args):
     """Gives faces a region of other faces, or moves them along the direction of an attribute, and
     prints how much of the change lies inside the region."""
-    common.out_folder(args)
-    G, saved = load_generator(args)
     if (args.region is None) == (args.direction is None):
         raise UserError("what to edit? Either --region, or --direction, and not both.")
+    common.out_folder(args)
+    G, saved = load_generator(args)
     from_file = (args.direction or "").endswith(".npz")
     if args.direction and not from_file:
         edit_along(args, G, saved)
@@ -1236,13 +1244,14 @@ def edit(args):
     ws, names = faces_of(args, G)
     if from_file:
         changed, numbers, what = along_file(args, G, ws)
-        others = ws
+        other = {}
     else:
         k, what = region_named(G, args.region), f"{args.region}-{args.part}"
         seeds, numbers = args.others or [seed + 1 for seed in args.seeds], [k]
         others = ws_of(G, [seeds[i % len(seeds)] for i in range(len(ws))], args.psi)
         changed = functools.partial(swapped, G, ws, others, k, args.part)
-    before, donor, steps = pictures(G, ws), pictures(G, others), {}
+        other = {"other": pictures(G, others).img}
+    before, steps = pictures(G, ws), {}
     for i in range(1, args.steps + 1):
         edited = changed(i / args.steps)
         found = pictures(G, edited)
@@ -1253,8 +1262,7 @@ def edit(args):
     save_faces(G, out, edited, names, found)
     sheet = {"before": before.img} | steps
     sheet |= {"difference": common.difference(before.img, found.img)}
-    sheet |= {} if from_file else {"other": donor.img}
-    sheet |= {"segmentation": common.color_labels(found.seg)}
+    sheet |= other | {"segmentation": common.color_labels(found.seg)}
     common.save_sheet(out / f"{what}.png", sheet, names)
     print(f"{what}: {common.describe_locality(shares, outside)}")
     print(f"{out / f'{what}.png'}; the edited faces and their latents.npz are in {out}")
@@ -1319,7 +1327,7 @@ def invert(args):
     without = "LPIPS is replaced by a distance of pixels"
     lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
     start = G.mapping.w_avg[None] if args.space == "w" else G.mapping.w_avg.repeat(G.num_ws, 1)
-    found, tuned_images, scores = [], [], []
+    found, made, scores = [], {}, []
     for name, stem, image in zip(names, common.stems_of(names), images, strict=True):
         real = common.to_float(image[None], device)
         perceptual = common.distance_to(real, lpips)
@@ -1337,6 +1345,7 @@ def invert(args):
         nets = {"inverted": G} | ({"tuned": tuned} if tuned else {})
         for kind, net in nets.items():
             img = pictures(net, ws).img
+            made.setdefault(kind, []).append(img)
             common.save_png(out / f"{stem}-{kind}.png", common.to_picture(img[0]))
             x = common.to_float(img, device)
             row = {"mse": (x - real).square().mean().item()}
@@ -1345,12 +1354,10 @@ def invert(args):
             scores.append((kind, row))
             print(f"{name}, {kind}: {describe(row)}", flush=True)
         found.append(ws)
-        tuned_images.append(img)
     ws = torch.cat(found)
-    p = pictures(G, ws)
-    sheet = {"picture": images, "inverted": p.img}
-    sheet |= {"tuned": torch.cat(tuned_images)} if args.finetune else {}
-    common.save_sheet(out / "inversions.png", sheet | {"seg": common.color_labels(p.seg)}, names)
+    sheet = {"picture": images} | {kind: torch.cat(parts) for kind, parts in made.items()}
+    sheet |= {"seg": common.color_labels(pictures(G, ws).seg)}
+    common.save_sheet(out / "inversions.png", sheet, names)
     common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
     for kind in dict(scores):
         rows = [row for k, row in scores if k == kind]
@@ -1426,9 +1433,9 @@ def evaluate(args):
             f"segmentation against the segmenter's, {len(ws)} samples: {right:.1%} of the pixels"
             f" are equal, mean IoU {iou:.3f}"
         )
-    n, row["locality"] = args.pairs, {}
+    row["locality"] = {}
     for k, name in enumerate(regions):
-        shares, outside = locality_of_swap(G, ws[:n], ws[n : 2 * n], k)
+        shares, outside = locality_of_swap(G, *ws[: 2 * args.pairs].chunk(2), k)
         area = (found.seg == k).double().mean().item()
         print(f"{name}, {area:.1%} of the pixels: {common.describe_locality(shares, outside)}")
         row["locality"][name] = {"inside": shares.nanquantile(0.5).item(), "area": area}
@@ -1515,8 +1522,8 @@ def main(argv=None):
 
     p = cli.command("generate", generate, "faces of seeds with their label maps, or films")
     add_face_options(p)
-    p.add("--mix", default="", metavar="LIST", help="hair=5,face.texture=7,base=2: of other seeds")
-    p.add("--without", default="", metavar="NAMES", help="regions to leave out: hat,earring")
+    p.add("--mix", default="", metavar="LIST", help="hair=5,nose.texture=7,base=2: of other seeds")
+    p.add("--without", default="", metavar="NAMES", help="regions to leave out: glasses, say")
     p.add("--film", metavar="NAMES", help="all, base, hair.texture, ...: of the first face")
     p.add("--frames", type=number, default=160, help="of such a film")
 
