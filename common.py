@@ -144,6 +144,7 @@ probability = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 positive_int = number(int, lambda x: x > 0, "a whole number above 0")
 not_negative_int = number(int, lambda x: x >= 0, "a whole number of at least 0")
+one_seed = number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")
 
 
 def new_file(text):
@@ -248,7 +249,7 @@ def add_train_options(
     p.add("--resume", metavar="RUN", help="continue the run in this folder")
     p.add("--checkpoint", help="start from these weights, ours or official ones")
     p.add("--batch", type=positive_int, default=batch, help="global, over all processes")
-    p.add("--seed", type=not_negative_int, default=0, help="of weights, order and draws")
+    p.add("--seed", type=one_seed, default=0, help="of weights, order and draws")
     known = ("fp32", "tf32", "fp16", "bf16") + (("fp16+tf32", "bf16+tf32") if own_half else ())
     p.add("--precision", choices=known, help=f"default: {gpu_precision}, CPU: fp32")
     p.add("--workers", type=not_negative_int, default=4, help="threads that load pictures")
@@ -339,7 +340,7 @@ def add_edit_options(p, required=True):
     p.add("--data", help="with label maps; default: what the checkpoint was trained on")
     p.add("--samples", type=positive_int, default=2000, help="that a direction is fitted to")
     p.add("--batch", type=positive_int, default=32)
-    p.add("--seed", type=not_negative_int, default=0, help="of the samples and the segmenter")
+    p.add("--seed", type=one_seed, default=0, help="of the samples and the segmenter")
     p.set_defaults(cache="off")  # pictures are read once
     add_labelled_options(p)
 
@@ -365,7 +366,7 @@ def add_sample_scores_options(p, metrics="fd8,fid,pr,ppl", reals="as many as fak
     p.add("--metrics", default=metrics, help="some of these")
     p.set_defaults(known_metrics=metrics)
     p.add("--batch", type=positive_int, default=32)
-    p.add("--seed", type=not_negative_int, default=0)
+    p.add("--seed", type=one_seed, default=0)
     add_vgg_options(p)
 
 
@@ -3337,12 +3338,10 @@ NAMES = KEPT | STORAGES.keys() | {"numpy.ndarray", "numpy.core.multiarray.scalar
 NAMES |= {"collections.OrderedDict", "builtins.set", "dnnlib.util.EasyDict", "_codecs.encode"}
 NAMES |= {"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"}
 NAMES |= {"torch.storage._load_from_bytes"}
-PUSHES = set(  # instructions that push their own argument
-    (
-        "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE"
-        " SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
-    ).split()
-)
+PUSHES = (  # instructions that push their own argument
+    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE"
+    " SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
+).split()
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
@@ -3700,9 +3699,8 @@ def stylegan2_names(arrays, options):
         for name, t in arrays.items():
             if name.endswith("weight"):  # (kh, kw, I, O), (I, O)
                 t = t.permute(3, 2, 0, 1) if t.ndim == 4 else t.T
-            t = (
-                t.flip([2, 3]) if name.endswith("Conv0_up/weight") else t
-            )  # the original correlates there
+            if name.endswith("Conv0_up/weight"):  # the original correlates there
+                t = t.flip([2, 3])
             arrays[name] = t + 1 if name.endswith("mod_bias") else t
     elif "input.input" in arrays:
         rules = ROSINALITY_G
@@ -3912,8 +3910,9 @@ def cache_folder():
 
 
 def uint8_batches(images, batch=32):
-    """Yields tensors (n, C, H, W), n <= batch, of images: such a tensor or an iterable of them,
-    uint8 where networks look at them."""
+    """Yields tensors (n, C, H, W), n <= batch, of images: such a tensor, an iterable of them, or a
+    function that returns one, whenever it is gone over; uint8 where networks look at them."""
+    images = images() if callable(images) else images
     for chunk in [images] if torch.is_tensor(images) else images:
         yield from chunk.split(batch)
 
@@ -3988,30 +3987,14 @@ def inception_features(images, net, mode="tf1"):
     return features_of(images, net, functools.partial(resize_for_inception, mode=mode))
 
 
-class FeatureStats:
-    """Mean and covariance of rows that come in pieces: n, sum f and sum f f^T in float64."""
-
-    def __init__(self, dim):
-        self.n = 0
-        self.total = torch.zeros(dim, dtype=torch.float64)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
-
-    def add(self, features):
-        """features: (n, dim). Returns self."""
-        for rows in torch.as_tensor(features).split(4096):
-            rows = rows.to("cpu", torch.float64)
-            self.n += len(rows)
-            self.total += rows.sum(0)
-            self.outer += rows.T @ rows
-        return self
-
-    def mean_cov(self, ddof=1):
-        """mu (dim,), sigma (dim, dim). ddof 1 as in TTUR and pytorch-fid, 0 as NVIDIA's PyTorch."""
-        if self.n <= ddof:
-            raise ValueError(f"a covariance needs more than {ddof} images, got {self.n}")
-        mu = self.total / self.n
-        sigma = (self.outer - self.n * mu[:, None] * mu) / (self.n - ddof)
-        return mu, sigma
+def mean_cov(features, ddof=1):
+    """mu (d,), sigma (d, d) of features (n, d), in float64. ddof 1 as in TTUR and pytorch-fid, 0 as
+    NVIDIA's PyTorch."""
+    if len(features) <= ddof:
+        raise ValueError(f"a covariance needs more than {ddof} images, got {len(features)}")
+    mu = features.mean(0, dtype=torch.float64)
+    centred = (rows.double() - mu for rows in features.split(4096))  # no copy of all of them
+    return mu, sum(rows.T @ rows for rows in centred) / (len(features) - ddof)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -4051,19 +4034,18 @@ def clamped(distance):
     return max(float(distance), 0.0)
 
 
-def kid(real, fake, subsets=100, subset_size=1000, generator=None, indices=None):
+def kid(real, fake, subsets=100, subset_size=1000, indices=None):
     """Kernel inception distance (Binkowski et al. 2018): mean and deviation over the subsets.
 
     The unbiased squared MMD of features real (n1, d), fake (n2, d) with kernel (x.y / d + 1)^3,
     float64; may be slightly negative. Subsets of min(subset_size, n1, n2) rows, drawn without
-    replacement by a numpy Generator (default: seed 0), or given as pairs (real rows, fake rows).
+    replacement by a numpy Generator of seed 0, or given as pairs (real rows, fake rows).
     """
     real, fake = (torch.as_tensor(f).to("cpu", torch.float64) for f in (real, fake))
     m = min(subset_size, len(real), len(fake))
     if indices is None:
-        generator = generator or np.random.default_rng(0)
         subsets = 1 if m == len(real) == len(fake) else subsets  # every subset would be the same
-        pick = generator.choice
+        pick = np.random.default_rng(0).choice
         indices = (
             (pick(len(real), m, replace=False), pick(len(fake), m, replace=False))
             for _ in range(subsets)
@@ -4095,29 +4077,45 @@ def fd8(real, fake):
     """
     moments = []
     for images in (real, fake):
-        stats = FeatureStats(192)
-        for x in uint8_batches(images, 256):
-            stats.add(averaged(x).expand(-1, 3, 8, 8).flatten(1))
-        moments += stats.mean_cov()
+        small = torch.cat([averaged(x).cpu() for x in uint8_batches(images, 256)])
+        moments += mean_cov(small.expand(-1, 3, 8, 8).flatten(1))
     return frechet_distance(*moments)
 
 
 def feature_statistics(features):
     """{mu, sigma, n, features}: the moments, and at most KID_ROWS evenly spaced rows for KID."""
-    mu, sigma = FeatureStats(features.shape[1]).add(features).mean_cov()
+    mu, sigma = mean_cov(features)
     rows = np.linspace(0, len(features) - 1, min(len(features), KID_ROWS)).round()
     return {"mu": mu, "sigma": sigma, "n": len(features), "features": features[rows.astype(int)]}
+
+
+def cached(path, compute):
+    """compute(), {name: tensor or number}, as tensors, kept in an .npz file for the next time. A
+    damaged file is computed again; one that cannot be written costs only a line."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: torch.from_numpy(data[name]) for name in data}
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception:  # NumPy meets a strange file with a dozen kinds of exception
+        print(f"{path} is damaged: computing it again.", file=sys.stderr)
+    found = {name: np.asarray(value) for name, value in compute().items()}
+    try:
+        save_arrays(path, **found)
+    except UserError as e:
+        print(f"{e} What it holds will be computed anew next time.", file=sys.stderr)
+    return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 def real_statistics(images, net, mode="tf1", folder=None):
     """feature_statistics of the real images, cached in a folder (default: the cache) by content.
 
-    images: see uint8_batches, a tensor or something that can be iterated over twice: the name of
-    the cache file is a hash over every pixel, the resize mode, the weights and the format, so that
-    changed data never meets old statistics. A damaged cache file is computed again.
+    images: see uint8_batches, no generator, since they are gone over twice: the name of the cache
+    file is a hash over every pixel, the resize mode, the weights and the format, so that changed
+    data never meets old statistics. A damaged cache file is computed again.
     """
-    if iter(images) is images:
-        raise ValueError("real images are read twice: pass a tensor, a list or a loader")
+    if hasattr(images, "__next__"):
+        raise ValueError("real images are read twice: pass a tensor, a list or a function")
     digest = hashlib.sha256(f"{STATISTICS_FORMAT} {mode} ddof 1 {KID_ROWS}".encode())
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -4125,21 +4123,8 @@ def real_statistics(images, net, mode="tf1", folder=None):
         for image in x.cpu():
             digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
     path = Path(folder or cache_folder(), f"inception-statistics-{digest.hexdigest()[:32]}.npz")
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            held = {k: torch.from_numpy(data[k]) for k in ("mu", "sigma", "features")}
-            return held | {"n": int(data["n"])}
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
-        print(f"{path} is damaged: computing these statistics again.", file=sys.stderr)
-    statistics = feature_statistics(inception_features(images, net, mode))
-    try:
-        with write_whole(path) as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in statistics.items()})
-    except UserError as e:
-        print(f"{e} These statistics will be computed anew next time.", file=sys.stderr)
-    return statistics
+    found = cached(path, lambda: feature_statistics(inception_features(images, net, mode)))
+    return found | {"n": int(found["n"])}
 
 
 def fid_kid(real, fake, net, mode="tf1", folder=None):
@@ -4217,16 +4202,6 @@ def load_or_explain(without, load, *paths, device):
         return None
 
 
-class Again:
-    """What function() yields, from the start whenever it is iterated over."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __iter__(self):
-        return self.function()
-
-
 def metrics_of(args):
     """The names in --metrics."""
     metrics = [name for name in args.metrics.split(",") if name]
@@ -4239,44 +4214,6 @@ def metrics_of(args):
 
 
 PPL2 = {"ppl2_wend": dict(space="w")}  # path lengths of StyleGAN2 and later: perceptual_path_length
-
-
-def generator_scores(reals, fakes, pairs, n, args, device, paths=PPL2):
-    """The scores of --metrics. reals, fakes: iterables of uint8 batches, gone over several times;
-    pairs(m, space): see perceptual_path_length; paths: {name: its options}; n: fakes and paths.
-    Without its network a score is left out; path is ppl with a distance of pixels, which needs
-    none.
-    """
-    metrics = metrics_of(args)
-    row = {}
-    if "fd8" in metrics:
-        row["fd8"] = fd8(reals, fakes)
-    if "fid" in metrics and (net := load_inception_or_explain(args.inception, device)):
-        row["fid"] = fid_kid(reals, fakes, net, args.fid_resize)
-    without = "precision and recall are left out"
-    if "pr" in metrics and (vgg := load_or_explain(without, load_vgg16, args.vgg, device=device)):
-        most = 200_000 // args.batch  # batches of pictures, as officially
-        some = (itertools.islice(images, most) for images in (reals, fakes))
-        features = [vgg_features(images, vgg).to(device) for images in some]
-        if min(map(len, features)) < 4:
-            print(f"{without}: they need 4 images or more on either side")
-        else:
-            row["precision"], row["recall"] = precision_recall(*features)
-    distances = {"path": pixel_distance} if "path" in metrics else {}
-    without, files = "perceptual path length is left out", (args.vgg, args.lpips)
-    if "ppl" in metrics and args.size < 32:
-        print(f"{without}: it needs images of 32 pixels or more")
-    elif "ppl" in metrics:
-        lpips = load_or_explain(without, load_lpips, *files, device=device)
-        distances |= {"ppl": lpips} if lpips else {}
-    for kind, distance in distances.items():
-        for name, options in paths.items():
-            torch.manual_seed(args.seed)  # of the noise maps
-            draw = functools.partial(pairs, space=options["space"])
-            options = dict(n=n, batch=args.batch, seed=args.seed) | options
-            row[name.replace("ppl", kind)] = perceptual_path_length(draw, distance, **options)
-            row["n_paths"] = options["n"]
-    return row
 
 
 def describe_scores(row):
@@ -4416,7 +4353,7 @@ class VGG16(nn.Module):
 
     forward(x) -> (N, 4096), the second fully connected layer after its ReLU; x: for_vgg16(images),
     224 x 224 as in training, or another size from 32. Dropout is left out: nothing here trains it.
-    width: 64; less makes a small network of the same shape. `label` says which weights it holds.
+    width: 64; less makes a small network of the same shape.
     """
 
     least = 16  # pixels, of which the last stage has one
@@ -4436,7 +4373,6 @@ class VGG16(nn.Module):
             *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Identity()),
             nn.Linear(hidden, 1000),  # only in the file: no score here needs it
         )
-        self.label = "VGG16 with unnamed weights"
 
     def stages(self, x):
         """Yields the five maps that LPIPS compares, relu1_2, 2_2, 3_3, 4_3 and 5_3: 64, 128, 256,
@@ -4465,7 +4401,7 @@ class AlexNet(nn.Module):
     """The convolutions of Krizhevsky (2014, "one weird trick"), with torchvision's names.
 
     stages(x) yields the five maps that LPIPS compares, each after its ReLU: 64, 192, 384, 256, 256
-    channels; x: for_vgg16(images), sides from 31. `label` says which weights it holds.
+    channels; x: for_vgg16(images), sides from 31.
     """
 
     least = 31  # pixels, of which the last stages have one
@@ -4479,7 +4415,6 @@ class AlexNet(nn.Module):
             *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
         )
-        self.label = "AlexNet with unnamed weights"
 
     def stages(self, x):
         for layer in self.features:
@@ -4488,35 +4423,27 @@ class AlexNet(nn.Module):
                 yield x
 
 
-def load_frozen(build, what, path, device):
-    """The network build() in eval mode, with weights of a file, whose classifier it may lack; see
-    read_weights for files and errors. Moves no random state."""
+def load_frozen(build, what, path=None, device="cpu"):
+    """The network build() in eval mode, with weights of a file; see read_weights for files and
+    errors. Moves no random state."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         net = build()
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    counts = {name: torch.tensor(0) for name in shapes if name.endswith("num_batches_tracked")}
 
-    def known(file):
-        found = read_tensors(file).items()
-        return {k: v for k, v in found if k in shapes or not k.startswith("classifier.")}
+    def known(file):  # it may hold a classifier, too, or a training's state, and may lack counts
+        found = read_tensors(file)
+        found = counts | found.get("state_dict", found)
+        return {name: found[name] for name in shapes}
 
     tensors, net.label = read_weights(what, path, shapes, known)
     net.load_state_dict(tensors, assign=True)
     return net.float().requires_grad_(False).eval().to(device)
 
 
-def load_inception(path=None, device="cpu"):
-    """InceptionV3; see load_frozen."""
-    return load_frozen(InceptionV3, "Inception", path, device)
-
-
-def load_vgg16(path=None, device="cpu"):
-    """VGG16; see load_frozen."""
-    return load_frozen(VGG16, "VGG16", path, device)
-
-
-def load_alexnet(path=None, device="cpu"):
-    """AlexNet; see load_frozen."""
-    return load_frozen(AlexNet, "AlexNet", path, device)
+load_inception = functools.partial(load_frozen, InceptionV3, "Inception")
+load_vgg16 = functools.partial(load_frozen, VGG16, "VGG16")
+load_alexnet = functools.partial(load_frozen, AlexNet, "AlexNet")
 
 
 class LPIPS(nn.Module):
@@ -4537,7 +4464,6 @@ class LPIPS(nn.Module):
             if weight.min() < 0:
                 raise ValueError(f"LPIPS weights of stage {k} are negative: {weight.min():g}")
             self.register_buffer(f"lin{k}", weight.detach().float().reshape(-1, 1, 1))
-        self.label = f"LPIPS of {net.label}"
         self.requires_grad_(False).eval()
 
     def features(self, x):
@@ -4557,7 +4483,7 @@ class LPIPS(nn.Module):
         return (self.features(x) - self.features(y)).square().sum(1)
 
 
-def lpips_of(load, net_path, what, lin_path, widths, device):
+def lpips_of(load, what, widths, net_path=None, lin_path=None, device="cpu"):
     """LPIPS from two files, a network's and the weights of its channels; see read_weights. Under
     other names, as in StarGAN v2's lpips_weights.ckpt, these stand in the order of the stages."""
     shapes = {f"lin{k}.model.1.weight": (1, C, 1, 1) for k, C in enumerate(widths)}
@@ -4575,15 +4501,9 @@ def lpips_of(load, net_path, what, lin_path, widths, device):
     return lpips.to(device)
 
 
-def load_lpips(vgg_path=None, lin_path=None, device="cpu"):
-    """LPIPS with VGG16."""
-    return lpips_of(load_vgg16, vgg_path, "LPIPS", lin_path, (64, 128, 256, 512, 512), device)
-
-
-def load_lpips_alex(alexnet_path=None, lin_path=None, device="cpu"):
-    """LPIPS with AlexNet, the one in tables of translation papers."""
-    files = load_alexnet, alexnet_path, "LPIPS of AlexNet", lin_path
-    return lpips_of(*files, (64, 192, 384, 256, 256), device)
+load_lpips = functools.partial(lpips_of, load_vgg16, "LPIPS", (64, 128, 256, 512, 512))
+ALEX = "LPIPS of AlexNet"  # the one in tables of translation papers
+load_lpips_alex = functools.partial(lpips_of, load_alexnet, ALEX, (64, 192, 384, 256, 256))
 
 
 def vgg_features(images, vgg):
@@ -4668,8 +4588,6 @@ def perceptual_path_length(
     Boxes of at_most_256 are chosen after the crop, as in the TensorFlow code; the PyTorch code
     chooses them before, so that its cropped values at 512 and above do not compare.
     """
-    if space not in ("w", "z") or n < 1:
-        raise ValueError(f"space is w or z, not {space!r}; n at least 1, not {n}")
     rng = torch.Generator().manual_seed(seed)
     lengths = []
     for start in range(0, n, batch):
@@ -4695,19 +4613,22 @@ def perceptual_path_length(
 # =============================================================================
 # StyleGAN sec. 4.2, of the toy faces: their attributes, known exactly, stand for CelebA's 40.
 
-TOY_BINARY = {  # of toy_attributes: those that split the faces and show in 32 x 32 pixels
-    "looks right": lambda a: a["yaw"] > 0,
-    "leans right": lambda a: a["tilt"] > 0,
-    "mouth open": lambda a: a["mouth_open"] > 0.1,
-    "glasses": lambda a: a["glasses"] > 0,
-    "long hair": lambda a: a["hair_length"] > 0.3,
-    "hair up": lambda a: TOY_HAIR[a["hair_style"]] in ("bun", "bunches"),
-    "dark hair": lambda a: a["hair_tone"] < 0.5,
-    "dark skin": lambda a: a["skin_tone"] < 0.5,
-    "dark clothes": lambda a: a["clothes_light"] < 0.5,
-    "blue clothes": lambda a: a["clothes_hue"] in (1, 2),
-    "striped sky": lambda a: a["background_style"] == 2,
-    "yellow sky": lambda a: a["background_hue"] >= 0.75,
+_HEAD = ("skin", "eyes", "brows", "nose", "mouth", "hair", "neck", "ears", "glasses")
+# Of toy_attributes, those that split the faces and show in 32 x 32 pixels: {name: (who has it, the
+# regions where a picture has to change with it)}.
+TOY_BINARY = {
+    "looks right": (lambda a: a["yaw"] > 0, _HEAD),
+    "leans right": (lambda a: a["tilt"] > 0, _HEAD),
+    "mouth open": (lambda a: a["mouth_open"] > 0.1, ("mouth",)),
+    "glasses": (lambda a: a["glasses"] > 0, ("glasses",)),
+    "long hair": (lambda a: a["hair_length"] > 0.3, ("hair",)),
+    "hair up": (lambda a: TOY_HAIR[a["hair_style"]] in ("bun", "bunches"), ("hair",)),
+    "dark hair": (lambda a: a["hair_tone"] < 0.5, ("hair", "brows")),
+    "dark skin": (lambda a: a["skin_tone"] < 0.5, ("skin", "nose", "mouth", "neck", "ears")),
+    "dark clothes": (lambda a: a["clothes_light"] < 0.5, ("clothes",)),
+    "blue clothes": (lambda a: a["clothes_hue"] in (1, 2), ("clothes",)),
+    "striped sky": (lambda a: a["background_style"] == 2, ("background",)),
+    "yellow sky": (lambda a: a["background_hue"] >= 0.75, ("background",)),
 }
 CLASSIFIER_SEEDS = 10_000  # its faces start here, after those that the GANs learn from
 
@@ -4730,7 +4651,7 @@ def attribute_classifier(size):
 def toy_examples(seeds, domain, size):
     """Toy faces (N, 3, size, size), uint8, and which of TOY_BINARY they have, (N, K) bool."""
     images = stack([pixels(toy_face(seed, domain, size)) for seed in seeds])
-    has = [[test(a) for test in TOY_BINARY.values()] for a in map(toy_attributes, seeds)]
+    has = [[test(a) for test, _ in TOY_BINARY.values()] for a in map(toy_attributes, seeds)]
     return images, torch.tensor(has)
 
 
@@ -4835,12 +4756,11 @@ class Segmenter(nn.Module):
     """Images (N, 3, H, W) in [-1, 1] -> logits (N, K, H, W) of K classes: a small U-Net.
 
     H, W: multiples of 8; pictures above 128 pixels are averaged to 128 first, and the logits
-    enlarged. `scores` holds how right it was in its training's end, see load_segmenter.
+    enlarged.
     """
 
     def __init__(self, K, widths=(16, 32, 64, 64)):
         super().__init__()
-        self.scores = {}
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for I, O in itertools.pairwise((3, *widths)):
             self.down.append(nn.Sequential(*self.layer(I, O), *self.layer(O, O)))
@@ -4868,7 +4788,7 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
 
     data: a LabelledSet of size x size pictures, of which at most 4,000, evenly spaced, are used, at
     128 pixels at most; K: its classes. A tenth of them, at most 400, are held out and judged:
-    net.scores = {"accuracy", "mean_iou", "n"}. With a folder the network is kept there, under a
+    net.scores = {"accuracy", "mean_iou", "n"}. It is kept in a folder (default: the cache) under a
     hash of all that it learned from, so that changed data never meets an old one.
     One to two minutes on one CPU core at 64 pixels. torch's global random state is left alone.
     """
@@ -4887,17 +4807,13 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
     swap = torch.from_numpy(data.swap)
     for part in (images, labels, swap):
         digest.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
-    path = folder and Path(folder, f"segmenter-{digest.hexdigest()[:32]}.pt")
-    net = read_segmenter(path, K) if path and path.exists() else None
-    if net is None:
-        print(f"training a segmenter of {K} classes on {len(images) - n} pictures", flush=True)
-        net = train_segmenter(images, labels, swap, n, K, device, seed, steps, batch)
-        if path:
-            try:
-                with write_whole(path) as f:
-                    torch.save({"state": to_cpu(net.state_dict()), "scores": net.scores}, f)
-            except UserError as e:
-                print(f"{e} The segmenter will be trained anew next time.", file=sys.stderr)
+    path = Path(folder or cache_folder(), f"segmenter-{digest.hexdigest()[:32]}.npz")
+    learn_from = images, labels, swap, n, K, device, seed, steps, batch
+    held = cached(path, functools.partial(train_segmenter, *learn_from))
+    with torch.device("meta"):  # no random numbers for weights that are replaced
+        net = Segmenter(K)
+    net.scores = {name: held.pop(name).item() for name in ("accuracy", "mean_iou", "n")}
+    net.load_state_dict(held, assign=True)
     accuracy, iou, n = net.scores.values()
     print(
         f"segmenter of {K} classes, on {n} pictures that it did not learn from: {accuracy:.1%} of"
@@ -4906,22 +4822,10 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
     return net.to(device).eval().requires_grad_(False)
 
 
-def read_segmenter(path, K):
-    """The Segmenter in a file, or None after a line that it is damaged."""
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        net = Segmenter(K)
-        net.load_state_dict(held["state"])
-        net.scores = {key: held["scores"][key] for key in ("accuracy", "mean_iou", "n")}
-        return net
-    except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
-        print(f"{path} is damaged ({type(e).__name__}): learning it again.", file=sys.stderr)
-        return None
-
-
 def train_segmenter(images, labels, swap, held_out, K, device, seed, steps, batch):
-    """A Segmenter of `steps` steps of Adam on cross entropy, mirrored at random, and its scores on
-    `held_out` random pairs that it does not see. swap: see mirror_table."""
+    """State dict of a Segmenter of `steps` steps of Adam on cross entropy, mirrored at random, and
+    its scores on `held_out` random pairs that it does not see. swap: see mirror_table."""
+    print(f"training a segmenter of {K} classes on {len(images) - held_out} pictures", flush=True)
     images, labels, swap = images.to(device), labels.to(device), swap.to(device).long()
     with torch.random.fork_rng(devices=[]), exact_float32(device):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
@@ -4942,8 +4846,8 @@ def train_segmenter(images, labels, swap, held_out, K, device, seed, steps, batc
             opt.step()
         net.eval()
         iou, accuracy = mean_iou(segment(net, images[test.to(device)]), labels[test.to(device)], K)
-    net.scores = {"accuracy": accuracy, "mean_iou": iou, "n": held_out}
-    return net
+    scores = {"accuracy": accuracy, "mean_iou": iou, "n": held_out}
+    return to_cpu(net.state_dict()) | scores
 
 
 @torch.no_grad()
@@ -4996,21 +4900,17 @@ def describe_locality(shares, outside):
     return f"locality, medians of {'; '.join(parts)}"
 
 
-def region_attributes(images, labels, classes):
-    """What pictures differ in, region by region: {attribute: float64 (N,)}.
+def region_area(k, images, labels):
+    """The share of the pixels of labels (N, H, W) that are of class k: float64 (N,)."""
+    return (labels == k).double().mean([1, 2])
 
-    images: uint8 (N, 3, H, W); labels: (N, H, W), integers; classes: their names. NAME.area is the
-    share of the pixels that are of the class, NAME.light their mean luminance (Rec. 601), 0 to
-    255, NaN where there are none.
-    """
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+
+def region_light(k, images, labels):
+    """The mean luminance (Rec. 601), 0 to 255, of class k in images, uint8 (N, 3, H, W): float64
+    (N,), NaN where it is not there."""
+    where, weights = labels == k, torch.tensor([0.299, 0.587, 0.114], device=images.device)
     luminance = torch.einsum("nchw,c->nhw", images.float(), weights).double()
-    found = {}
-    for k, name in enumerate(classes):
-        where = labels == k
-        found[f"{name}.area"] = where.double().mean([1, 2])
-        found[f"{name}.light"] = (luminance * where).sum([1, 2]) / where.sum([1, 2])
-    return found
+    return (luminance * where).sum([1, 2]) / where.sum([1, 2])
 
 
 def fit_direction(w, y):
@@ -5052,21 +4952,6 @@ def fit_direction(w, y):
     return F.normalize(v[:-1], dim=0).float(), right[~learn].double().mean().item()
 
 
-_HEAD = ("skin", "eyes", "brows", "nose", "mouth", "hair", "neck", "ears", "glasses")
-TOY_EDITED = {  # of TOY_BINARY: the regions where a picture has to change with it
-    "looks right": _HEAD,
-    "leans right": _HEAD,
-    "mouth open": ("mouth",),
-    "glasses": ("glasses",),
-    "long hair": ("hair",),
-    "hair up": ("hair",),
-    "dark hair": ("hair", "brows"),
-    "dark skin": ("skin", "nose", "mouth", "neck", "ears"),
-    "dark clothes": ("clothes",),
-    "blue clothes": ("clothes",),
-    "striped sky": ("background",),
-    "yellow sky": ("background",),
-}
 PAIRS = 200  # of samples, that the locality of an edit is measured on
 
 Attribute = collections.namedtuple("Attribute", "name classes score threshold")
@@ -5085,10 +4970,6 @@ def attributes_of(text, classes, toy=None):
     pictures are toy faces. Raises UserError for names that are none.
     """
 
-    def of_region(k, kind, images, labels):
-        here = (labels != k).byte()  # class 0
-        return region_attributes(images, here, [""])[f".{kind}"]
-
     def of_toy(i, images, labels):
         device = next(net.parameters()).device
         parts = [net(to_float(x, device))[:, i] for x in uint8_batches(images)]
@@ -5096,17 +4977,17 @@ def attributes_of(text, classes, toy=None):
 
     known = {}
     for k, region in enumerate(classes):
-        for kind in ("area", "light"):
-            score = functools.partial(of_region, k, kind)
-            known[f"{region}.{kind}"] = Attribute(f"{region}.{kind}", (k,), score, None)
-    for i, (name, regions) in enumerate(TOY_EDITED.items() if toy else ()):
+        for kind, score in (("area", region_area), ("light", region_light)):
+            name = f"{region}.{kind}"
+            known[name] = Attribute(name, (k,), functools.partial(score, k), None)
+    for i, (name, (_, regions)) in enumerate(TOY_BINARY.items() if toy else ()):
         numbers = tuple(map(TOY_REGIONS.index, regions))
         known[name] = Attribute(name, numbers, functools.partial(of_toy, i), 0.0)
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             raise UserError(f"--direction: no {name!r}; there are {', '.join(known)}.")
-    if set(names) & TOY_EDITED.keys() and toy:
+    if set(names) & TOY_BINARY.keys() and toy:
         print(f"training a classifier of {len(TOY_BINARY)} attributes of toy faces", flush=True)
         net, accuracy = toy_classifier(**toy)
         for name in names:
@@ -5121,21 +5002,17 @@ def edit_directions(args, attributes, w, shown, render, names=None):
     w: latents (N, D) that the directions are fitted to; shown: others, for a sheet of before, after
     and difference in args.out, with these names, or those of args.seeds; render(w, move, attribute)
     -> images, labels, uint8 (n, 3, H, W) and (n, H, W) on the CPU: of w or shown, to which the
-    model adds `move` (D,),
-    if it is not None, where it can so that this attribute changes. args.alpha counts deviations of
-    w along the direction. Prints how often the attribute is there before and after and the
-    locality of the change, both of PAIRS of w.
+    model adds `move` (D,), if it is not None, where it can so that this attribute changes.
+    args.alpha counts deviations of w along the direction. Prints how often the attribute is there
+    before and after and the locality of the change, both of PAIRS of w.
     Returns {attribute: {"direction" (D,), "deviation", "accuracy" of fit_direction, shares
     "before" and "after", and of locality() "inside" and "outside" (PAIRS,)}}.
     """
-    scores = {a.name: [] for a in attributes}
+    scores, found = [], {}
     for part in w.split(args.batch):
-        images, labels = render(part, None, None)
-        for a in attributes:
-            scores[a.name].append(a.score(images, labels))
-    found = {}
-    for a in attributes:
-        score = torch.cat(scores[a.name])
+        seen = render(part, None, None)
+        scores.append(torch.stack([a.score(*seen) for a in attributes]))
+    for a, score in zip(attributes, torch.cat(scores, 1), strict=True):
         known = ~score.isnan()
         limit = score.nanmedian() if a.threshold is None else a.threshold
         try:
@@ -5144,14 +5021,12 @@ def edit_directions(args, attributes, w, shown, render, names=None):
             raise UserError(f"--direction {a.name}: {e}") from None
         deviation = (w.cpu() @ direction).std().item()
         move = (args.alpha * deviation * direction).to(w.device)
-        shares, outside, after = [], [], []
+        parts = []
         for part in w[:PAIRS].split(args.batch):
             (image, label), (edited, seg) = render(part, None, a), render(part, move, a)
             region = sum((label == k) | (seg == k) for k in a.classes) > 0
-            parts = (*locality(image, edited, region), a.score(edited, seg))
-            for kept, new in zip((shares, outside, after), parts, strict=True):
-                kept.append(new)
-        shares, outside, after = map(torch.cat, (shares, outside, after))
+            parts.append((*locality(image, edited, region), a.score(edited, seg)))
+        shares, outside, after = map(torch.cat, zip(*parts, strict=True))
         has = [(x[~x.isnan()] > limit).double().mean().item() for x in (score[:PAIRS], after)]
         found[a.name] = dict(direction=direction, deviation=deviation, accuracy=accuracy)
         found[a.name] |= dict(before=has[0], after=has[1], inside=shares, outside=outside)
@@ -5175,26 +5050,21 @@ def edit_directions(args, attributes, w, shown, render, names=None):
 # where their landmarks fit mean ones. Tensors have the names of the official wing.ckpt.
 
 
-def with_coordinates(x):
-    """Appends three maps to (N, C, H, W): row and column in [-1, 1], and the distance from the
-    centre, at most 1."""
-    N, _, H, W = x.shape
-    places = (torch.arange(n, device=x.device, dtype=torch.float32) / (n - 1) for n in (H, W))
-    rows, columns = torch.meshgrid(*(2 * t - 1 for t in places), indexing="ij")
-    radius = torch.sqrt(rows.square() + columns.square())
-    maps = torch.stack([rows, columns, radius / radius.max()]).to(x.dtype)
-    return torch.cat([x, maps.expand(N, -1, -1, -1)], 1)
-
-
 class CoordConv(nn.Module):
-    """A convolution that knows where it is: of `with_coordinates` (Liu et al. 2018)."""
+    """A convolution that knows where it is (Liu et al. 2018), by three more maps: row and column in
+    [-1, 1], and the distance from the centre, at most 1."""
 
     def __init__(self, I, O, kernel, stride=1, pad=0):
         super().__init__()
         self.conv = nn.Conv2d(I + 3, O, kernel, stride, pad)
 
     def forward(self, x):
-        return self.conv(with_coordinates(x))
+        N, _, H, W = x.shape
+        places = (torch.arange(n, device=x.device, dtype=torch.float32) / (n - 1) for n in (H, W))
+        rows, columns = torch.meshgrid(*(2 * t - 1 for t in places), indexing="ij")
+        radius = torch.sqrt(rows.square() + columns.square())
+        maps = torch.stack([rows, columns, radius / radius.max()]).to(x.dtype)
+        return self.conv(torch.cat([x, maps.expand(N, -1, -1, -1)], 1))
 
 
 class FanBlock(nn.Module):
@@ -5222,11 +5092,10 @@ class Hourglass(nn.Module):
     """Down to a sixteenth of the side and up again, with a skip at every level (Newell et al.
     2016). forward(x): (N, C, H, W) -> (N, C, H, W)"""
 
-    def __init__(self, C, levels=4):
+    def __init__(self, C):
         super().__init__()
-        self.levels = levels
         self.coordconv = CoordConv(C, C, 1)
-        for level in range(levels, 0, -1):
+        for level in (4, 3, 2, 1):
             for branch in ("b1", "b2", "b3"):
                 self.add_module(f"{branch}_{level}", FanBlock(C, C))
         self.b2_plus_1 = FanBlock(C, C)
@@ -5238,7 +5107,7 @@ class Hourglass(nn.Module):
         return getattr(self, f"b1_{n}")(x) + y
 
     def forward(self, x):
-        return self.level(self.coordconv(x), self.levels)
+        return self.level(self.coordconv(x), 4)
 
 
 class FAN(nn.Module):
@@ -5254,11 +5123,8 @@ class FAN(nn.Module):
         super().__init__()
         self.config = {"kind": "FAN"}
         self.conv1, self.bn1 = CoordConv(3, 64, 7, 2, 3), nn.BatchNorm2d(64)
-        self.conv2, self.conv3, self.conv4 = (
-            FanBlock(64, 128),
-            FanBlock(128, 128),
-            FanBlock(128, 256),
-        )
+        self.conv2, self.conv3 = FanBlock(64, 128), FanBlock(128, 128)
+        self.conv4 = FanBlock(128, 256)
         self.m0, self.top_m_0 = Hourglass(256), FanBlock(256, 256)
         self.conv_last0, self.bn_end0 = nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)
         self.l0 = nn.Conv2d(256, 99, 1)
@@ -5402,19 +5268,7 @@ def load_mean_landmarks(path=None):
     return read_weights("mean landmarks", path, {"mean": (98, 2)}, read)[0]["mean"]
 
 
-def load_fan(path=None, device="cpu"):
-    """FAN from a file, wing.ckpt; see read_weights for files and errors."""
-    fan = FAN()
-    shapes = {name: tuple(tensor.shape) for name, tensor in fan.state_dict().items()}
-    counts = {k: t for k, t in fan.state_dict().items() if k.endswith("num_batches_tracked")}
-
-    def known(file):  # it also holds what only its training needed, and may lack the counts
-        state = counts | read_tensors(file)["state_dict"]
-        return {name: state[name] for name in shapes}
-
-    tensors, _ = read_weights("FAN", path, shapes, known)
-    fan.load_state_dict(tensors)
-    return fan.to(device)
+load_fan = functools.partial(load_frozen, FAN, "FAN")
 
 
 # =============================================================================
@@ -5425,9 +5279,10 @@ def load_fan(path=None, device="cpu"):
 def distance_to(target, lpips=None):
     """distance(x) -> scalar, of x to the target, both (1, C, H, W) in [-1, 1], for `project`.
 
-    LPIPS of at most 256 pixels; without it pixel_distance: coarser, but it needs no weights.
+    LPIPS of at most 256 pixels; without it, or with less pixels than it takes, pixel_distance:
+    coarser, but it needs no weights.
     """
-    if lpips is None:
+    if lpips is None or min(target.shape[2:]) < lpips.net.least:
         return lambda x: pixel_distance(x, target).sum()
     with torch.no_grad():
         features = lpips.features(at_most_256(target))
@@ -5535,9 +5390,8 @@ def count(net):
 
 def latents(seeds, z_dim):
     """z (N, z_dim) of seeds, as the official generate.py draws them."""
-    return torch.from_numpy(
-        np.stack([np.random.RandomState(s).randn(z_dim) for s in seeds])
-    ).float()
+    z = np.stack([np.random.RandomState(s % 2**32).randn(z_dim) for s in seeds])
+    return torch.from_numpy(z).float()
 
 
 def sample_inputs(G, labels, seed, n=32):
@@ -5551,12 +5405,8 @@ def sample_inputs(G, labels, seed, n=32):
 @torch.no_grad()
 def sample(G, z, c=None, batch=32, **options):
     """uint8 images (N, C, H, W) of z, on the CPU; options: of Generator.forward."""
-    options = {"noise": "const"} | options
-
-    def images(z, c):
-        return to_uint8(G(z, c, **options))
-
-    return in_batches(images, next(G.parameters()).device, batch, z, c)
+    options, device = {"noise": "const"} | options, next(G.parameters()).device
+    return in_batches(lambda z, c: to_uint8(G(z, c, **options)), device, batch, z, c)
 
 
 def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
@@ -5568,16 +5418,12 @@ def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
         if fid:
             net, m = fid
 
-            def reals():
-                for k in range(0, len(data), batch):
-                    yield stack([data[i] for i in range(k, min(k + batch, len(data)))])
-
             def fakes():
                 for k in range(0, m, batch):
                     inputs = sample_inputs(G, labels, 10_000 + k, min(batch, m - k))
                     yield sample(G, *inputs, batch, noise="random")
 
-            row["fid"] = fid_kid(Again(reals), fakes(), net)
+            row["fid"] = fid_kid(functools.partial(data.batches, batch), fakes, net)
         run.save_scores(row | more)
         run.say(describe_scores(row))
 
@@ -5623,12 +5469,10 @@ def load_generator(args, load_networks):
 @torch.no_grad()
 def synthesize(G, ws, noise="const", batch=16, generators=()):
     """uint8 images (N, C, H, W) of ws, on the CPU. generators: of a `noise` that draws."""
-
-    def images(ws):
-        return to_uint8(G.synthesis(ws, noise))
-
     device = next(G.parameters()).device
-    return in_batches(images, device, batch, ws, generators=generators)
+    return in_batches(
+        lambda ws: to_uint8(G.synthesis(ws, noise)), device, batch, ws, generators=generators
+    )
 
 
 @torch.no_grad()
@@ -5702,10 +5546,8 @@ def timelapse(args):
             picture = decode(path, path)
         except BadImage as e:
             raise UserError(f"--checkpoint {run}: {e}.") from None
-        width = min(args.width, picture.width)
-        size = (width, max(1, round(picture.height * width / picture.width)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-        film = Image.new("RGB", (size[0], size[1] + 20), "white")
+        picture = resized(picture, width=min(args.width, picture.width))
+        film = Image.new("RGB", (picture.width, picture.height + 20), "white")
         film.paste(picture, (0, 20))
         date = f"{int(path.stem) * batch / 1000:.1f} thousand images"
         ImageDraw.Draw(film).text((4, 3), date, "black", ImageFont.load_default(12))
@@ -5743,8 +5585,12 @@ def number_of_samples(args, source):
 
 
 def sample_scores(args, n, fakes, n_real, real, device, pairs=None, paths=PPL2, how=""):
-    """The scores of n untruncated samples, fakes(rng, m) -> m uint8 images, against n_real
-    pictures, real(i) -> uint8 (H, W, C). pairs, paths: see generator_scores; how: a remark."""
+    """The scores in --metrics of n untruncated samples, fakes(rng, m) -> m uint8 images, against
+    n_real pictures, real(i) -> uint8 (H, W, C).
+
+    pairs(m, space): see perceptual_path_length; paths: {name: its options}; how: a remark. Without
+    its network a score is left out; path is ppl with a distance of pixels, which needs none.
+    """
     if min(n, n_real) < 2:
         raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
 
@@ -5762,13 +5608,40 @@ def sample_scores(args, n, fakes, n_real, real, device, pairs=None, paths=PPL2, 
         f"protocol: {n} untruncated samples of random noise against {n_real} pictures of"
         f" {args.data} at {args.size}x{args.size}{how}"
     )
-    both = Again(all_reals), Again(all_fakes)
-    return generator_scores(*both, pairs, n, args, device, paths)
+    metrics, row = metrics_of(args), {}
+    if "fd8" in metrics:
+        row["fd8"] = fd8(all_reals, all_fakes)
+    if "fid" in metrics and (net := load_inception_or_explain(args.inception, device)):
+        row["fid"] = fid_kid(all_reals, all_fakes, net, args.fid_resize)
+    without = "precision and recall are left out"
+    if "pr" in metrics and (vgg := load_or_explain(without, load_vgg16, args.vgg, device=device)):
+        most = max(200_000 // args.batch, 1)  # batches of pictures, as officially
+        some = (itertools.islice(images(), most) for images in (all_reals, all_fakes))
+        features = [vgg_features(images, vgg).to(device) for images in some]
+        if min(map(len, features)) < 4:
+            print(f"{without}: they need 4 images or more on either side")
+        else:
+            row["precision"], row["recall"] = precision_recall(*features)
+    distances = {"path": pixel_distance} if "path" in metrics else {}
+    without, files = "perceptual path length is left out", (args.vgg, args.lpips)
+    if "ppl" in metrics and args.size < 32:
+        print(f"{without}: it needs images of 32 pixels or more")
+    elif "ppl" in metrics:
+        lpips = load_or_explain(without, load_lpips, *files, device=device)
+        distances |= {"ppl": lpips} if lpips else {}
+    for kind, distance in distances.items():
+        for name, options in paths.items():
+            torch.manual_seed(args.seed)  # of the noise maps
+            draw = functools.partial(pairs, space=options["space"])
+            options = dict(n=n, batch=args.batch, seed=args.seed) | options
+            row[name.replace("ppl", kind)] = perceptual_path_length(draw, distance, **options)
+            row["n_paths"] = options["n"]
+    return row
 
 
 def evaluate_generator(args, load_networks, build, paths=PPL2, full=False):
     """The command `evaluate`: scores of untruncated samples. load_networks, build: see load_gan;
-    paths: see generator_scores; full: against all pictures as they are, not as many as samples,
+    paths: see sample_scores; full: against all pictures as they are, not as many as samples,
     flipped at random if training did so."""
     G, _, saved = load_generator(args, load_networks)
     exact = build(G.config | dict(half_res=0)).eval().requires_grad_(False)  # in float32 throughout
@@ -5831,7 +5704,7 @@ def edit_generator(args, G, c, saved):
     data, args.size = data_of(args, saved), G.config["img_resolution"]
     if G.config["img_channels"] != 3:
         raise UserError("edit needs a model of colour pictures.")
-    if data == "toy" and c is not None:
+    if data == "toy" and G.config["c_dim"] == len(TOY_DOMAINS):
         data = f"toy/{TOY_DOMAINS[args.label]}"
     args.data = data
     source = open_data(data, size=args.size, toy=TOY_LABELLED)
@@ -5841,7 +5714,7 @@ def edit_generator(args, G, c, saved):
         toy = dict(size=args.size, device=device, seed=args.seed)
         toy["domain"], _ = source.domain_and_seed(source.names[0])
     attributes = attributes_of(args.direction, classes, toy)
-    net = load_segmenter(images, len(classes), args.size, device, args.seed, cache_folder())
+    net = load_segmenter(images, len(classes), args.size, device, args.seed)
 
     def w_of(z):
         with torch.no_grad():
@@ -5868,7 +5741,7 @@ def separability(args, G, source, random_z):
     print(f"training a classifier of {len(TOY_BINARY)} attributes of toy faces")
     domain = source.domain_and_seed(source.names[0])[0]
     net, accuracy = toy_classifier(args.size, device, args.seed, domain)
-    rng, found = np.random.default_rng(args.seed), {"z": [], "w": [], "logits": []}
+    rng, parts = np.random.default_rng(args.seed), []
     torch.manual_seed(args.seed)
     for k in range(0, n, args.batch):
         z = random_z(rng, min(args.batch, n - k))[0].to(device)
@@ -5876,11 +5749,10 @@ def separability(args, G, source, random_z):
             ws = G.mapping(z)
             images = to_uint8(G.synthesis(ws, "random"))
             logits = net(to_float(images, device))
-        for name, t in {"z": z, "w": ws[:, -1], "logits": logits}.items():
-            found[name].append(t.cpu())
-    found = {name: torch.cat(parts) for name, parts in found.items()}
-    scores, entropies = linear_separability({k: found[k] for k in "zw"}, found["logits"])
-    if n < 20 * found["z"].shape[1]:
+        parts.append([t.cpu() for t in (z, ws[:, -1], logits)])
+    z, w, logits = map(torch.cat, zip(*parts, strict=True))
+    scores, entropies = linear_separability({"z": z, "w": w}, logits)
+    if n < 20 * z.shape[1]:
         print(f"of {n} samples only: planes fit so few points by chance; take more --samples")
     for i, name in enumerate(TOY_BINARY):
         bits = ", ".join(f"{space} {entropies[space][i]:.3f}" for space in "zw")
@@ -6101,7 +5973,7 @@ def receive(sock, until):
 
 
 def read_head(sock):
-    """(method, path, {parameter: text}, {header: [texts]}, begin of the body) of a request."""
+    """(method, path, {parameter: text}, {header: text}, begin of the body) of a request."""
     data, until = b"", time.monotonic() + HEAD_SECONDS
     while (end := data.find(b"\r\n\r\n")) < 0 and len(data) <= MAX_HEAD:
         data += receive(sock, until)
@@ -6113,35 +5985,27 @@ def read_head(sock):
     if request is None or None in fields:
         raise Refusal(400, "This is no request that a browser sends.")
     path, _, query = request[2].partition("?")
-    headers = {}
-    for field in fields:
-        headers.setdefault(field[1].lower(), []).append(field[2].strip())
+    headers = {field[1].lower(): field[2].strip() for field in fields}
+    if len(headers) < len(fields):
+        raise Refusal(400, "The request has a header more than once.")
     return request[1], path, dict(urllib.parse.parse_qsl(query)), headers, data[end + 4 :]
-
-
-def only(headers, name):
-    """The text of a header, or None. Raises Refusal where it is there twice."""
-    texts = headers.get(name, [None])
-    if len(texts) > 1:
-        raise Refusal(400, f"The request has more than one {name}.")
-    return texts[0]
 
 
 def check_sender(headers, local):
     """Raises Refusal unless the request comes from this page. Another site cannot hide its Origin;
     a foreign name that its owner points at this machine (DNS rebinding) shows in Host."""
-    host = only(headers, "host") or ""
+    host = headers.get("host", "")
     match = re.fullmatch(r"\[([\w.:]+)\](?::\d+)?|([\w.-]+)(?::\d+)?", host)
     if match is None or (local and (match[1] or match[2]).lower() not in LOOPBACK):
         raise Refusal(403, "Open this page under the address that its server printed.")
-    origin = only(headers, "origin")
+    origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2].lower() != host.lower():
         raise Refusal(403, "Only this page may send pictures here, no other site.")
 
 
 def read_upload(sock, headers, begun):
     """The body of a request, of which `begun` has been read."""
-    length, until = only(headers, "content-length"), time.monotonic() + BODY_SECONDS
+    length, until = headers.get("content-length"), time.monotonic() + BODY_SECONDS
     if length is None or "transfer-encoding" in headers:
         raise Refusal(411, "The request does not say how long it is.")
     if not re.fullmatch("[0-9]+", length):
@@ -6163,13 +6027,6 @@ def parameter(query, name, below):
     if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= below:
         raise Refusal(400, f"{name} has to be a whole number from 0 to {below - 1}.")
     return int(text)
-
-
-def unexpected(error):
-    """Puts a fault of ours on stderr, in one line; the Refusal that tells the visitor."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
-    return Refusal(500, "The server failed on this picture. Its console says why.")
 
 
 def has_left(sock):
@@ -6254,7 +6111,11 @@ def serve_visitor(page, sock):
         try:
             reply = 200, *respond(page, sock)
         except Exception as e:
-            status, text, *headers = (e if isinstance(e, Refusal) else unexpected(e)).args
+            if not isinstance(e, Refusal):  # a fault of ours
+                fault = " ".join(f"{type(e).__name__}: {e}".split())
+                print(f"{Path(sys.argv[0]).name}: {fault}", file=sys.stderr, flush=True)
+                e = Refusal(500, "The server failed on this picture. Its console says why.")
+            status, text, *headers = e.args
             reply = status, "text/plain; charset=utf-8", text.encode(), *headers
         with sock, contextlib.suppress(OSError, Refusal):  # from here on a visitor may leave
             answer(sock, page.policy, *reply)

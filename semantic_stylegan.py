@@ -1425,8 +1425,8 @@ def evaluate(args):
     ws = ws_of(G, range(args.seed, args.seed + max(1000, 2 * args.pairs)))
     found = pictures(G, ws, batch=args.batch)
     if labelled:
-        folder, K = common.cache_folder(), len(regions)
-        net = common.load_segmenter(data, K, args.size, device, args.seed, folder)
+        K = len(regions)
+        net = common.load_segmenter(data, K, args.size, device, args.seed)
         iou, right = common.mean_iou(found.seg, common.segment(net, found.img), K)
         row |= {"segmentation_iou": iou, "segmentation_accuracy": right}
         print(

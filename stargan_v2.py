@@ -1165,8 +1165,8 @@ def evaluate(args):
     pictures = {name: images.all() for name, images in tests.items()}
     for y, target in enumerate(train):
         # Training sets can be too large to be held: fd8 needs 8x8 pixels, FID passes over all.
-        reals = common.Again(train[target].batches)
-        small = torch.cat([common.averaged(x) for x in reals])
+        reals = train[target].batches
+        small = torch.cat([common.averaged(x) for x in reals()])
         if inception and len(small) > 1:  # a covariance needs two
             statistics = common.real_statistics(reals, inception, args.fid_resize)
         for name in (name for name in train if name != target):
@@ -1271,7 +1271,7 @@ def main(argv=None):
     common.add_evaluate_options(p)
     p.add("--alexnet", help="alexnet-owt-7be5be79.pth, where it cannot be fetched")
     p.add("--lpips", help="the LPIPS weights of AlexNet, likewise")
-    p.add("--seed", type=common.not_negative_int, default=0, help="of latents and references")
+    p.add("--seed", type=common.one_seed, default=0, help="of latents and references")
     p.add("--fan", help="wing.ckpt, where masks are needed and cannot be fetched")
 
     p = cli.command("app", app, "a web page: choose picture, domain and style, save the result")

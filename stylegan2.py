@@ -912,7 +912,7 @@ def main(argv=None):
     p.add("--space", choices=("w", "w+"), default="w", help="w+: every layer its own w")
     p.add("--steps", type=number, default=1000)
     p.add("--lr", type=above_0, default=0.1)
-    p.add("--seed", type=common.not_negative_int, default=0)
+    p.add("--seed", type=common.one_seed, default=0)
     p.add("--film-every", type=number, default=10, help="steps between frames of progress.webp")
     common.add_vgg_options(p)
 

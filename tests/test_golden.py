@@ -532,10 +532,10 @@ def features_case(case, meta):
     sets = group(meta["inputs"])
     for name in meta["cases"]:
         real, fake = (torch.from_numpy(sets[f"{name}/{k}"]) for k in (1, 2))
-        stats = [common.FeatureStats(f.shape[1]).add(f[:7]).add(f[7:]) for f in (real, fake)]
-        yield f"{name}/mu_stats", np.stack([numpy_stats(s.mean_cov()[0]) for s in stats])
+        mus = [common.mean_cov(f)[0] for f in (real, fake)]
+        yield f"{name}/mu_stats", np.stack([numpy_stats(mu) for mu in mus])
         for ddof, official in ((1, "pytorch_fid"), (0, "nvidia")):
-            moments = [s.mean_cov(ddof) for s in stats]
+            moments = [common.mean_cov(f, ddof) for f in (real, fake)]
             yield f"{name}/sigma_ddof{ddof}_stats", np.stack([numpy_stats(c) for _, c in moments])
             distance = common.frechet_distance_of_features(real, fake, ddof)
             yield f"{name}/fid_{official}", distance
@@ -566,12 +566,12 @@ def end_to_end_case(case, meta):
     for name, seed in sorted(meta["seeds"].items()):
         images = formula_images(meta["N"], meta["size"], seed)
         images = torch.from_numpy(images if name == "a" else images // 2 + 60)
-        stats = common.FeatureStats(meta["dims"])
+        features = []
         for batch in images.split(2):
             stages = net.stages(common.resize_for_inception(batch, "pytorch_fid", torch.float64))
             maps = next(maps for k, maps in enumerate(stages) if k == stage)
-            stats.add(maps.mean([2, 3]))
-        mu, sigma = stats.mean_cov()
+            features.append(maps.mean([2, 3]))
+        mu, sigma = common.mean_cov(torch.cat(features))
         moments += [mu, sigma]
         yield f"{name}/mu", mu
         yield f"{name}/sigma_diag", sigma.diag()

@@ -192,7 +192,7 @@ def test_given_weights_fill_the_columns_and_the_networks_are_named(
 ):
     def real_statistics(real, net, mode):
         for _ in range(2):  # it may pass over them twice
-            assert [x.shape for x in real] == [(4, 3, 32, 32), (2, 3, 32, 32)]
+            assert [x.shape for x in real()] == [(4, 3, 32, 32), (2, 3, 32, 32)]
         computed.append(mode)
         return {"n": 6}
 
