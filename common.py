@@ -240,11 +240,9 @@ class CommandLine:
         return args
 
 
-def add_train_options(
-    p, data, batch, every, default_every, gpu_precision="tf32", own_half=False
-):  # fmt: skip
+def add_train_options(p, batch, every, default_every, gpu_precision="tf32", own_half=False):
     """The options that every `train` has. every: what --every counts; own_half: see Run."""
-    p.add("--data", default=data, help="toy, a public name, a folder or a .zip")
+    p.add("--data", default="toy", help="toy, a public name, a folder or a .zip")
     p.add("--out", default="runs", help="where run folders go")
     p.add("--resume", metavar="RUN", help="continue the run in this folder")
     p.add("--checkpoint", help="start from these weights, ours or official ones")
@@ -402,7 +400,7 @@ MAX_DOWNLOAD = 20 * GB  # where the size is not known
 MAX_MEMBERS, MAX_UNPACKED = 200_000, 20 * GB  # of an archive that is unpacked
 MAX_FILE, MAX_RATIO = 2**28, 200  # one picture; its bytes per byte of the zip, beyond 16 MB
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
-DISK_ERRORS += (errno.ENAMETOOLONG,)
+DISK_ERRORS += (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)
 
 # CycleGAN's sets. Bytes and sha256 were recorded when they lay at an older address
 # (tensorflow/datasets: url_checksums/cycle_gan.txt).
@@ -503,7 +501,7 @@ def _fetch(url, part, size):
             part.unlink(missing_ok=True)
             raise OSError("answered with another range than asked for")
         total = size if answer.length is None else have + answer.length
-        shown = 0
+        shown, of = 0, f" of {total / 1e6:.1f}" if total else ""
         with open(part, "ab" if have else "wb") as f:
             while chunk := answer.read(2**18):
                 if have == 0 and chunk.lstrip().startswith(b"<"):
@@ -512,16 +510,10 @@ def _fetch(url, part, size):
                 if max(have, total or 0) > (size or MAX_DOWNLOAD):
                     raise Refused(f"offers more than {size or MAX_DOWNLOAD:,} bytes")
                 f.write(chunk)
-                if time.monotonic() > shown + 0.5 or have == total:
+                if time.monotonic() > shown + 0.5:
                     shown = time.monotonic()
-                    of = f" of {total / 1e6:.1f}" if total else ""
-                    end = "\n" if have == total else ""
-                    print(
-                        f"\r{part.stem}: {have / 1e6:.1f}{of} MB",
-                        end=end,
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    print(f"\r{part.stem}: {have / 1e6:.1f}{of} MB", end="", file=sys.stderr)
+        print(f"\r{part.stem}: {have / 1e6:.1f}{of} MB", file=sys.stderr)
     if have < (total or 0):
         raise OSError(f"cut off after {have:,} of {total:,} bytes")
 
@@ -633,11 +625,7 @@ def unpack(archive, folder):
             members = _checked_members(archive, z)
             with _disk_errors(folder.parent, sum(i.file_size for i in members)):
                 temp.mkdir(parents=True)
-                for info in members:
-                    target = temp / info.filename
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with z.open(info) as source, open(target, "wb") as f:
-                        shutil.copyfileobj(source, f, 2**20)
+                z.extractall(temp, members)
         doubled = os.listdir(temp) == [folder.name] and (temp / folder.name).is_dir()
         os.replace(temp / folder.name if doubled else temp, folder)
     except ZIP_ERRORS as e:
@@ -661,11 +649,8 @@ class BadImage(Exception):
     """One file that cannot be used: BadImage(name, reason)."""
 
     def __init__(self, name, reason):
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
-
-    def __str__(self):
-        return f"{self.name}: {self.reason}"
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
 
 
 def _load(file, name, convert):
@@ -677,8 +662,6 @@ def _load(file, name, convert):
             W, H = img.size
             if W * H > MAX_PIXELS:
                 raise BadImage(name, f"{W} x {H} pixels, at most {MAX_PIXELS:,} are accepted")
-            if W * H == 0:
-                raise BadImage(name, f"has no pixels ({W} x {H})")
             img.load()
             with contextlib.suppress(Exception):  # damaged EXIF around a good picture
                 ImageOps.exif_transpose(img, in_place=True)
@@ -1479,8 +1462,7 @@ class ImageSet:
 
 def pixels(img):
     """PIL picture, or uint8 array, -> uint8 array (H, W, C)."""
-    array = np.asarray(img)
-    return array if array.ndim == 3 else array[:, :, None]
+    return np.atleast_3d(img)
 
 
 def stack(images):
@@ -1499,8 +1481,7 @@ def resize_for(mode, load, crop, multiple, img):
 
     mode: resize_and_crop (to load x load), scale_width, scale_width_and_crop (to width load, and
     at least as high as the crop), crop (not at all) or none. The modes that do not crop end at the
-    nearest multiple, since G changes other sizes. multiple: of both sides; None for
-    test pictures, which Pillow resizes, since scores are compared with those of other programs.
+    nearest multiple, since G changes other sizes. multiple: of both sides.
     """
     W, H = size = img.size
     if mode == "resize_and_crop":
@@ -1509,9 +1490,7 @@ def resize_for(mode, load, crop, multiple, img):
         size = (load, max(load * H // W, crop))
     if not mode.endswith("crop"):
         size = tuple(max(1, round(side / multiple)) * multiple for side in size)
-    if size == (W, H):
-        return img
-    return img.resize(size, BICUBIC) if multiple is None else bicubic(img, size)
+    return img.resize(size, BICUBIC)
 
 
 def images_of(source):
@@ -1732,7 +1711,7 @@ def named_classes(args, source):
             where, text = f"{source.path}: {found}", source.read(found)
         else:
             return None
-        names = text.decode().split("\n")
+        names = text.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError, BadImage) as e:
         reason = getattr(e, "strerror", None) or getattr(e, "reason", None)
         reason = "not a text file" if isinstance(e, UnicodeDecodeError) else reason
@@ -1895,12 +1874,12 @@ def one_hot_seg(labels, K, order=torch.channels_last):
 def split(n, subset, seed):
     """Indices of `subset` of n pictures, and of the others, both sorted; subset None: all of them.
     Which ones is a matter of the seed, as in the official code."""
-    if subset is not None and subset > n:
+    if subset is None:
+        return np.arange(n), np.arange(0)
+    if subset > n:
         raise UserError(f"--subset {subset}: there are {n} pictures.")
-    order = np.arange(n)
-    if subset is not None:
-        np.random.RandomState(seed % 2**32).shuffle(order)
-    return np.sort(order[:subset]), np.sort(order[n if subset is None else subset :])
+    order = np.random.RandomState(seed % 2**32).permutation(n)
+    return np.sort(order[:subset]), np.sort(order[subset:])
 
 
 def one_hot(args, source):
@@ -1912,13 +1891,6 @@ def one_hot(args, source):
     if values.ndim == 1:
         return F.one_hot(torch.from_numpy(values)).float().numpy()
     return values.astype(np.float32)
-
-
-def bicubic(img, size):
-    """Pillow's antialiased bicubic in a third of the time: mostly within two levels of 255, but
-    further off at hard edges where Pillow takes rows before columns."""
-    x = stack([pixels(img)])
-    return to_picture(F.interpolate(x, size[::-1], mode="bicubic", antialias=True)[0])
 
 
 def crop_and_flip(pixels, crop, flip, rng):
@@ -1934,20 +1906,14 @@ def crop_and_flip(pixels, crop, flip, rng):
 
 def at_most(side, img):
     """A PIL picture whose shorter side is reduced to `side` if it is longer."""
-    scale = side / min(img.size)
-    if scale >= 1:
+    if min(img.size) <= side:
         return img
-    return img.resize([max(side, round(x * scale)) for x in img.size], Image.Resampling.BILINEAR)
+    return ImageOps.cover(img, (side, side), Image.Resampling.BILINEAR)
 
 
-def squeezed(size, img):
+def squeezed(size, img, resample=Image.Resampling.BILINEAR):
     """The whole of a PIL picture as size x size pixels, whatever its sides are."""
-    return img if img.size == (size, size) else img.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def stretched(size, img):
-    """Likewise by Lanczos, which is what SemanticStyleGAN's pictures are resized by."""
-    return img.resize((size, size), Image.Resampling.LANCZOS)
+    return img.resize((size, size), resample)
 
 
 def random_box(W, H, rng):
@@ -2427,8 +2393,7 @@ class Run:
         self.sums = {}
         for name, value in means.items():
             if not math.isfinite(value):
-                last = self.folder and self.folder / "checkpoint.pt"
-                last = last if last and last.exists() else "none yet"
+                last = (self.folder and last_checkpoint(self.folder)) or "none yet"
                 raise UserError(
                     f"{name} became {value} by step {self.steps_done}; last good checkpoint {last}."
                     " Lower the learning rate, or use --precision fp32."
@@ -2556,16 +2521,13 @@ class Run:
     def rank_state(self):
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         return {
-            "pools": {name: to_cpu(pool.state_dict()) for name, pool in self.pools.items()},
+            "pools": {name: moved(pool.state_dict(), "cpu") for name, pool in self.pools.items()},
             "rng": [torch.get_rng_state(), self.generator.get_state(), cuda],
         }
 
     def load_rank_state(self, state):
         for name, pool in self.pools.items():
-            held = state["pools"][name]
-            pool.load_state_dict(
-                {k: v if v is None else v.to(self.device) for k, v in held.items()}
-            )
+            pool.load_state_dict(moved(state["pools"][name], self.device))
         cpu, generator, cuda = state["rng"]
         torch.set_rng_state(cpu)
         self.generator.set_state(generator)
@@ -2595,16 +2557,10 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "ranks": ranks if self.world > 1 else [mine],
         }
-        path = self.folder / "checkpoint.pt"
-        with write_whole(path) as f:
-            torch.save(state, f)
-        if keep:
-            kept = self.folder / f"checkpoint-{self.steps_done:07d}.pt"
-            kept.unlink(missing_ok=True)
-            try:
-                os.link(path, kept)
-            except OSError:  # a file system without hard links
-                shutil.copy(path, kept)
+        # The kept one first: a run killed in between goes on from before, and makes it again.
+        for name in (*[f"checkpoint-{self.steps_done:07d}.pt"] * keep, "checkpoint.pt"):
+            with write_whole(self.folder / name) as f:
+                torch.save(state, f)
 
     def save_picture(self, picture, name=None, rows=()):
         """samples/<step>.png, or <name>.png: a PIL picture, or a sheet of {caption: images} and
@@ -2670,11 +2626,9 @@ def make_run_folder(model, args, script):
         folder = Path(args.out, f"{stem}-{n:03d}")
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except NotADirectoryError:
-            raise UserError(f"--out {args.out} is not a folder.") from None
         except OSError as e:
+            if folder.exists():
+                continue
             raise UserError(f"--out {args.out}: {e.strerror}; name another folder.") from None
         write_args(folder, model, args)
         shutil.copy(script, folder)
@@ -2714,8 +2668,8 @@ def drop_later_lines(path, step):
         path.write_text("".join(lines))
 
 
-def to_cpu(state):
-    return {name: value if value is None else value.cpu() for name, value in state.items()}
+def moved(state, device):
+    return {name: value if value is None else value.to(device) for name, value in state.items()}
 
 
 def plain(options):
@@ -2819,7 +2773,8 @@ def load_networks(path, model, build, from_official):
         return nets, dict(state["args"])
     except Exception as e:  # a strange file: build() may raise anything
         problem = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{path} does not hold {model} networks: {problem}.") from None
+        kind = state.get("model", model)
+        raise UserError(f"{path} does not hold {kind} networks: {problem}.") from None
 
 
 def load_gan(path, models, build, from_official):
@@ -2917,7 +2872,7 @@ def to_picture(image):
     """A float tensor (C, H, W) in [-1, 1], or a uint8 one, -> PIL picture."""
     image = image if image.dtype == torch.uint8 else to_uint8(image)
     array = image.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def save_sheet(path, columns, rows=()):
@@ -2962,27 +2917,22 @@ def grid(images, columns):
     return picture.resize([s * zoom for s in picture.size], Image.Resampling.NEAREST)
 
 
-SEG_COLORS = (  # of the first 17 classes, those of the official SemanticStyleGAN
+SEG_COLORS = torch.tensor([  # of 256 classes, all different; the first 17 are the official ones
     (0, 0, 0), (239, 234, 90), (44, 105, 154), (4, 139, 168), (13, 179, 158), (131, 227, 119),
     (185, 231, 105), (107, 137, 198), (241, 196, 83), (242, 158, 76), (234, 114, 71),
     (215, 95, 155), (207, 113, 192), (159, 89, 165), (142, 82, 172), (158, 115, 200),
     (116, 95, 159),
-)  # fmt: skip
+    *(_hsv(0.1 + 0.618 * k, (0.9, 0.5)[k % 2], 1 - k % 5 / 10) for k in range(239)),
+], dtype=torch.uint8)  # fmt: skip
 INFERNO = (  # ten colours, evenly spaced, of matplotlib's map of this name (CC0)
     (0, 0, 4), (27, 12, 65), (75, 12, 107), (120, 28, 109), (165, 45, 96), (207, 68, 70),
     (237, 105, 37), (251, 154, 6), (247, 209, 60), (252, 255, 164),
 )  # fmt: skip
 
 
-def seg_colors(K):
-    """The colours (K, 3), uint8, of K classes, all different up to 256."""
-    more = ((0.1 + 0.618 * k, (0.9, 0.5)[k % 2], 1 - k % 5 / 10) for k in range(K - 17))
-    return torch.tensor([*SEG_COLORS[:K], *(_hsv(*color) for color in more)], dtype=torch.uint8)
-
-
 def color_labels(labels):
-    """Labels (N, H, W), integers to 255, -> pictures (N, 3, H, W), uint8, in seg_colors."""
-    return seg_colors(256).to(labels.device)[labels.long()].permute(0, 3, 1, 2)
+    """Labels (N, H, W), integers to 255, -> pictures (N, 3, H, W), uint8, in SEG_COLORS."""
+    return SEG_COLORS.to(labels.device)[labels.long()].permute(0, 3, 1, 2)
 
 
 def heat(x):
@@ -3081,11 +3031,8 @@ def save_curves(folder, panels, batch):
     save_png(Path(folder, "progress.png"), curves(lines, "thousands of images"))
 
 
-FILMS = {  # suffix: Pillow's format and its options
-    ".webp": ("WEBP", {"quality": 90}),
-    ".gif": ("GIF", {}),
-    ".png": ("PNG", {}),  # an APNG, lossless and large; programs that know only PNG show one frame
-}
+# Pillow's formats. .png: an APNG, lossless and large; programs that know only PNG show one frame.
+FILMS = {".webp": "WEBP", ".gif": "GIF", ".png": "PNG"}
 
 
 def check_film(path, size, count):
@@ -3114,12 +3061,12 @@ def save_film(path, frames, fps=25):
     """
     if Path(path).suffix.lower() not in FILMS:
         raise UserError(f"{path}: films are written as {', '.join(FILMS)}; name one of these.")
-    format, options = FILMS[Path(path).suffix.lower()]
+    format = FILMS[Path(path).suffix.lower()]
     duration = max(20, round(100 / fps) * 10) if format == "GIF" else max(1, round(1000 / fps))
     first, *others = frames  # a list: Pillow goes over the frames of an APNG twice
-    options = options | {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
+    options = dict(append_images=others, duration=duration, loop=0, quality=90)  # that of WebP
     with write_whole(path) as f:
-        first.save(f, format, **options)
+        first.save(f, format, save_all=True, **options)
 
 
 def fill(net, arrays, optional=()):
@@ -4847,7 +4794,7 @@ def train_segmenter(images, labels, swap, held_out, K, device, seed, steps, batc
         net.eval()
         iou, accuracy = mean_iou(segment(net, images[test.to(device)]), labels[test.to(device)], K)
     scores = {"accuracy": accuracy, "mean_iou": iou, "n": held_out}
-    return to_cpu(net.state_dict()) | scores
+    return moved(net.state_dict(), "cpu") | scores
 
 
 @torch.no_grad()

@@ -748,9 +748,7 @@ def main(argv=None):
     directions = dict(choices=("AtoB", "BtoA"), default="AtoB")
 
     p = cli.command("train", train, "train on unpaired pictures of two domains (default command)")
-    common.add_train_options(
-        p, data="toy", batch=1, every="images", default_every=5000, gpu_precision="bf16"
-    )
+    common.add_train_options(p, batch=1, every="images", default_every=5000, gpu_precision="bf16")
     p.add("--direction", **directions, help="what an official .pth translates")
     p.add("--epochs", type=count, default=EPOCHS, help="length of the training")
     p.add("--epochs-decay", type=common.not_negative_int, help="the last, at a falling rate: half")

@@ -1322,7 +1322,7 @@ def invert(args):
     common.out_folder(args)
     G, saved = load_generator(args)
     device, size, out = G.mapping.w_avg.device, G.config["size"], Path(args.out)
-    prepare = functools.partial(common.stretched, size)
+    prepare = functools.partial(common.squeezed, size, resample=Image.Resampling.LANCZOS)
     names, images = common.read_pictures(args.input, prepare, "RGB", "--input")
     without = "LPIPS is replaced by a distance of pixels"
     lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
@@ -1477,7 +1477,7 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on labelled pictures (default command)")
     every = f"iterations (2000; toy: {TOY_EVERY}; adapting: 100)"
-    common.add_train_options(p, data="toy", batch=BATCH, every=every, default_every=None)
+    common.add_train_options(p, batch=BATCH, every=every, default_every=None)
     common.add_labelled_options(p)
     p.add("--size", type=number, help="pixels; default: those of the pictures or of --checkpoint")
     lengths = f"{ITERS}; toy: {TOY_ITERS}; adapting: {ADAPT_ITERS}"

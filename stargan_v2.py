@@ -1215,7 +1215,7 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on folders of pictures, a domain each (default command)")
     common.add_train_options(
-        p, data="toy", batch=BATCH, every="iterations", default_every=5000, gpu_precision="bf16"
+        p, batch=BATCH, every="iterations", default_every=5000, gpu_precision="bf16"
     )
     presets = "options for such data; else by --data's name; anime: best in greyscale, --channels 1"
     p.add("--preset", choices=list(PRESETS), help=presets)

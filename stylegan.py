@@ -1154,7 +1154,7 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p, data="toy", batch=32, every="160 to 20 kimg, by resolution,", default_every=None,
+        p, batch=32, every="160 to 20 kimg, by resolution,", default_every=None,
         gpu_precision="fp16+tf32", own_half=True,
     )  # fmt: skip
     common.add_stylegan_train_options(p)

@@ -1321,7 +1321,7 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
-        p, data="toy", batch=None, every="kimg", default_every=200,
+        p, batch=None, every="kimg", default_every=200,
         gpu_precision="fp16+tf32", own_half=True,
     )  # fmt: skip
     common.add_stylegan_train_options(p)

@@ -361,12 +361,12 @@ def test_planes_of_classes_hold_1_where_the_class_is_and_minus_1_elsewhere(dtype
 def test_classes_have_the_official_colours_and_further_ones_that_are_all_different():
     official = {1: (239, 234, 90), 7: (107, 137, 198), 12: (207, 113, 192), 16: (116, 95, 159)}
     for K in (1, 13, 17, 18, 256):
-        colors = common.seg_colors(K)
+        colors = common.SEG_COLORS[:K]
         assert colors.shape == (K, 3) and colors.dtype == torch.uint8
         assert len({tuple(color) for color in colors.tolist()}) == K
         for k, color in official.items():
             assert k >= K or tuple(colors[k].tolist()) == color
-        assert torch.equal(colors, common.seg_colors(256)[:K])
+        assert torch.equal(colors, common.SEG_COLORS[:K])
 
 
 def test_labels_are_shown_in_the_colours_of_their_classes():
@@ -374,7 +374,7 @@ def test_labels_are_shown_in_the_colours_of_their_classes():
     pictures = common.color_labels(labels)
     assert pictures.shape == (2, 3, 1, 3) and pictures.dtype == torch.uint8
     for n, x in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
-        assert torch.equal(pictures[n, :, 0, x], common.seg_colors(256)[labels[n, 0, x].long()])
+        assert torch.equal(pictures[n, :, 0, x], common.SEG_COLORS[labels[n, 0, x].long()])
 
 
 def test_inferno_spans_each_map_and_interpolates_between_its_colours():

@@ -608,7 +608,7 @@ def test_generate_writes_pictures_label_maps_and_latents(trained, capsys):
     assert np.array_equal(np.asarray(labels), picture.seg[2].argmax(0))
     image = common.to_uint8(picture.img)[2].permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(Image.open("out/images/seed0007.png"), int) - image).max() <= 1
-    colors = common.seg_colors(len(TOY)).numpy()[np.asarray(labels)]
+    colors = common.SEG_COLORS[: len(TOY)].numpy()[np.asarray(labels)]
     assert np.array_equal(np.asarray(Image.open("out/seg/seed0007.png")), colors)
 
 
@@ -664,11 +664,11 @@ def test_a_face_is_composed_region_by_region(trained):
     steps = ("00-background", "01-skin", "02-hair")
     kinds = ("image", "depth", "segmentation", "masks")
     assert names_in("out/seed0003") == {f"{s}-{kind}.png" for s in steps for kind in kinds}
-    sky, colors = np.asarray(Image.open("out/seed0000/00-background-masks.png")), common.seg_colors
-    assert (sky == colors(len(TOY))[0].numpy()).all()  # nothing else was shown yet
+    sky, colors = np.asarray(Image.open("out/seed0000/00-background-masks.png")), common.SEG_COLORS
+    assert (sky == colors[0].numpy()).all()  # nothing else was shown yet
     seen = np.asarray(Image.open("out/seed0000/02-hair-masks.png")).reshape(-1, 3)
     allowed = {
-        tuple(colors(len(TOY))[TOY.index(r)].tolist()) for r in ("background", "skin", "hair")
+        tuple(colors[: len(TOY)][TOY.index(r)].tolist()) for r in ("background", "skin", "hair")
     }
     assert {tuple(c) for c in seen.tolist()} <= allowed
     main("compose", "--checkpoint", trained, "--seeds", 0, "--out", "all")
