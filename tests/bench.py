@@ -132,8 +132,8 @@ class Phases:
         spent, self.spent = self.spent, None
         return spent
 
-    def graph(self, phase, *optimizers):
-        function = self.run.graph(phase, *optimizers)
+    def graph(self, phase, *optimizers, key=None):
+        function = self.run.graph(phase, *optimizers, key=key)
 
         def timed(*args):
             result = function(*args)
@@ -348,8 +348,10 @@ def work_of(name, what, size, batch, precision, full, device):
     given |= {"precision": precision} if precision else {}
     if full and paper in (stylegan, stylegan2):
         given["channel_base"] = 16384 if size <= 256 or paper is stylegan else 32768
+    if paper in (stylegan, stylegan2, stylegan2_ada):
+        given["channels"] = 3
     if paper is stylegan2_ada:
-        given |= dict(channels=3, aug="fixed", ada_p=0.3)
+        given |= dict(aug="fixed", ada_p=0.3)
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]
     with mock.patch.object(paper, "train") as train:
         paper.main(argv)

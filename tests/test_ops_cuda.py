@@ -1044,3 +1044,11 @@ def test_every_row_of_the_bench_has_options_that_its_script_knows(monkeypatch):
                     batch, precision, True,
                 )  # fmt: skip
                 assert args.data == ("afhq" if full else "toy")  # or the paper's sizes are toys
+
+
+@pytest.mark.parametrize("name", bench.OF)
+def test_every_paper_of_the_bench_trains_in_its_stand_in_for_a_run(name):
+    row = next(row for row in bench.rows_of(name, False) if row[0].startswith("train"))
+    work = bench.work_of(name, *row[:4], False, torch.device("cpu"))
+    spent = work.run.seconds(lambda: work.call(0))
+    assert len(spent) == len(work.phases) and all(t > 0 for t in spent)
