@@ -313,10 +313,18 @@ def add_generator_options(p):
     add_device_option(p)
 
 
+def add_seeds(p, default, option, files):
+    """--seeds, or an option for latents from a file instead; files: which ones."""
+    either = p.add_mutually_exclusive_group()
+    what = "as in 0-7,42 (default: %(default)s)"
+    either.add_argument("--seeds", type=seeds, default=default, help=what)
+    either.add_argument(option, metavar="FILE", help=f"{files}, instead of --seeds")
+
+
 def add_generate_options(p, psi=1.0, cutoff=None, psi_rule=""):
     """The options of `generate`. psi_rule: what the help says of a psi that is None."""
     add_generator_options(p)
-    p.add("--seeds", type=seeds, default="0-15", help="as in 0-7,42")
+    add_seeds(p, "0-15", "--projected", "an .npz of project or generate")
     p.add("--psi", type=finite, default=psi, help=f"truncation, 1: none, 0: mean picture{psi_rule}")
     limit = "layers that are truncated" + ": all" * (cutoff is None)
     p.add("--cutoff", type=positive_int, default=cutoff, help=limit)
@@ -326,15 +334,13 @@ def add_generate_options(p, psi=1.0, cutoff=None, psi_rule=""):
     p.add("--mix-layers", type=seeds, help="default: the coarse ones, 0-6 of 18")
     p.add("--film", metavar="FILE", help=".webp, .gif or .png: through the seeds and back")
     p.add("--frames", type=positive_int, default=30, help="of the film, from one seed to the next")
-    p.add("--projected", metavar="FILE", help="an .npz of project or generate instead of --seeds")
 
 
 def add_edit_options(p, required=True):
-    """The options of `edit`, beside those of add_generator_options; required: --direction."""
+    """The options of `edit`, beside --seeds and those of generators; required: --direction."""
     kinds = "NAME.area or NAME.light of a region, or an attribute of toy faces, as 'mouth open'"
     p.add("--direction", required=required, metavar="ATTR[,ATTR]", help=kinds)
     p.add("--alpha", type=finite, default=3, help="how far, in deviations of the latents along it")
-    p.add("--seeds", type=seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
     p.add("--data", help="with label maps; default: what the checkpoint was trained on")
     p.add("--samples", type=positive_int, default=2000, help="that a direction is fitted to")
     p.add("--batch", type=positive_int, default=32)

@@ -1461,11 +1461,9 @@ def add_model_options(p):
 def add_face_options(p, seeds="0-7"):
     """The options of commands that make faces."""
     p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pt")
-    p.add("--latents", metavar="FILE", help="an .npz of invert, generate or edit, not --seeds")
     p.add("--psi", type=common.finite, default=0.7, help="truncation: 1 is none, 0 the mean face")
     p.add("--out", default="out", help="folder to write to")
-    if seeds:
-        p.add("--seeds", type=common.seeds, default=seeds, help="as in 0-7,42")
+    common.add_seeds(p, seeds, "--latents", "an .npz of invert, generate or edit")
     common.add_device_option(p)
     add_model_options(p)
 
@@ -1532,7 +1530,7 @@ def main(argv=None):
     p.add("--regions", metavar="NAMES", help="in this order; default: all, of faces the first ten")
 
     p = cli.command("edit", edit, "change one region, or an attribute")
-    add_face_options(p, seeds=None)
+    add_face_options(p)
     p.add("--region", metavar="NAME", help="that faces get from others")
     p.add("--part", choices=("both", "structure", "texture"), default="both", help="of it")
     p.add("--others", type=common.seeds, help="seeds of those; default: each of --seeds plus 1")

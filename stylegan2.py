@@ -918,6 +918,7 @@ def main(argv=None):
 
     p = cli.command("edit", edit, "move along directions of attributes, measure what changes where")
     common.add_generator_options(p)
+    p.add("--seeds", type=common.seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
     common.add_edit_options(p)
 
     p = cli.command("evaluate", evaluate, "fd8, FID, KID, precision, recall and path length")
