@@ -3871,12 +3871,14 @@ def uint8_batches(images, batch=32):
 
 
 def bilinear_tf1(x, size):
-    """(N, C, H, W) -> (N, C, size, size); source coordinate = destination * in / size, as TF1."""
+    """(N, C, H, W) -> (N, C, size, size); source coordinate = destination * in / size, as TF1,
+    which rounds in / size to float32."""
     for dim in (3, 2):
-        position = torch.arange(size, device=x.device) * x.shape[dim]  # in 1 / size pixel: exact
-        lo = position // size
+        step = float(np.float32(x.shape[dim] / size))
+        position = torch.arange(size, dtype=torch.float64, device=x.device) * step
+        lo = position.long().clamp(max=x.shape[dim] - 1)
         hi = (lo + 1).clamp(max=x.shape[dim] - 1)
-        weight = (position % size).to(x.dtype) / size
+        weight = (position - lo).to(x.dtype)
         near = x.index_select(dim, lo)
         far = x.index_select(dim, hi)
         x = near + (far - near) * (weight if dim == 3 else weight[:, None])

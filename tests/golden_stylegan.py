@@ -1,6 +1,7 @@
 """The vectors of StyleGAN, for test_golden.py."""
 
 import copy
+import functools
 import types
 
 import numpy as np
@@ -50,7 +51,9 @@ def network(case, arrays, kind):
     checks = dict(img_resolution=a["resolution"], c_dim=a["label_size"])
     checks |= dict(channel_max=a["fmap_max"]) if a["fmap_max"] == net.config["channel_max"] else {}
     assert all(net.config[k] == v for k, v in checks.items()), net.config
-    net.grow(case.args.get("lod", 0.0))
+    # The official "fixed" structure knows no growing: it does not look at lod.
+    fixed = case.args.get("structure") == "fixed"
+    net.grow(0.0 if fixed else case.args.get("lod", 0.0))
     ours = {
         k: t.reshape(net.state_dict()[k].shape)
         for k, t in stylegan.official_tensors(arrays, a.get("fused_scale", "auto")).items()
@@ -131,9 +134,10 @@ class Filter(torch.autograd.Function):
 
 
 def blur2d(x, kwargs):
-    if not kwargs:
+    if not set(kwargs) - {"normalize"} and kwargs.get("normalize", True):
         return stylegan.ops.filter2d(x, stylegan.ops.binomial(3, x.device))  # its own taps
-    f = stylegan.ops.setup_filter(kwargs["f"], kwargs.get("normalize", True), separable=True)
+    normalize = kwargs.get("normalize", True)
+    f = stylegan.ops.setup_filter(kwargs.get("f", [1, 2, 1]), normalize, separable=True)
     return Filter.apply(x, f.to(x))
 
 
@@ -302,21 +306,25 @@ def tf_generator(case):
     forward = dict(case.args["forward"])
     assert forward.pop("randomize_noise") is False
     beta = forward.pop("dlatent_avg_beta", case.args["G"].get("dlatent_avg_beta", 0.995))
+    beta = 1.0 if beta is None else beta  # the average does not move
     G, _ = network(case, tensors(case, "G"), "G")
     case.set(stylegan, "W_AVG_BETA", beta, 0.995)
     training, validation = (forward.pop(f"is_{k}", False) for k in ("training", "validation"))
     psi, cutoff = forward.pop("truncation_psi", 0.7), forward.pop("truncation_cutoff", 8)
     for_validation = [forward.pop(f"truncation_{k}_val", None) for k in ("psi", "cutoff")]
     psi, cutoff = for_validation if validation else (psi, cutoff)
+    # Officially nothing is truncated without a psi, without a cutoff, and up to layer 0.
+    psi = 1 if psi is None or cutoff is None or cutoff <= 0 else psi
+    mixing = forward.pop("style_mixing_prob", case.args["G"].get("style_mixing_prob", 0.9)) or 0
     G.train(training)
     z, c = case.inputs["z"], labels(case)
     if training:
         run = Recorded(case, lambda: G.num_ws - 2 * int(G.synthesis.lod))
-        args = types.SimpleNamespace(mixing=forward.pop("style_mixing_prob", 0.9) or 0)
+        args = types.SimpleNamespace(mixing=mixing)
         ws = stylegan.mix(G, z, c, args, run)
         assert not run.draws
     else:
-        ws = G.mapping(z, c, 1 if psi is None else psi, cutoff)
+        ws = G.mapping(z, c, psi, cutoff)
     assert not forward
     case.equal("images", G.synthesis(ws, "const"))
     case.equal("dlatent_avg_after", G.mapping.w_avg)
@@ -437,7 +445,7 @@ def tf_schedule(case):
         table = {k: v / lr for k, v in sched.get(f"{net}_lrate_dict", {}).items()}
         rates[net] = dict(lr=lr, rates=table)
     ticks, base = sched.pop("tick_kimg_dict", stylegan.TICKS), sched.pop("tick_kimg_base", 160)
-    ticks = {2**k: ticks.get(2**k, base) for k in range(2, 12)}
+    ticks = {2**k: ticks.get(2**k, base) for k in range(2, 17)}
     case.patch.setattr(stylegan, "TICKS", ticks)
     known = set(names) | {f"{net}_lrate_{k}" for net in "GD" for k in ("base", "dict")}
     assert set(sched) <= known, set(sched) - known
@@ -474,8 +482,9 @@ def tf_trajectory(case):
         betas = (adam["beta1"], adam["beta2"])
         case.set(stylegan, "BETAS", betas, (0.0, 0.99))
         case.set(stylegan, "EPS", adam["epsilon"], 1e-8)
-        params = nets[net].parameters()
-        opts.append(torch.optim.Adam(params, a["lrate"], stylegan.BETAS, stylegan.EPS))
+        # TensorFlow's Adam keeps its numbers and the powers of beta2 in float32 for any type.
+        betas = [float(np.float32(beta)) for beta in betas]
+        opts.append(torch.optim.Adam(nets[net].parameters(), a["lrate"], betas, adam["epsilon"]))
     run = Recorded(case, lambda: G.num_ws - 2 * int(G.synthesis.lod))
     half_life = 1000 * a["G_smoothing_kimg"]
     beta = 0.5 ** (a["minibatch"] / half_life) if half_life else 0.0
@@ -490,7 +499,13 @@ def tf_trajectory(case):
             if a["adam"] == "tf":
                 opt.param_groups[0]["eps"] = stylegan.tensorflow_eps(age + 1)
         age += 1
-        real = stylegan.faded(case.inputs[f"reals_{s}"] / 127.5 - 1, lod)
+        for opt in opts:
+            beta2 = np.float32(opt.param_groups[0]["betas"][1])
+            power = functools.reduce(np.multiply, [beta2] * age)  # each product is rounded
+            correction = (1 - float(power)) / (1 - float(beta2) ** age)
+            opt.param_groups[0]["lr"] = float(np.float32(a["lrate"])) * correction**0.5
+        scale = float(np.float32(2) / np.float32(255))  # float32 in the original's float64 run
+        real = stylegan.faded(case.inputs[f"reals_{s}"] * scale - 1, lod)
         with pytest.MonkeyPatch.context() as patch:
             watch = Watch(args, patch)
             watch.D = D

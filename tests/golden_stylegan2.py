@@ -16,6 +16,8 @@ import stylegan2
 import stylegan2_ada
 
 BUFFERS = re.compile(r"(.*\.)?(noise_const|w_avg)$")
+# What a leaky ReLU that rounding flips may move, in float32: gradients of networks, losses.
+FLIPPED = re.compile(r"gradnorm|grad\.|dparam\.|report\.|(dws|dimg|dimages|ddlatents|dz|dc|loss)$")
 
 
 def formula(name, shape, scale, offset, salt):
@@ -91,7 +93,9 @@ class Case:
         worst = (mine - stored).abs().max().item() if stored.numel() else 0.0
         if self.file.dtype == torch.float32:
             allowed = max(20 * out["f32_err"], 1e-5 * out["absmax"])
-            if "gradnorm" in name or name.startswith(("grad.", "dparam.", "dws", "dimg")):
+            if self.kind == "augment":
+                allowed = 1e-4 * out["absmax"]
+            elif FLIPPED.match(name):
                 worst, allowed = (mine - stored).norm().item(), 1e-3 * stored.norm().item() + 1e-9
         assert worst <= allowed, f"{self.name}/{name}: off by {worst:.3g}, allowed {allowed:.3g}"
         self.compared.add(name)
@@ -115,7 +119,7 @@ class Case:
         grads = [params[k].grad for k in self.order(tag)]
         norms = [0.0 if g is None else g.norm().item() for g in grads]
         self.equal("gradnorm", torch.tensor(norms, dtype=torch.float64))
-        for name in full:
+        for name in full or ():
             p = params[name]
             self.equal(prefix + name, torch.zeros_like(p) if p.grad is None else p.grad)
 
@@ -254,7 +258,7 @@ def mapping(case):
     for name, t in (("dz", z), ("dc", c)):
         if t is not None:
             case.equal(name, torch.zeros_like(t) if t.grad is None else t.grad)
-    case.gradients(net, "net", case.args["full"])
+    case.gradients(net, "net", case.args.get("full"))
     if "w_avg_after" in case.outputs:  # D's mapping has none
         case.equal("w_avg_after", net.w_avg)
 
@@ -303,7 +307,7 @@ def synthesis(case):
     case.equal("img", img)
     (img * case.inputs["v"]).sum().backward()
     case.equal("dws", ws.grad)
-    case.gradients(net, "net", case.args["full"])
+    case.gradients(net, "net", case.args.get("full"))
 
 
 @torch.no_grad()
@@ -312,7 +316,7 @@ def generator(case):
     G = case.network("G", generator_of(case.paper, case.args["ctor"])).eval()
     psi, cutoff = forward.get("truncation_psi", 1), forward.get("truncation_cutoff")
     case.equal("ws", G.mapping(case.inputs["z"], case.get("c"), psi, cutoff))
-    img = G(case.inputs["z"], case.get("c"), psi, cutoff, forward["noise_mode"])
+    img = G(case.inputs["z"], case.get("c"), psi, cutoff, forward.get("noise_mode", "random"))
     case.equal("img", img)
 
 
@@ -323,7 +327,7 @@ def discriminator(case):
     case.equal("logits", logits)
     (logits * case.inputs["v"]).sum().backward()
     case.equal("dimg", img.grad)
-    case.gradients(D, "D", case.args["full"])
+    case.gradients(D, "D", case.args.get("full"))
 
 
 # ---- losses and training ----
@@ -448,7 +452,7 @@ def loss(case):
             case.paper.generator_phase(G, D, *pipes, n, sample_c, args, run, noise)
             report(case, scores_fake=watch.logits[True][0])
             case.equal("report.Loss.G.loss", softplus(-watch.logits[True][0]))
-        if phase in ("Greg", "Gboth"):
+        if phase in ("Greg", "Gboth") and args.pl_weight:
             run.gain, run.z = 1, case.inputs["gen_z"]
             case.paper.path_length_phase(G, pl_mean, n, sample_c, args, run, noise)
             penalty = (watch.lengths[0] - pl_mean).square()
@@ -460,7 +464,7 @@ def loss(case):
             fake, on_real = watch.logits[False][0], watch.logits[True][0]
             report(case, scores_fake=fake, scores_real=on_real)
             case.equal("report.Loss.D.loss", softplus(fake) + softplus(-on_real))
-        if phase in ("Dreg", "Dboth"):
+        if phase in ("Dreg", "Dboth") and args.r1_gamma:
             run.gain, draws = 1, case.get("aug_draws") or []
             if phase == "Dboth":  # R1 of the very real images that were augmented
                 for T in pipes:
@@ -471,7 +475,7 @@ def loss(case):
             report(case, scores_real=watch.scores[0])
     assert not run.draws and not any(T.source.draws for T in pipes)
     trained, tag = (G, "G") if phase[0] == "G" else (D, "D")
-    case.gradients(trained, tag, a["full"], prefix="grad.")
+    case.gradients(trained, tag, a.get("full"), prefix="grad.")
     case.equal("pl_mean_after", pl_mean)
     case.equal("w_avg_after", G.mapping.w_avg)
 
@@ -511,7 +515,7 @@ def trajectory(case):
         real = case.inputs["reals"][it] / 127.5 - 1
         real_c = case.get("real_c")
         real_c = real_c[it] if real_c is not None and real_c.shape[-1] else None
-        phases = iter([0, *([1] if it % args.pl_every == 0 else []), 2])
+        phases = iter([0, *([1] if args.pl_weight and it % args.pl_every == 0 else []), 2])
         phase_now = []
         with pytest.MonkeyPatch.context() as patch:
             watch = Watch(case.paper, patch)

@@ -67,7 +67,8 @@ def test_golden_on_a_gpu_in_float32(path, impl, monkeypatch):
 
 
 def test_there_are_vectors_of_every_system():
-    assert {f.parent.name for f in FILES} == {*STYLEGANS, *SYSTEMS}, f"in {GOLDEN_DIR}"
+    found, known = {f.parent.name for f in FILES}, {*STYLEGANS, *SYSTEMS}
+    assert found == known if "GOLDEN_DIR" not in os.environ else found and found <= known, found
 
 
 # ---- the format ----
@@ -206,7 +207,7 @@ def official_network(spec):
         "unet_128": {"kind": "unet", "downs": 7},
         "unet_256": {"kind": "unet", "downs": 8},
         "basic": {"kind": "patch", "n_layers": 3},
-        "n_layers": {"kind": "patch", "n_layers": kwargs.get("n_layers_D")},
+        "n_layers": {"kind": "patch", "n_layers": kwargs.get("n_layers_D", 3)},
         "pixel": {"kind": "pixel"},
     }
     wanted = kinds[kwargs.get("netG") or kwargs["netD"]]
@@ -311,7 +312,7 @@ def check_losses(case):
 
     for k, net in official.items():
         case.equal(f"grad_norm/{k}", grad_norms(net))
-        for name in meta["full_grads"][k]:
+        for name in meta["full_grads"].get(k, ()):
             case.equal(f"grad/{k}/{name}", net.get_parameter(name).grad)
 
     with torch.no_grad():
@@ -382,7 +383,7 @@ def check_lr_schedule(case):
 
         def rate(e, s=s, flat=flat, decay=decay, shift=shift):
             factor = cyclegan.lr_factor(
-                e - shift, s["lr_policy"], flat + decay, decay, s["lr_decay_iters"]
+                e - shift, s["lr_policy"], flat + decay, decay, s.get("lr_decay_iters", 50)
             )
             return s["lr"] * factor
 
@@ -554,8 +555,9 @@ def features_tolerance(key, ref, meta):
     if "/kid" in key:
         return (0, 1e-6) if key.endswith("_nvidia") else (1e-9, 1e-12)
     shapes = {e["name"]: e["shape"] for e in meta["inputs"]["entries"]}
-    samples, dimensions = shapes[f"{key.split('/')[0]}/1"]
-    singular = samples <= dimensions  # where the official square root is good to 1e-6 only
+    name = key.split("/")[0]
+    # With fewer samples than dimensions the official square root is good to 1e-6 only.
+    singular = any(samples <= d for samples, d in (shapes[f"{name}/{k}"] for k in (1, 2)))
     return (1e-6, 0) if "/fid_" in key and singular else (stored(ref), 1e-12)
 
 
