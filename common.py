@@ -102,7 +102,7 @@ def exit_status(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
         problem, status = "stopped: nobody reads the output any more.", 1
     except OSError as e:
-        if e.errno not in DISK_ERRORS:
+        if e.errno not in (*DISK_ERRORS, errno.EEXIST, errno.ENOTDIR):
             raise
         problem, status = f"cannot read or write {e.filename or 'a file'}: {e.strerror}.", 2
     except KeyboardInterrupt as e:
@@ -406,7 +406,7 @@ MAX_DOWNLOAD = 20 * GB  # where the size is not known
 MAX_MEMBERS, MAX_UNPACKED = 200_000, 20 * GB  # of an archive that is unpacked
 MAX_FILE, MAX_RATIO = 2**28, 200  # one picture; its bytes per byte of the zip, beyond 16 MB
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
-DISK_ERRORS += (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR)
+DISK_ERRORS += (errno.ENAMETOOLONG,)
 
 # CycleGAN's sets. Bytes and sha256 were recorded when they lay at an older address
 # (tensorflow/datasets: url_checksums/cycle_gan.txt).
@@ -2633,7 +2633,7 @@ def make_run_folder(model, args, script):
         try:
             folder.mkdir(parents=True)
         except OSError as e:
-            if folder.exists():
+            if os.path.lexists(folder):
                 continue
             raise UserError(f"--out {args.out}: {e.strerror}; name another folder.") from None
         write_args(folder, model, args)
@@ -2779,7 +2779,7 @@ def load_networks(path, model, build, from_official):
         return nets, dict(state["args"])
     except Exception as e:  # a strange file: build() may raise anything
         problem = (str(e).splitlines() or [type(e).__name__])[0]
-        kind = state.get("model", model)
+        kind = state["model"] if "config" in state else model
         raise UserError(f"{path} does not hold {kind} networks: {problem}.") from None
 
 
@@ -3872,7 +3872,7 @@ def uint8_batches(images, batch=32):
 
 def bilinear_tf1(x, size):
     """(N, C, H, W) -> (N, C, size, size); source coordinate = destination * in / size, as TF1,
-    which rounds in / size to float32."""
+    with in / size, but no product, rounded to float32, as toshas/torch-fidelity has it."""
     for dim in (3, 2):
         step = float(np.float32(x.shape[dim] / size))
         position = torch.arange(size, dtype=torch.float64, device=x.device) * step
@@ -4044,22 +4044,22 @@ def feature_statistics(features):
     return {"mu": mu, "sigma": sigma, "n": len(features), "features": features[rows.astype(int)]}
 
 
-def cached(path, compute):
-    """compute(), {name: tensor or number}, as tensors, kept in an .npz file for the next time. A
-    damaged file is computed again; one that cannot be written costs only a line."""
+def cached(path, compute, use):
+    """use(compute()), {name: tensor or number} as tensors, kept in an .npz file for the next time.
+    A damaged file is computed again; one that cannot be written costs only a line."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            return {name: torch.from_numpy(data[name]) for name in data}
+            return use({name: torch.from_numpy(data[name]) for name in data})
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except Exception:  # NumPy meets a strange file with a dozen kinds of exception
+    except Exception:  # NumPy, and use, meet a strange file with a dozen kinds of exception
         print(f"{path} is damaged: computing it again.", file=sys.stderr)
     found = {name: np.asarray(value) for name, value in compute().items()}
     try:
         save_arrays(path, **found)
     except UserError as e:
         print(f"{e} What it holds will be computed anew next time.", file=sys.stderr)
-    return {name: torch.from_numpy(array) for name, array in found.items()}
+    return use({name: torch.from_numpy(array) for name, array in found.items()})
 
 
 def real_statistics(images, net, mode="tf1", folder=None):
@@ -4078,8 +4078,15 @@ def real_statistics(images, net, mode="tf1", folder=None):
         for image in x.cpu():
             digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
     path = Path(folder or cache_folder(), f"inception-statistics-{digest.hexdigest()[:32]}.npz")
-    found = cached(path, lambda: feature_statistics(inception_features(images, net, mode)))
-    return found | {"n": int(found["n"])}
+
+    def compute():
+        return feature_statistics(inception_features(images, net, mode))
+
+    def use(found):  # all of these, or the file is damaged
+        found = {name: found[name] for name in ("mu", "sigma", "n", "features")}
+        return found | {"n": int(found["n"])}
+
+    return cached(path, compute, use)
 
 
 def fid_kid(real, fake, net, mode="tf1", folder=None):
@@ -4764,11 +4771,15 @@ def load_segmenter(data, K, size, device="cpu", seed=0, folder=None, steps=400, 
         digest.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
     path = Path(folder or cache_folder(), f"segmenter-{digest.hexdigest()[:32]}.npz")
     learn_from = images, labels, swap, n, K, device, seed, steps, batch
-    held = cached(path, functools.partial(train_segmenter, *learn_from))
-    with torch.device("meta"):  # no random numbers for weights that are replaced
-        net = Segmenter(K)
-    net.scores = {name: held.pop(name).item() for name in ("accuracy", "mean_iou", "n")}
-    net.load_state_dict(held, assign=True)
+
+    def segmenter(held):
+        with torch.device("meta"):  # no random numbers for weights that are replaced
+            net = Segmenter(K)
+        net.scores = {name: held.pop(name).item() for name in ("accuracy", "mean_iou", "n")}
+        net.load_state_dict(held, assign=True)
+        return net
+
+    net = cached(path, functools.partial(train_segmenter, *learn_from), segmenter)
     accuracy, iou, n = net.scores.values()
     print(
         f"segmenter of {K} classes, on {n} pictures that it did not learn from: {accuracy:.1%} of"
@@ -5231,13 +5242,24 @@ load_fan = functools.partial(load_frozen, FAN, "FAN")
 # =============================================================================
 
 
+def lpips_or_explain(args, size, device):
+    """LPIPS, for pictures of this side, or None after a line that says why."""
+
+    def load(vgg_path, lin_path, device):
+        if size < VGG16.least:
+            raise UserError(f"it takes pictures of {VGG16.least} pixels or more, not {size}.")
+        return load_lpips(vgg_path, lin_path, device)
+
+    without = "LPIPS is replaced by a distance of pixels"
+    return load_or_explain(without, load, args.vgg, args.lpips, device=device)
+
+
 def distance_to(target, lpips=None):
     """distance(x) -> scalar, of x to the target, both (1, C, H, W) in [-1, 1], for `project`.
 
-    LPIPS of at most 256 pixels; without it, or with less pixels than it takes, pixel_distance:
-    coarser, but it needs no weights.
+    LPIPS of at most 256 pixels; without it pixel_distance: coarser, but it needs no weights.
     """
-    if lpips is None or min(target.shape[2:]) < lpips.net.least:
+    if lpips is None:
         return lambda x: pixel_distance(x, target).sum()
     with torch.no_grad():
         features = lpips.features(at_most_256(target))
@@ -5940,9 +5962,10 @@ def read_head(sock):
     if request is None or None in fields:
         raise Refusal(400, "This is no request that a browser sends.")
     path, _, query = request[2].partition("?")
-    headers = {field[1].lower(): field[2].strip() for field in fields}
-    if len(headers) < len(fields):
+    names = [field[1].lower() for field in fields]
+    if any(names.count(name) > 1 for name in ("host", "origin", "content-length")):
         raise Refusal(400, "The request has a header more than once.")
+    headers = dict(zip(names, (field[2].strip() for field in fields), strict=True))
     return request[1], path, dict(urllib.parse.parse_qsl(query)), headers, data[end + 4 :]
 
 

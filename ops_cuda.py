@@ -1618,11 +1618,12 @@ def no_weight_gradients():
 
 
 def cast(*tensors):
-    """The tensors, under autocast in its type: as PyTorch does for its own layers."""
+    """The tensors, but for float64, in autocast's type: as PyTorch does for its own layers."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    half = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(half) for t in tensors)
 
 
 def conv2d(x, w, stride=1, padding=0, groups=1):

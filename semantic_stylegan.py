@@ -1324,8 +1324,7 @@ def invert(args):
     device, size, out = G.mapping.w_avg.device, G.config["size"], Path(args.out)
     prepare = functools.partial(common.squeezed, size, resample=Image.Resampling.LANCZOS)
     names, images = common.read_pictures(args.input, prepare, "RGB", "--input")
-    without = "LPIPS is replaced by a distance of pixels"
-    lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
+    lpips = common.lpips_or_explain(args, size, device)
     start = G.mapping.w_avg[None] if args.space == "w" else G.mapping.w_avg.repeat(G.num_ws, 1)
     found, made, scores = [], {}, []
     for name, stem, image in zip(names, common.stems_of(names), images, strict=True):

@@ -592,7 +592,7 @@ def generator_phase(G, D, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
-    losses, at_once = [], args.batch_gpu or n
+    losses, at_once = [], min(args.batch_gpu or n, n)
     size = at_once // PL_SHRINK  # of each round
     n_pl = n // at_once * size
     res, C = G.config["img_resolution"], G.config["img_channels"]
@@ -732,7 +732,8 @@ def train(args):
     pl_mean = torch.zeros((), device=run.device)
 
     start = run.restore(nets, opts, {"pl": common.Held(mean=pl_mean)}, data.names)
-    n = args.batch_gpu  # what D sees at once
+    share = args.batch // run.world
+    n = min(args.batch_gpu or share, share)  # what D sees at once
     run.say(
         f"{len(data)} images of {size}x{size}; G has {common.count(G):,} parameters,"
         f" D {common.count(D):,};"
@@ -777,7 +778,7 @@ def fill_options(args, nets):
 
 def check_options(args, world):
     share = args.batch // world
-    n = args.batch_gpu = min(args.batch_gpu or share, share)
+    n = min(args.batch_gpu or share, share)
     if share % n:
         raise UserError(f"--batch-gpu {n} does not divide the {share} of a process.")
     if n % min(args.mbstd_group, n):
@@ -827,8 +828,7 @@ def project(args):
     device, size, out = next(G.parameters()).device, G.config["img_resolution"], Path(args.out)
     target = common.read_square(args.input, size, G.config["img_channels"])
     real = common.to_float(target[None], device)
-    without = "LPIPS is replaced by a distance of pixels"
-    lpips = common.load_or_explain(without, common.load_lpips, args.vgg, args.lpips, device=device)
+    lpips = common.lpips_or_explain(args, size, device)
     distance = common.distance_to(real, lpips)
     mean, std = common.w_statistics(G, None if c is None else c.to(device))
     start = mean[None] if args.space == "w" else mean.repeat(G.num_ws, 1)

@@ -924,7 +924,7 @@ def generator_phase(G, D, T, n, sample_c, args, run, noise):
 
 def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
     """Gradients of G for path length regularization (StyleGAN2 sec. 3.2): n / PL_SHRINK samples."""
-    losses, at_once = [], args.batch_gpu or n
+    losses, at_once = [], min(args.batch_gpu or n, n)
     size = at_once // PL_SHRINK  # of each round
     n_pl = n // at_once * size
     res, C = G.config["img_resolution"], G.config["img_channels"]

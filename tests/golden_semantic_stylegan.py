@@ -433,7 +433,8 @@ class Recorded(Eager):
 
     def rand(self, n, *shape, shared=False):
         if shared:
-            u = torch.tensor([self.uniform.pop(0) if self.uniform else 1.0])
+            mixing = self.case.meta["args"]["mixing"]
+            u = torch.tensor([self.uniform.pop(0) if mixing > 0 else 1.0])
             assert bool(u < self.case.meta["args"]["mixing"]) == self.mixes
             return u
         assert shape == (self.K,)

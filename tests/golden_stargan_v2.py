@@ -49,7 +49,10 @@ def official_networks(specs):
     for label, spec in specs.items():
         net = found[label] = golden.ready(nets[stargan_v2.OFFICIAL[CLASSES[spec["class"]]]]).train()
         if "generator.hpf.filter" in arrays and spec["class"] == "Generator":
-            net.hpf.filter.copy_(torch.as_tensor(arrays["generator.hpf.filter"]))  # of float32
+            ours = net.hpf.filter
+            theirs = torch.as_tensor(arrays["generator.hpf.filter"]).to(ours)  # it is of float32
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+            ours.copy_(theirs)
         if spec["class"] != "FAN":
             wanted = {ARGUMENTS[k]: v for k, v in spec["kwargs"].items()}
             if spec["class"] != "MappingNetwork":
@@ -264,6 +267,8 @@ def check_trajectory(case):
         case.equal(f"losses/{name}", values, each=True)
     case.equal("lambda_ds_used", weights)
     case.equal("lambda_ds_after", np.float64(lambda_ds))
+    ours = stargan_v2.lambda_ds_at(meta["steps"], a["lambda_ds"], a["ds_iter"])
+    assert abs(ours - max(lambda_ds, 0)) <= 1e-9
     for name, net in official.items():
         spec, final, then = meta["nets"][name], dict(net.named_parameters()), start[name]
         mean = dict(averages[name].named_parameters()) if name in averages else None

@@ -17,7 +17,9 @@ import stylegan2_ada
 
 BUFFERS = re.compile(r"(.*\.)?(noise_const|w_avg)$")
 # What a leaky ReLU that rounding flips may move, in float32: gradients of networks, losses.
-FLIPPED = re.compile(r"gradnorm|grad\.|dparam\.|report\.|(dws|dimg|dimages|ddlatents|dz|dc|loss)$")
+FLIPPED = re.compile(
+    r"gradnorm|grad\.|dparam\.|report\.(?!Loss\.(scores|signs))|(dws|dimg|dimages|ddlatents|dz|dc|loss)$"
+)
 
 
 def formula(name, shape, scale, offset, salt):
@@ -193,10 +195,10 @@ def modulated_conv2d(case):
     pad = args.pop("padding", 0)
 
     def run(t):
-        x, factors = case.paper.modulated_conv2d(
+        x, demodulation = case.paper.modulated_conv2d(
             t["x"], t["weight"], t["styles"], fir=t.get("f"), pad=pad, **args
         )
-        return ops.fused_act(x, factors, t.get("noise"), impl=case.file.impl)
+        return ops.fused_act(x, demodulation, t.get("noise"), impl=case.file.impl)
 
     first = ["x", "weight", "styles", "noise"]
     check_op(case, run, first, "styles", ["x", "weight", "styles", "v"])

@@ -984,6 +984,34 @@ def test_translators_train_on_the_kernels(device, monkeypatch, config):
         assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+def test_autocast_casts_convolutions_as_it_does_those_of_pytorch():
+    x, w, each = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(2, 4, 3)
+    calls = {
+        "conv2d": (lambda x: ops.conv2d(x, w), lambda x: F.conv2d(x, w)),
+        "transposed": (
+            lambda x: ops.conv_transpose2d(x, w.transpose(0, 1)),
+            lambda x: F.conv_transpose2d(x, w.transpose(0, 1)),
+        ),
+        "to_image": (
+            lambda x: ops.to_image(x, each),
+            lambda x: (each @ x.flatten(2)).view(2, 4, 8, 8),
+        ),
+    }
+    for name, (ours, theirs) in calls.items():
+        found = []
+        for function in (ours, theirs):
+            leaf = x.clone().requires_grad_(True)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = function(leaf)
+            found.append((y, *torch.autograd.grad(y.float().square().sum(), leaf)))
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype, name
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.3, msg=name)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.conv2d(x.double(), w.double()).dtype == torch.float64
+    assert ops.conv2d(x.to("meta"), w.to("meta")).shape == (2, 4, 6, 6)
+
+
 # ---- tests/bench.py ----
 
 

@@ -415,6 +415,10 @@ def test_variants_train(tmp_path, options):
     if "--batches" in options:
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
         assert state["step"] == 16 + 172  # 1,280 images by 80, the rest by 10
+    if "--channels" in options:  # which a transfer keeps
+        main("--data", "d", *TINY, "--out", tmp_path, "--checkpoint", folder)
+        args = json.loads((tmp_path / "stylegan-d-001/args.json").read_text())
+        assert args["channels"] == 1
 
 
 def test_a_checkpoint_in_the_middle_of_growth_makes_its_pictures(conditional, tmp_path, capsys):

@@ -187,10 +187,10 @@ def test_a_demodulated_convolution_does_not_know_the_scale_of_its_style(up):
     x, weight, style = (torch.randn(*s).double() for s in ((2, 4, 8, 8), (5, 4, 3, 3), (2, 4)))
 
     def outcome(style):
-        y, factors = stylegan2.modulated_conv2d(
+        y, demodulation = stylegan2.modulated_conv2d(
             x, weight, style, up, pad=1, fir=stylegan2.fir_filter()
         )
-        return y * factors[:, :, None, None]
+        return y * demodulation[:, :, None, None]
 
     torch.testing.assert_close(outcome(3 * style), outcome(style), rtol=1e-6, atol=1e-6)
     w = weight * style[0, None, :, None, None]
@@ -513,6 +513,9 @@ def test_variants_train(tmp_path, options, config):
         assert state["args"]["r1_gamma"] == 100
     main("generate", "--checkpoint", folder, "--seeds", 1)
     assert Image.open("out/seed0001.png").mode == ("L" if "--channels" in options else "RGB")
+    if "--channels" in options:  # which a transfer keeps
+        main("--data", "d", *TINY, "--out", tmp_path, "--checkpoint", folder)
+        assert loaded(tmp_path / "stylegan2-d-001").config["img_channels"] == 1
 
 
 def labelled_zip(path, labels):
