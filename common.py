@@ -2466,7 +2466,8 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tensorboard = SummaryWriter(self.folder)
-        resumed = f", resumed at step {self.steps_done}" if self.args.resume else ""
+        begins = f", resumed at step {self.steps_done}" if path else ", with no checkpoint: anew"
+        resumed = begins if self.args.resume else ""
         self.say(f"run folder {self.folder}, on {self.device} in {self.precision}{resumed}")
         return self.steps_done
 

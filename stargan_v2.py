@@ -727,8 +727,9 @@ def open_domains(args, source, parts, prepare):
         part = tops[0]  # a folder around all others, as zips have it
     source = common.subset(source, part) if part else source
     names = common.top_folders(source)
-    if len(names) < 2 or {"trainA", "testA"} <= set(names):  # CycleGAN's tests are no domains
-        found = ", ".join(names) or "none"
+    cyclegan = {"trainA", "testA"} <= set(names)  # its tests are no domains
+    if len(names) < 2 or cyclegan:
+        found = (", ".join(names) or "none") + " (CycleGAN's layout)" * cyclegan
         raise UserError(
             f"--data {args.data}: folders of pictures in {source.path}: {found}. Give each of at"
             " least two domains one, as train/cat and train/dog."

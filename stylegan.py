@@ -792,12 +792,13 @@ def train(args):
 
     examples = common.sample_inputs(G_ema, labels, args.seed)
     start = run.restore(nets, opts, {}, data.names)
+    penalties = dict(R1=args.r1_gamma, R2=args.r2_gamma, GP=args.gp_lambda)
     run.say(
         f"{len(data)} images of {size}x{size}; G has {common.count(G):,} parameters,"
         f" D {common.count(D):,};"
         f" from {stages[0].res} to {stages[-1].res} pixels, in batches of"
         f" {', '.join(str(n) for n in dict.fromkeys(s.batch for s in stages))};"
-        f" loss {args.loss}, R1 {args.r1_gamma:.3g}"
+        f" loss {args.loss}{''.join(f', {name} {x:.3g}' for name, x in penalties.items() if x)}"
     )
     most = max(s.batch for s in stages)
     if len(data) < most:

@@ -721,7 +721,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys, tmp_path):
         (["--data", "one", *TINY], "pictures in one/train: human"),
         (["--data", "d/test/human", *TINY], "pictures in d/test/human: none"),
         (["--data", "comma", *TINY], "rename the folder 'a, b'"),
-        (["--data", "of_cyclegan", *TINY], "testA, trainA, trainB. Give each"),
+        (["--data", "of_cyclegan", *TINY], "testA, trainA, trainB (CycleGAN's layout). Give each"),
         (["--resume", trained, "--preset", "anime"], "--preset was left out, anime would differ"),
         (["--data", ""], "--data is empty"),
         (["--data", "other", *TINY], "tests are of a, b, not of goblin, human"),
