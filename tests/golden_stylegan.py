@@ -476,15 +476,17 @@ def tf_trajectory(case):
     nets["Gs"] = copy.deepcopy(nets["G"]).eval()
     start = {k: copy.deepcopy(dict(net.named_parameters())) for k, net in nets.items()}
     G, D, G_ema = nets.values()
-    opts = []
+    opts, BETAS, EPS = [], stylegan.BETAS, stylegan.EPS
     for net in "GD":
         adam = a[f"{net}_opt"]
         betas = (adam["beta1"], adam["beta2"])
         case.set(stylegan, "BETAS", betas, (0.0, 0.99))
         case.set(stylegan, "EPS", adam["epsilon"], 1e-8)
-        # TensorFlow's Adam keeps its numbers and the powers of beta2 in float32 for any type.
-        betas = [float(np.float32(beta)) for beta in betas]
-        opts.append(torch.optim.Adam(nets[net].parameters(), a["lrate"], betas, adam["epsilon"]))
+        # Where the file has the official defaults ours must be right by themselves. TensorFlow's
+        # Adam keeps its numbers and the powers of beta2 in float32 for any type.
+        betas = [float(np.float32(beta)) for beta in (BETAS if betas == (0.0, 0.99) else betas)]
+        eps = EPS if adam["epsilon"] == 1e-8 else adam["epsilon"]
+        opts.append(torch.optim.Adam(nets[net].parameters(), a["lrate"], betas, eps))
     run = Recorded(case, lambda: G.num_ws - 2 * int(G.synthesis.lod))
     half_life = 1000 * a["G_smoothing_kimg"]
     beta = 0.5 ** (a["minibatch"] / half_life) if half_life else 0.0
