@@ -5,8 +5,8 @@ In this file, in the order in which a picture meets it      paper
     ResnetGenerator, UnetGenerator                          sec. 4, appendix 7.2
     PatchDiscriminator, PixelDiscriminator                  sec. 4, appendix 7.2 (70x70 PatchGAN)
     adversarial_loss, gradient_penalty                      Eq. (1); sec. 4 (least squares)
-    cycle and identity loss, in train_step                  Eqs. (2), (3); sec. 5.2
     ImagePool                                               sec. 4 (a history of 50 images)
+    cycle and identity loss, in generator_phase             Eqs. (2), (3); sec. 5.2
     train                                                   sec. 4, appendix 7.1
 
     python cyclegan.py                                      # toy data, 2 CPU cores, minutes
