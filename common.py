@@ -70,7 +70,7 @@ from torch import nn
 try:
     import fcntl
     import resource
-except ImportError:  # Windows: no lock between two downloads of one file, no memory figure
+except ImportError:  # Windows: no locks of downloads and run folders, no memory figure
     fcntl = resource = None
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -2158,6 +2158,7 @@ class Run:
         self.steps_done, self.elapsed, self.stopped, self.next_line = 0, 0.0, False, 0.0
         self.sums = {}
         self.folder, self.tensorboard = None, None
+        self.claim = contextlib.nullcontext()  # on the folder, of rank 0
 
     @property
     def weights(self):
@@ -2195,7 +2196,7 @@ class Run:
             self.say(f"this run is finished: a larger --{length} makes it go on")
         elif self.rank == 0 and self.args.resume:
             write_args(self.folder, self.model, self.args)
-        with self.stop_signals():
+        with self.stop_signals(), self.claim:
             for k, images in enumerate(prefetch(make, start, stop, self.args.workers), start):
                 self.steps_done = k + 1
                 yield k, self.on_device(images)
@@ -2460,6 +2461,7 @@ class Run:
             self.load_state(state)
         if self.rank == 0:
             self.folder = make_run_folder(self.model, self.args, self.script)
+            self.claim = claimed(self.folder)
             drop_later_lines(self.folder / "log.jsonl", self.steps_done)
             drop_later_lines(self.folder / "metrics.jsonl", self.steps_done)
             with contextlib.suppress(ImportError):
@@ -2645,6 +2647,24 @@ def make_run_folder(model, args, script):
     )
 
 
+def claimed(folder):
+    """An ExitStack that holds a run folder for this process: two that train in one would overwrite
+    each other's files. The system ends the claim of a process that dies. Raises UserError where
+    another process has it."""
+    claim = contextlib.ExitStack()
+    if fcntl:
+        held = os.open(folder, os.O_RDONLY)
+        claim.callback(os.close, held)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.close()
+            raise UserError(f"--resume {folder}: another process is still training it.") from None
+        except OSError:  # some cluster file systems have no locks
+            pass
+    return claim
+
+
 def read_json(path, option):
     """The dict in a JSON file of a run folder that the user named with an option."""
     try:
@@ -2672,7 +2692,8 @@ def drop_later_lines(path, step):
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(lines))
+        with write_whole(path) as f:
+            f.write("".join(lines).encode())
 
 
 def moved(state, device):

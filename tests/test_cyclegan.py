@@ -337,6 +337,20 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] >= 50
 
 
+def test_a_run_that_still_trains_is_not_resumed_beside_it(tmp_path, capsys):
+    folder = tmp_path / "cyclegan-toy-000"
+    options = ["--data", "toy", *TINY.split(), "--epochs", 50, "--out", tmp_path]
+    process = subprocess.Popen(script(*options), stdout=subprocess.DEVNULL)
+    while commands.logged_steps(folder) < 100:
+        assert process.poll() is None
+        time.sleep(0.02)
+    try:
+        assert "still training" in fails(capsys, "--resume", folder, "--epochs", 1)
+        assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["step"] == 50
+    finally:
+        process.kill()
+
+
 IN_DOUBLE = """import sys, torch, common, cyclegan
 torch.set_default_dtype(torch.float64)
 to_float = common.to_float
