@@ -219,8 +219,8 @@ def device(request, tmp_path_factory):
         return
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    folder = tmp_path_factory.mktemp("emulated")
-    path = emulated_cuda.build(ops.SOURCE, folder, reverse=request.param.endswith("backwards"))
+    folder, backwards = tmp_path_factory.getbasetemp(), request.param.endswith("backwards")
+    path = emulated_cuda.build(ops.SOURCE, folder, reverse=backwards)
     library = ops.declare(ctypes.CDLL(str(path)))
 
     def call(function, x, *args):
