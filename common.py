@@ -17,7 +17,8 @@ In this file, in the order in which a run meets it
     generators                  what the StyleGANs' commands share
     the web page                serve_page: a visitor's picture in, a picture out
 
-Networks and losses of the model files do not need this file; their loops and commands do.
+Networks and losses of the model files do not need this file, but for StarGAN v2's masks; their
+loops and commands do.
 """
 
 import argparse
@@ -240,15 +241,19 @@ class CommandLine:
         return args
 
 
-def add_train_options(p, batch, every, default_every, gpu_precision="tf32", own_half=False):
-    """The options that every `train` has. every: what --every counts; own_half: see Run."""
+OWN_HALF = ("fp16", "bf16", "fp16+tf32", "bf16+tf32")  # of networks with own_half, see Run
+
+
+def add_train_options(p, batch, every, default_every, gpu_precision="tf32", half=("fp16", "bf16")):
+    """The options that every `train` has. every: what --every counts; half: choices of
+    --precision beside fp32 and tf32."""
     p.add("--data", default="toy", help="toy, a public name, a folder or a .zip")
     p.add("--out", default="runs", help="where run folders go")
     p.add("--resume", metavar="RUN", help="continue the run in this folder")
     p.add("--checkpoint", help="start from these weights, ours or official ones")
     p.add("--batch", type=positive_int, default=batch, help="global, over all processes")
     p.add("--seed", type=one_seed, default=0, help="of weights, order and draws")
-    known = ("fp32", "tf32", "fp16", "bf16") + (("fp16+tf32", "bf16+tf32") if own_half else ())
+    known = ("fp32", "tf32", *half)
     p.add("--precision", choices=known, help=f"default: {gpu_precision}, CPU: fp32")
     p.add("--workers", type=not_negative_int, default=4, help="threads that load pictures")
     p.add(
@@ -307,7 +312,7 @@ def add_evaluate_options(p, fid_resize="tf1"):
 
 def add_generator_options(p):
     """The options of commands that make pictures of latents."""
-    p.add("--checkpoint", required=True, help="ours, a run folder, or an official .pkl or .pt")
+    p.add("--checkpoint", required=True, help="ours, a run folder, or an official file")
     p.add("--class", dest="label", type=not_negative_int, help="number, for conditional models")
     p.add("--out", default="out", help="folder to write to")
     add_device_option(p)
@@ -324,7 +329,7 @@ def add_seeds(p, default, option, files):
 def add_generate_options(p, psi=1.0, cutoff=None, psi_rule=""):
     """The options of `generate`. psi_rule: what the help says of a psi that is None."""
     add_generator_options(p)
-    add_seeds(p, "0-15", "--projected", "an .npz of project or generate")
+    add_seeds(p, "0-15", "--projected", "an .npz of latents, as generate writes")
     p.add("--psi", type=finite, default=psi, help=f"truncation, 1: none, 0: mean picture{psi_rule}")
     limit = "layers that are truncated" + ": all" * (cutoff is None)
     p.add("--cutoff", type=positive_int, default=cutoff, help=limit)
@@ -337,16 +342,13 @@ def add_generate_options(p, psi=1.0, cutoff=None, psi_rule=""):
 
 
 def add_edit_options(p, required=True):
-    """The options of `edit`, beside --seeds and those of generators; required: --direction."""
+    """What the `edit` of two papers have in common; required: --direction."""
     kinds = "NAME.area or NAME.light of a region, or an attribute of toy faces, as 'mouth open'"
     p.add("--direction", required=required, metavar="ATTR[,ATTR]", help=kinds)
     p.add("--alpha", type=finite, default=3, help="how far, in deviations of the latents along it")
-    p.add("--data", help="with label maps; default: what the checkpoint was trained on")
     p.add("--samples", type=positive_int, default=2000, help="that a direction is fitted to")
     p.add("--batch", type=positive_int, default=32)
-    p.add("--seed", type=one_seed, default=0, help="of the samples and the segmenter")
-    p.set_defaults(cache="off")  # pictures are read once
-    add_labelled_options(p)
+    p.add("--seed", type=one_seed, default=0, help="of the samples")
 
 
 def add_app_options(p, max_side=512):
@@ -764,8 +766,10 @@ class Source:
         """A label map (H, W), uint8; toy: the regions of a face. May raise BadImage."""
         return decode_labels(self.read(name), name)
 
-    def labels(self):
-        """{name: class number} or {name: list of floats} of StyleGAN's dataset.json, or None."""
+    def labels(self, names=None):
+        """{name: class number} or {name: list of floats} of StyleGAN's dataset.json, or None.
+        names: of the pictures that need one, if not all."""
+        names = names or self.names
         if not self.has("dataset.json"):
             return None
         try:
@@ -773,9 +777,9 @@ class Source:
             if pairs is None:
                 return None
             labels = {name.replace("\\", "/"): label for name, label in pairs}
-            if missing := set(self.names) - set(labels):
+            if missing := set(names) - set(labels):
                 raise ValueError(f"{len(missing)} images have no label, {min(missing)} for one")
-            values = np.array([labels[name] for name in self.names])  # ragged: ValueError
+            values = np.array([labels[name] for name in names])  # ragged: ValueError
             classes = values.ndim == 1 and values.dtype.kind == "i"
             vectors = values.ndim == 2 and values.dtype.kind in "if" and np.isfinite(values).all()
             if not vectors and not (classes and 0 <= values.min() and values.max() < 10**5):
@@ -785,7 +789,7 @@ class Source:
                 f'{self.path}: dataset.json cannot be used: {e}. Expected {{"labels": '
                 '[["a.png", 3], ...]}, with a class or a list of numbers for each image.'
             ) from e
-        return {name: labels[name] for name in self.names}
+        return {name: labels[name] for name in names}
 
 
 class Folder(Source):
@@ -859,9 +863,10 @@ class Subset(Source):
     def counterpart(self, name, domain, mode="RGB"):
         return self.source.counterpart(self.folder + name, domain, mode)
 
-    def labels(self):
-        labels = self.source.labels()
-        return labels and {name: labels[self.folder + name] for name in self.names}
+    def labels(self, names=None):
+        names = names or self.names
+        labels = self.source.labels([self.folder + name for name in names])
+        return labels and {name: labels[self.folder + name] for name in names}
 
 
 def top_folders(source):
@@ -1277,8 +1282,8 @@ class Toy(Source):
     def has(self, name):
         return name in self.parts
 
-    def labels(self):
-        return {name: self.domain_and_seed(name)[0] for name in self.names}
+    def labels(self, names=None):
+        return {name: self.domain_and_seed(name)[0] for name in names or self.names}
 
     def image(self, name, mode="RGB"):
         domain, seed = self.domain_and_seed(name)

@@ -742,8 +742,6 @@ def new_networks(args, size, regions):
 
 
 def train(args):
-    if args.precision in ("fp16", "bf16"):
-        raise UserError(f"--precision {args.precision}: these networks know fp32 and tf32 only.")
     first = common.first_weights(args)
     given = load_networks(args, first)[0] if first else {}
     fill_options(args, given)
@@ -1287,10 +1285,9 @@ def along_file(args, G, ws):
 
 def edit_along(args, G, saved):
     """Directions of attributes, fitted in W; faces move along one in the codes of its regions."""
-    args.data, args.size = args.data or saved.get("data", ""), G.config["size"]
     regions, device = G.config["regions"], G.mapping.w_avg.device
-    is_toy = args.data == "toy" and regions == list(common.TOY_REGIONS)
-    toy = dict(size=args.size, device=device, seed=args.seed, domain=0) if is_toy else None
+    is_toy = saved.get("data") == "toy" and regions == list(common.TOY_REGIONS)
+    toy = dict(size=G.config["size"], device=device, seed=args.seed, domain=0) if is_toy else None
     attributes = common.attributes_of(args.direction, regions, toy)
 
     def render(w, move, attribute):
@@ -1474,7 +1471,7 @@ def main(argv=None):
 
     p = cli.command("train", train, "train on labelled pictures (default command)")
     every = f"iterations (2000; toy: {TOY_EVERY}; adapting: 100)"
-    common.add_train_options(p, batch=BATCH, every=every, default_every=None)
+    common.add_train_options(p, batch=BATCH, every=every, default_every=None, half=())
     common.add_labelled_options(p)
     p.add("--size", type=number, help="pixels; default: those of the pictures or of --checkpoint")
     lengths = f"{ITERS}; toy: {TOY_ITERS}; adapting: {ADAPT_ITERS}"

@@ -1156,7 +1156,7 @@ def main(argv=None):
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
         p, batch=32, every="160 to 20 kimg, by resolution,", default_every=None,
-        gpu_precision="fp16+tf32", own_half=True,
+        gpu_precision="fp16+tf32", half=common.OWN_HALF,
     )  # fmt: skip
     common.add_stylegan_train_options(p)
     p.add("--config", choices=list(CONFIGS), help="row of Table 1: F; layers are a --checkpoint's")
@@ -1177,11 +1177,11 @@ def main(argv=None):
     rates = "times 1.5 at 128 pixels, 2 at 256, 3 at 512 and 1024; wgan-gp: up to 0.002"
     p.add("--lr", type=above_0, default=LR, help=rates)
     p.add("--lr-rampup", type=from_0, default=0.0, help="kimg over which the rate rises from 0")
-    p.add("--mixing", type=common.probability, help="probability of style mixing: 0.9")
+    p.add("--mixing", type=common.probability, help="of styles, probability: 0.9, rows A to E 0")
     p.add("--ema-kimg", type=above_0, default=EMA_KIMG, help="half-life of G's average")
     p.add("--mbstd-group", type=common.not_negative_int, default=4, help="0: no minibatch std")
     p.add("--channel-base", type=number, help="channels times side: 16384")
-    p.add("--map-layers", type=common.not_negative_int, help="of the mapping network: 8")
+    p.add("--map-layers", type=common.not_negative_int, help="of mapping: 8, rows A and B 0")
     noisy = dict(action=argparse.BooleanOptionalAction)
     p.add("--noise-inputs", **noisy, help="in every layer of G: on, rows A to D off")
 

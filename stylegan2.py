@@ -878,7 +878,7 @@ def main(argv=None):
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
         p, batch=32, every="kimg", default_every=200,
-        gpu_precision="fp16+tf32", own_half=True,
+        gpu_precision="fp16+tf32", half=common.OWN_HALF,
     )  # fmt: skip
     common.add_stylegan_train_options(p)
     p.add("--config", choices=list(CONFIGS), default="F", help="widths and R1 weight of Table 1")
@@ -920,6 +920,9 @@ def main(argv=None):
     common.add_generator_options(p)
     p.add("--seeds", type=common.seeds, default="0-7", help="of the pictures to show, as in 0-7,42")
     common.add_edit_options(p)
+    p.add("--data", help="with label maps; default: what the checkpoint was trained on")
+    p.set_defaults(cache="off")  # pictures are read once
+    common.add_labelled_options(p)
 
     p = cli.command("evaluate", evaluate, "fd8, FID, KID, precision, recall and path length")
     common.add_evaluate_options(p)

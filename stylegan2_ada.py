@@ -1,14 +1,14 @@
 """StyleGAN2-ADA, "Training Generative Adversarial Networks with Limited Data" (Karras, Aittala,
 Hellsten, Laine, Lehtinen, Aila 2020, arXiv:2006.06676).
 
-In this file, after the networks of StyleGAN2         paper
+In this file, beside the networks of StyleGAN2        paper
+    CONFIGS                                           appendix D
     AugmentPipe                                       sec. 2, appendix B: T, the 18 transformations
     consistency_loss                                  sec. 2.1: bCR, which the paper compares with
     adapt                                             sec. 3: r_t, and p that follows it
-    train                                             Fig. 2b: D sees all images through T
     freeze                                            sec. 4.2, Freeze-D for transfer learning
     overfitting                                       Fig. 1, Eq. (1)
-    CONFIGS                                           appendix D
+    train                                             Fig. 2b: D sees all images through T
 
     python stylegan2_ada.py                           # 200 toy faces, 2 CPU cores, minutes
     python stylegan2_ada.py --data FOLDER_OR_ZIP --size 256 --mirror
@@ -1108,7 +1108,7 @@ CURVES = {  # the panels of progress.png: names in log.jsonl and metrics.jsonl
     "R1": ("reg/r1",),
     "path length": ("reg/pl_mean", "reg/pl"),
     "losses": ("loss/G", "loss/D_real", "loss/D_fake"),
-    "distance to all pictures": ("fd8", "fid"),
+    "distance to real pictures": ("fd8", "fid"),
 }
 
 
@@ -1322,7 +1322,7 @@ def main(argv=None):
     p = cli.command("train", train, "train on one set of pictures (default command)")
     common.add_train_options(
         p, batch=None, every="kimg", default_every=200,
-        gpu_precision="fp16+tf32", own_half=True,
+        gpu_precision="fp16+tf32", half=common.OWN_HALF,
     )  # fmt: skip
     common.add_stylegan_train_options(p)
     configs = ("auto", *CONFIGS)

@@ -5,7 +5,8 @@ At the papers' sizes on a GPU, at the toy presets' on a CPU (--full: the papers'
 the kernels that take longest. The columns:
 
     images/s           over training steps one after another, regularizers at their intervals, the
-                       average of G included; CycleGAN: pairs; generation: the network alone
+                       average of G included; CycleGAN: pairs; generation: the network alone,
+                       StarGAN v2 and SemanticStyleGAN: as their commands do it
     original, target   how many times the official code's images/s on one H200, and what is aimed
                        at; both stand in ROWS, and tell nothing about other GPUs
     ms                 of each phase, when it is waited for

@@ -565,6 +565,8 @@ def test_labels_of_dataset_json_are_classes_or_vectors(tmp_path):
         path = make_zip(tmp_path / "a.zip", {"dataset.json": text, **dict.fromkeys(labels, b"")})
         assert Folder(tmp_path).labels() == Zip(path).labels() == labels
         assert subset(Zip(path), "1").labels() == {"b.png": labels["1/b.png"]}
+    (tmp_path / "dataset.json").write_text('{"labels": [["0/a.png", 3]]}')  # 1 holds label maps
+    assert subset(Folder(tmp_path), "0").labels() == {"a.png": 3}
     for unlabelled in ("{}", '{"labels": null}'):
         (tmp_path / "dataset.json").write_text(unlabelled)
         assert Folder(tmp_path).labels() is None

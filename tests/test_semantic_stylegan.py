@@ -983,7 +983,7 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         ([*small, "--base-layers", 4], "4 base and 3 depth layers of 4"),
         ([*small, "--depth-layers", 5], "depth layers of 4"),
         ([*small, "--size", 20], "a power of two"),
-        ([*small, "--precision", "bf16"], "--precision bf16"),
+        ([*small, "--precision", "bf16"], "--precision: invalid choice: 'bf16'"),
         ([*small, "--r1-seg", -1], "'-1' is not a finite number of at least 0"),
         ([*small, "--lr", 0], "not a finite number above 0"),
         ([*small, "--mixing", 2], "--mixing"),
