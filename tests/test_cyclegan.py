@@ -341,10 +341,10 @@ def test_a_run_that_still_trains_is_not_resumed_beside_it(tmp_path, capsys):
     folder = tmp_path / "cyclegan-toy-000"
     options = ["--data", "toy", *TINY.split(), "--epochs", 50, "--out", tmp_path]
     process = subprocess.Popen(script(*options), stdout=subprocess.DEVNULL)
-    while commands.logged_steps(folder) < 100:
-        assert process.poll() is None
-        time.sleep(0.02)
     try:
+        while commands.logged_steps(folder) < 100:
+            assert process.poll() is None
+            time.sleep(0.02)
         assert "still training" in fails(capsys, "--resume", folder, "--epochs", 1)
         assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["step"] == 50
     finally:

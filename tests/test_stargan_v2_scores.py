@@ -267,7 +267,7 @@ def test_a_short_toy_run_translates_faces_that_it_has_not_seen_in_many_ways(monk
         assert scores[mode]["diversity"] > diversity
 
 
-@pytest.mark.skipif("GANS_SLOW" not in os.environ, reason="six minutes: set GANS_SLOW=1")
+@pytest.mark.skipif("GANS_SLOW" not in os.environ, reason="five minutes: set GANS_SLOW=1")
 def test_the_toy_preset_comes_to_60_percent_of_doing_nothing_on_unseen_faces(monkeypatch):
     for mean in toy_scores(monkeypatch).values():
         assert mean["error"] <= 0.6 * mean["error_of_doing_nothing"]
