@@ -1,6 +1,8 @@
 """What the tests of the papers' commands share: running a script as its user does."""
 
+import contextlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -58,10 +60,12 @@ def of(paper):
     return script, run, main, fails
 
 
-def at_once(*commands):
-    """Runs real processes side by side; all must end well."""
+@contextlib.contextmanager
+def beside(*commands):
+    """Runs real processes side by side, and beside what is done inside; all must end well."""
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
     try:
+        yield
         assert [process.wait(timeout=900) for process in processes] == [0] * len(commands)
     finally:
         for process in processes:
@@ -72,7 +76,8 @@ def on_one_and_two_processes(script, *options):
     """Runs a script, by itself to the folder one, by torchrun to the folder two."""
     command = [str(part) for part in (script, *options, "--out")]
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    at_once([sys.executable, *command, "one"], [sys.executable, *two, *command, "two"])
+    with beside([sys.executable, *command, "one"], [sys.executable, *two, *command, "two"]):
+        pass
 
 
 def logged_steps(folder):
@@ -93,6 +98,20 @@ def kill_after(command, folder, steps, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def whole_and_killed(paper, options, kills):
+    """The folders of a run that nothing interrupts, and, beside it, of one that is killed and
+    resumed. options: with --data "d"; kills: [(steps, the most seconds after them)]."""
+    script, _, main, _ = of(paper)
+    whole, killed = (Path(out, f"{paper.__name__}-d-000") for out in ("whole", "killed"))
+    command, draw = script(*options, "--out", "killed", "--workers", 2), random.Random(0)
+    with beside(script(*options, "--out", "whole")):
+        for steps, seconds in kills:
+            kill_after(command, killed, steps, draw.uniform(0, seconds))
+            command = script("--resume", killed)
+        main("--resume", killed)
+    return whole, killed
 
 
 def each_ends_in_one_line(fails, capsys, cases):

@@ -5,9 +5,9 @@ the threads of a block as fibers (stacks that take turns on one CPU thread). A f
 after thread for as long as they return without waiting; a thread that waits at a __syncthreads()
 or a shuffle keeps its fiber, and a fresh one carries on with the next thread. Once every thread
 of the block has returned or waits, those whose partners have all arrived go on. So it is the
-kernel's logic that is tested: neither its speed nor its races. For the latter, build it a second
-time with reverse=True, where blocks and threads run last to first: most missing barriers show as
-a wrong result in one of the two orders.
+kernel's logic that is tested: neither its speed nor its races. For the latter, set the library's
+int emulated_reverse to 1: blocks and threads then run last to first, and most missing barriers show
+as a wrong result in one of the two orders.
 
 What g++ cannot parse, the source writes as two macros that it defines itself for nvcc:
     #ifndef LAUNCH
@@ -82,6 +82,8 @@ constexpr int warpSize = 32;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9 };
 typedef struct CUstream_st* cudaStream_t;
 
+extern "C" { int emulated_reverse = 0; }  // 1: blocks and threads run last to first
+
 namespace emulated {
 enum State { running, idle, at_barrier, at_shuffle };
 struct Fiber {
@@ -117,7 +119,7 @@ __noinline__ static void wait(State state) {
   else waiting[current->thread] = current;
   if (!_setjmp(current->context)) _longjmp(scheduler, 1);
 }
-static unsigned ordered(unsigned i, unsigned n) { return EMULATED_REVERSE ? n - 1 - i : i; }
+static unsigned ordered(unsigned i, unsigned n) { return emulated_reverse ? n - 1 - i : i; }
 static void fiber_main() {
   for (;; wait(idle))
     while (next_thread < threads) set_thread(ordered(next_thread++, threads)), body();
@@ -184,7 +186,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, cudaStrea
     shared.resize((bytes + 15) / 16 + 64);
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     for (uint64_t i = 0; i < blocks; ++i) {
-      const uint64_t b = EMULATED_REVERSE ? blocks - 1 - i : i;
+      const uint64_t b = emulated_reverse ? blocks - 1 - i : i;
       blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y),
                   unsigned(b / grid.x / grid.y)};
       run_block();
@@ -297,15 +299,14 @@ FLAGS = [
 ]
 
 
-def build(source: str, folder, reverse: bool = False) -> Path:
+def build(source: str, folder) -> Path:
     """Compile the CUDA C `source` for the CPU in `folder` and return the shared library's path.
 
     An unchanged source is compiled once. Without g++ on Linux, the calling test is skipped.
     """
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("emulating CUDA needs g++ on Linux")
-    flags = [*FLAGS, f"-DEMULATED_REVERSE={int(reverse)}"]
-    digest = hashlib.sha256(repr((source, HEADERS, flags)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((source, HEADERS, FLAGS)).encode()).hexdigest()[:16]
     folder = Path(folder).resolve() / f"emulated_{digest}"
     library = folder / "kernels.so"
     if library.exists():
@@ -314,7 +315,7 @@ def build(source: str, folder, reverse: bool = False) -> Path:
     for name, text in {**HEADERS, "kernels.cpp": source}.items():
         (folder / name).write_text(text)
     unfinished = folder / f"kernels.{os.getpid()}.so"
-    command = ["g++", *flags, f"-I{folder}", str(folder / "kernels.cpp"), "-o", str(unfinished)]
+    command = ["g++", *FLAGS, f"-I{folder}", str(folder / "kernels.cpp"), "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"g++ could not compile the kernels:\n{done.stderr}")

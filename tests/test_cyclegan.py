@@ -301,18 +301,11 @@ def weights_of(folder):
 
 def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path):
     options = ["--data", tmp_path / "d", *TINY.split(), "--epochs", 1, "--every", 40]
-    options += ["--pool-size", 20, "--dropout", "--gan-mode", "wgangp"]
+    options += ["--pool-size", 20, "--dropout", "--gan-mode", "wgangp", "--workers", 0]
     faces(tmp_path / "d/trainA", 160), faces(tmp_path / "d/trainB", 90, domain=1)
     faces(tmp_path / "d/testA"), faces(tmp_path / "d/testB")
-    main(*options, "--out", tmp_path / "whole", "--workers", 0)
-    whole, folder = (tmp_path / name / "cyclegan-d-000" for name in ("whole", "killed"))
-    draw = random.Random(0)
-    command = script(*options, "--out", tmp_path / "killed", "--workers", 2)
-    for steps in sorted(draw.sample(range(2, 70), 3)):  # of 80
-        commands.kill_after(command, folder, steps, 0)
-        command = script("--resume", folder)
-    main("--resume", folder)
-
+    steps = sorted(random.Random(0).sample(range(2, 70), 3))  # of 80
+    whole, folder = commands.whole_and_killed(cyclegan, options, [(k, 0) for k in steps])
     expected, actual = weights_of(whole), weights_of(folder)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[k], actual[k]) for k in expected)

@@ -468,31 +468,21 @@ def test_train_leaves_a_run_folder(trained):
     assert {"loss/mask", "loss/G", "loss/D_real", "reg/r1_img", "reg/r1_seg", "reg/pl"} <= set(log)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing interrupts, its data, and its options."""
-    folder = tmp_path_factory.mktemp("whole")
-    options = [*TINY, "--iters", 60, "--every", 15, "--keep-every", 30, "--aug"]
-    data = labelled_faces(folder / "d", 12)
-    options = ["--data", data, "--classes", data / "names.txt", *options]
-    main(*options, "--workers", 0, "--out", folder)
-    return options, folder / "semantic_stylegan-d-000"
-
-
-def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, tmp_path):
-    folder = tmp_path / "semantic_stylegan-d-000"
-    commands.kill_after(script(*whole[0], "--workers", 2, "--out", tmp_path), folder, 30, 0.05)
-    main("--resume", folder)
-    expected, actual = weights_of(whole[1]), weights_of(folder)
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path):
+    data = labelled_faces(tmp_path / "d", 12)
+    options = ["--data", data, "--classes", data / "names.txt", *TINY, "--iters", 60]
+    options += ["--every", 15, "--keep-every", 30, "--aug", "--workers", 0]
+    whole, folder = commands.whole_and_killed(semantic_stylegan, options, [(30, 0.05)])
+    expected, actual = weights_of(whole), weights_of(folder)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[k], actual[k]) for k in expected)
-    pl_mean = [state_of(f)["ranks"][0]["pools"]["pl"]["mean"] for f in (whole[1], folder)]
+    pl_mean = [state_of(f)["ranks"][0]["pools"]["pl"]["mean"] for f in (whole, folder)]
     assert torch.equal(*pl_mean) and pl_mean[0] > 0
-    logs = [jsonl(f / "log.jsonl") for f in (whole[1], folder)]
+    logs = [jsonl(f / "log.jsonl") for f in (whole, folder)]
     for line in logs[0] + logs[1]:
         del line["sec"], line["mem_gb"]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 60
-    assert jsonl(whole[1] / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
+    assert jsonl(whole / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
     assert {p.name for p in folder.glob("checkpoint-*")} == {
         "checkpoint-0000030.pt", "checkpoint-0000060.pt",
     }  # fmt: skip

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import random
 import re
 import types
 from pathlib import Path
@@ -438,14 +437,9 @@ def test_labels_of_a_zip_train_a_conditional_model(tmp_path, labels):
 
 
 def test_a_run_killed_twice_across_its_growth_ends_as_one_that_was_not(tmp_path):
-    data, options = faces(tmp_path / "d", 30), [*TINY, "--mirror", "--kimg", 4]
-    main("--data", data, *options, "--out", tmp_path / "whole")
-    whole, folder = (tmp_path / n / "stylegan-d-000" for n in ("whole", "killed"))
-    command, draw = script("--data", data, *options, "--out", tmp_path / "killed"), random.Random(0)
-    for steps in (25, 50):  # of 100; the fade is from 28 to 52
-        commands.kill_after(command, folder, steps, draw.uniform(0, 0.3))
-        command = script("--resume", folder)
-    main("--resume", folder)
+    options = ["--data", faces(tmp_path / "d", 30), *TINY, "--mirror", "--kimg", 4]
+    kills = [(25, 0.3), (50, 0.3)]  # of 100; the fade is from 28 to 52
+    whole, folder = commands.whole_and_killed(stylegan, options, kills)
     expected, actual = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, folder))
     assert expected["step"] == actual["step"] == 100
     for name, net in expected["nets"].items():

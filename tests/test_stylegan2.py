@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import random
 import re
 import types
 import zipfile
@@ -578,37 +577,21 @@ RESUMED = "--size 8 --channel-base 32 --channel-max 8 --z-dim 8 --w-dim 8 --map-
 RESUMED += "--batch 40 --mbstd-group 2 --kimg 3 --every 1 --r1-every 4 --pl-every 3".split()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing interrupts, and its data."""
-    folder = tmp_path_factory.mktemp("whole")
-    data = faces(folder / "d", 30)
-    main("--data", data, *RESUMED, "--mirror", "--out", folder)
-    return data, folder / "stylegan2-d-000"
-
-
-def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path):
-    folder, draw = tmp_path / "stylegan2-d-000", random.Random(2)
-    options = ["--data", whole[0], *RESUMED, "--mirror", "--out", tmp_path]
-    command = script(*options)
-    for steps in (25, 50):  # of 75
-        commands.kill_after(command, folder, steps, draw.uniform(0, 0.5))
-        command = script("--resume", folder)
-    main("--resume", folder)
-
-    expected, actual = (
-        torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole[1], folder)
-    )
+def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
+    options = ["--data", faces(tmp_path / "d", 30), *RESUMED, "--mirror"]
+    kills = [(25, 0.5), (50, 0.5)]  # of 75
+    whole, folder = commands.whole_and_killed(stylegan2, options, kills)
+    expected, actual = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, folder))
     assert expected["step"] == actual["step"] == 75
     for name, net in expected["nets"].items():
         assert all(torch.equal(actual["nets"][name][k], v) for k, v in net.items()), name
     pl_mean = [s["ranks"][0]["pools"]["pl"]["mean"] for s in (expected, actual)]
     assert torch.equal(*pl_mean) and pl_mean[0] > 0
-    logs = [jsonl(f / "log.jsonl") for f in (whole[1], folder)]
+    logs = [jsonl(f / "log.jsonl") for f in (whole, folder)]
     for line in logs[0] + logs[1]:
         del line["sec"], line["mem_gb"]
     assert logs[0] == logs[1]
-    assert jsonl(whole[1] / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
+    assert jsonl(whole / "metrics.jsonl") == jsonl(folder / "metrics.jsonl")
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):

@@ -4,9 +4,7 @@ as a user runs them. What it shares with stylegan2.py is equal to the letter and
 import ast
 import json
 import math
-import random
 import re
-import subprocess
 import types
 from pathlib import Path
 
@@ -722,23 +720,10 @@ def assert_same_runs(one, two):
     return held[0]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing interrupts, and its data."""
-    folder = tmp_path_factory.mktemp("whole")
-    data = faces(folder / "d", 30)
-    main("--data", data, *RESUMED, "--out", folder)
-    return data, folder / "stylegan2_ada-d-000"
-
-
-def test_a_run_killed_twice_ends_as_one_that_was_not(whole, tmp_path):
-    folder, draw = tmp_path / "stylegan2_ada-d-000", random.Random(0)
-    command = script("--data", whole[0], *RESUMED, "--out", tmp_path, "--workers", 2)
-    for steps in (25, 50):  # of 75
-        commands.kill_after(command, folder, steps, draw.uniform(0, 0.5))
-        command = script("--resume", folder)
-    main("--resume", folder)
-    held = assert_same_runs(whole[1], folder)
+def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path):
+    options = ["--data", faces(tmp_path / "d", 30), *RESUMED]
+    kills = [(25, 0.5), (50, 0.5)]  # of 75
+    held = assert_same_runs(*commands.whole_and_killed(stylegan2_ada, options, kills))
     assert held["p"] > 0 and held["pl_mean"] > 0 and held["signs"][1] > 0
 
 
@@ -987,16 +972,11 @@ def test_100_faces_overfit_without_ada_and_less_with_it(tmp_path):
     options = "--size 8 --subset 100 --batch 64 --kimg 32 --every 16 --lr 0.02 --r1-gamma 0"
     options += " --pl-weight 0 --mixing 0 --z-dim 32 --w-dim 32 --channel-base 256 --channel-max 32"
     options += " --ada-target 0.3 --ada-kimg 10 --seed 0 --device cpu"
-    runs = {
-        aug: subprocess.Popen(
-            script("--aug", aug, *options.split(), "--out", tmp_path / aug),
-            stdout=subprocess.DEVNULL,
-        )
-        for aug in ("noaug", "ada")
-    }
-    assert [process.wait() for process in runs.values()] == [0, 0]
+    augs = ("noaug", "ada")
+    with commands.beside(*(script("--aug", aug, *options.split(), "--out", aug) for aug in augs)):
+        pass
     r_t, p, gap = {}, {}, {}
-    for aug in runs:
+    for aug in augs:
         folder = tmp_path / aug / "stylegan2_ada-toy-000"
         log = jsonl(folder / "log.jsonl")
         thirds = [[row for row in log if low < row["kimg"] <= low + 8] for low in (8, 24)]
