@@ -1008,11 +1008,16 @@ def _oval(x, y, rx, ry):
 def _spline(points, closed=True):
     """The Catmull-Rom curve through points (n, 2), six steps a piece."""
     p = np.asarray(points, float)
-    if not closed:
-        p = np.concatenate([p[:1], p, p[-1:]])
-    i = np.arange(len(p) if closed else len(p) - 3)[:, None] + (0, 1, 2, 3)
-    curve = (_CATMULL_ROM @ p[i % len(p)]).reshape(-1, 2)
+    curve = (_CATMULL_ROM @ p[_pieces(len(p), closed)]).reshape(-1, 2)
     return curve if closed else np.concatenate([curve, p[-1:]])
+
+
+@functools.cache
+def _pieces(n, closed):
+    """Of each piece of a curve through n points, the four points that it depends on."""
+    if closed:
+        return (np.arange(n)[:, None] + (0, 1, 2, 3)) % n
+    return (np.arange(n - 1)[:, None] + (-1, 0, 1, 2)).clip(0, n - 1)
 
 
 def _band(upper, lower):
@@ -1025,9 +1030,14 @@ def _stroke(points, width, power=6):
     p = _spline(points, closed=False)
     d = np.concatenate([p[1:2] - p[:1], p[2:] - p[:-2], p[-1:] - p[-2:-1]])
     normal = d[:, ::-1] * (-1, 1) / np.hypot(d[:, :1], d[:, 1:])
-    half = 0.5 * width * (1 - np.abs(np.linspace(-1, 1, len(p))) ** power) ** 0.5
-    offset = normal * half[:, None]
+    offset = normal * (0.5 * width * _taper(len(p), power))
     return _band(p + offset, p - offset)
+
+
+@functools.cache
+def _taper(n, power):
+    """(n, 1): 0 at the ends, 1 in the middle."""
+    return (1 - np.abs(np.linspace(-1, 1, n)) ** power)[:, None] ** 0.5
 
 
 def _mirror(half):
@@ -1200,7 +1210,9 @@ def _toy_shapes(a, domain):
     points, depths = np.concatenate(outlines), np.repeat(depths, sizes)[:, None]
     turned = points + depths * (0.045 * a["yaw"], 0.02 * a["pitch"])
     points = np.where(np.isnan(depths), points, turned @ rotate + centre)
-    return list(zip(regions, colours, np.split(points, np.cumsum(sizes[:-1])), strict=True))
+    stops = np.cumsum(sizes).tolist()
+    outlines = (points[stop - n : stop] for stop, n in zip(stops, sizes, strict=True))
+    return list(zip(regions, colours, outlines, strict=True))
 
 
 def _draw(image, shapes):
