@@ -2775,23 +2775,26 @@ def load_checkpoint(path, model):
 
     Raises UserError if it is missing, damaged, of another model, or holds more than plain data.
     """
-    if not Path(path).is_file():
-        problem = "a folder without checkpoints" if Path(path).is_dir() else "no such file"
+    path = Path(path)
+    if not path.is_file():
+        problem = "a folder without checkpoints" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {problem}. Name a .pt or .pth file.")
+    kept = [p for p in sorted(path.parent.glob("checkpoint-*.pt")) if p.name != path.name]
+    hint = f" Remove it to go on from {kept[-1].name} beside it." if kept else ""
+    damaged = f"{path}: not a checkpoint, or a damaged one.{hint}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.search(r"(?:GLOBAL|class) +`?([\w.]+)", str(e))
         if found is None:
-            raise UserError(f"{path}: not a checkpoint, or a damaged one.") from None
+            raise UserError(damaged) from None
         raise UserError(
             f"{path}: refused, since it holds {found[1]}, which could run code; only"
             " tensors and plain values are read."
         ) from None
     except Exception as e:  # torch.load meets a strange file with a dozen kinds of exception
         strange = getattr(e, "errno", errno.EINVAL) == errno.EINVAL  # that of a seek in a cut file
-        problem = "not a checkpoint, or a damaged one" if strange else e.strerror
-        raise UserError(f"{path}: {problem}.") from None
+        raise UserError(damaged if strange else f"{path}: {e.strerror}.") from None
     if isinstance(state, dict) and "model" in state and not torch.is_tensor(state["model"]):
         models = [model] if isinstance(model, str) else model
         if state["model"] not in models:

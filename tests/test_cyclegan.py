@@ -683,7 +683,10 @@ def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys
         (folder / name).write_bytes((trained[0] / name).read_bytes())
     log = (folder / "log.jsonl").read_bytes()
     (folder / "checkpoint.pt").write_bytes(b"PK damaged")
-    assert "damaged" in fails(capsys, "--resume", folder)
+    assert fails(capsys, "--resume", folder).endswith("not a checkpoint, or a damaged one.")
+    shutil.copy(trained[0] / "checkpoint-0000400.pt", folder)
+    error = fails(capsys, "--resume", folder)
+    assert error.endswith("Remove it to go on from checkpoint-0000400.pt beside it.")
     assert (folder / "log.jsonl").read_bytes() == log
 
 
