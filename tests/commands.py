@@ -61,6 +61,22 @@ def of(paper):
 
 
 @contextlib.contextmanager
+def begun(command):
+    """A real process that goes on beside the tests, in a `with`. Yields a function that waits for
+    its end, which must be a good one, and returns what it printed."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as process:
+
+        def printed():
+            out, err = process.communicate(timeout=900)
+            assert process.returncode == 0, err
+            return out
+
+        yield printed
+        process.kill()
+
+
+@contextlib.contextmanager
 def beside(*commands):
     """Runs real processes side by side, and beside what is done inside; all must end well."""
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]

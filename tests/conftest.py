@@ -10,3 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GANS_OFFLINE"] = "1"
 os.environ["GANS_CACHE"] = tempfile.mkdtemp(prefix="gans-cache-")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+
+
+def pytest_collection_modifyitems(items):
+    """Within a file, tests of the run that goes on beside the others wait until these are done."""
+    files = {path: k for k, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (files[item.path], "trained" in item.fixturenames))

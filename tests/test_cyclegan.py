@@ -264,12 +264,20 @@ def test_crops_reach_every_offset_and_half_are_mirrored():
 # ---- train ----
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The run folder of a short toy run by the command line."""
+@pytest.fixture(scope="module", autouse=True)
+def training(tmp_path_factory):
+    """A short toy run by the command line."""
     out = tmp_path_factory.mktemp("trained")
-    text = run("--data", "toy", "--out", out, *TINY.split(), "--epochs", 1, "--every", 400)
-    return out / "cyclegan-toy-000", text
+    options = ["--data", "toy", "--out", out, *TINY.split(), "--epochs", 1, "--every", 400]
+    with commands.begun(script(*options)) as printed:
+        yield out / "cyclegan-toy-000", printed
+
+
+@pytest.fixture(scope="module")
+def trained(training):
+    """Its folder, and what it printed."""
+    folder, printed = training
+    return folder, printed()
 
 
 def test_train_leaves_a_run_folder(trained):

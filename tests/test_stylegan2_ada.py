@@ -487,17 +487,25 @@ def test_transfer_is_five_times_as_quick_and_takes_the_architecture_of_the_file(
 # ---- train ----
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """The run folder of a short toy run with ADA by the command line."""
+@pytest.fixture(scope="module", autouse=True)
+def training(tmp_path_factory):
+    """A short toy run with ADA by the command line."""
     out = tmp_path_factory.mktemp("trained")
     options = "--size 16 --subset 60 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16"
     options += " --batch 32 --lr 0.004 --r1-gamma 0.5 --ema-kimg 0.5 --ada-kimg 4 --kimg 2"
-    run("--out", out, *options.split(), "--every", 1)
-    return out / "stylegan2_ada-toy-000"
+    with commands.begun(script("--out", out, *options.split(), "--every", 1)) as printed:
+        yield out / "stylegan2_ada-toy-000", printed
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def trained(training):
+    """Its folder."""
+    folder, printed = training
+    printed()
+    return folder
+
+
+@pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
     out = tmp_path_factory.mktemp("conditional")
     main("--cond", "--out", out, *TINY, "--batch", 100, "--subset", 30)
