@@ -145,16 +145,16 @@ def test_numbers_are_those_of_the_official_networks(c_dim):
     img = G.synthesis(ws, "const")
     found = dict(
         sizes=[common.count(G), common.count(D)],
-        ws=[*ws[0, 0, :3], *moments(ws)],
-        img=[*img[0, 0, 0, :3], *moments(img)],
-        logits=D(img, c).flatten(),
+        ws=[*ws[0, 0, :3].tolist(), *moments(ws)],
+        img=[*img[0, 0, 0, :3].tolist(), *moments(img)],
+        logits=D(img, c).flatten().tolist(),
         truncated=moments(G(z, c, psi=0.7, cutoff=4, noise="const")),
-        lengths=stylegan2.path_lengths(G, ws, draw(1, 4, 3, 32, 32), "const"),
-        real=D(x, c).flatten(),
-        r1=stylegan2.r1_penalty(D(x.requires_grad_(), c), x),
+        lengths=stylegan2.path_lengths(G, ws, draw(1, 4, 3, 32, 32), "const").tolist(),
+        real=D(x, c).flatten().tolist(),
+        r1=stylegan2.r1_penalty(D(x.requires_grad_(), c), x).tolist(),
     )
     for name, expected in GOLDEN[c_dim].items():
-        np.testing.assert_allclose([float(v) for v in found[name]], expected, 1e-5, 2e-6, name)
+        np.testing.assert_allclose(found[name], expected, 1e-5, 2e-6, name)
 
 
 @pytest.mark.parametrize("res", [8, 16])
