@@ -60,20 +60,25 @@ def of(paper):
     return script, run, main, fails
 
 
-@contextlib.contextmanager
-def begun(command):
-    """A real process that goes on beside the tests, in a `with`. Yields a function that waits for
-    its end, which must be a good one, and returns what it printed."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **pipes) as process:
+def trained_beside_the_tests(paper, options):
+    """The fixtures training, a real run on toy data that goes on beside the tests of a file, and
+    trained, its folder once it has ended. What it prints is in printed.txt beside the folder."""
 
-        def printed():
-            out, err = process.communicate(timeout=900)
-            assert process.returncode == 0, err
-            return out
+    @pytest.fixture(scope="module", autouse=True)
+    def training(tmp_path_factory):
+        out = tmp_path_factory.mktemp("trained")
+        command = of(paper)[0]("--data", "toy", *options.split(), "--out", out)
+        with open(out / "printed.txt", "w") as f, subprocess.Popen(command, stdout=f) as process:
+            yield process, out / f"{paper.__name__}-toy-000"
+            process.kill()
 
-        yield printed
-        process.kill()
+    @pytest.fixture(scope="module")
+    def trained(training):
+        process, folder = training
+        assert process.wait(timeout=900) == 0
+        return folder
+
+    return training, trained
 
 
 @contextlib.contextmanager

@@ -264,24 +264,11 @@ def test_crops_reach_every_offset_and_half_are_mirrored():
 # ---- train ----
 
 
-@pytest.fixture(scope="module", autouse=True)
-def training(tmp_path_factory):
-    """A short toy run by the command line."""
-    out = tmp_path_factory.mktemp("trained")
-    options = ["--data", "toy", "--out", out, *TINY.split(), "--epochs", 1, "--every", 400]
-    with commands.begun(script(*options)) as printed:
-        yield out / "cyclegan-toy-000", printed
-
-
-@pytest.fixture(scope="module")
-def trained(training):
-    """Its folder, and what it printed."""
-    folder, printed = training
-    return folder, printed()
+training, trained = commands.trained_beside_the_tests(cyclegan, f"{TINY} --epochs 1 --every 400")
 
 
 def test_train_leaves_a_run_folder(trained):
-    folder, text = trained
+    folder, text = trained, (trained.parent / "printed.txt").read_text()
     names = {p.name for p in folder.iterdir()}
     assert {"args.json", "cyclegan.py", "log.jsonl", "metrics.jsonl", "samples"} <= names
     assert {"checkpoint.pt", "checkpoint-0000400.pt"} <= names
@@ -297,7 +284,7 @@ def test_train_leaves_a_run_folder(trained):
 
 
 def test_a_checkpoint_needs_no_unpickling_of_code(trained):
-    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
     assert state["model"] == "cyclegan" and state["step"] == 400
     assert state["config"]["G_AB"]["blocks"] == 1
 
@@ -380,11 +367,11 @@ def test_two_processes_make_the_update_of_one(tmp_path, monkeypatch):
 def test_transfer_starts_from_given_weights(trained, tmp_path):
     faces(tmp_path / "d/trainA"), faces(tmp_path / "d/trainB", domain=1)
     options = ["--data", tmp_path / "d", "--load-size", 32, "--crop-size", 32, "--batch", 2]
-    options += ["--checkpoint", trained[0] / "checkpoint.pt", "--lr", 1e-12, "--epochs", 1]
+    options += ["--checkpoint", trained / "checkpoint.pt", "--lr", 1e-12, "--epochs", 1]
     cyclegan.main([str(o) for o in [*options, "--out", tmp_path]])
     folder = tmp_path / "cyclegan-d-000"
     cyclegan.main(["--resume", str(folder), "--epochs", "3"])  # the networks are not those of args
-    start, end = weights_of(trained[0]), weights_of(folder)
+    start, end = weights_of(trained), weights_of(folder)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
     assert all(torch.allclose(start[k], end[k], atol=1e-8) for k in start)
 
@@ -412,7 +399,7 @@ def test_translate_keeps_sizes_and_relative_paths_of_all_files(trained, tmp_path
         (tmp_path / "in/sub").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, "tan").save(tmp_path / "in" / name)
     Image.new("L", (50, 40)).save(tmp_path / "in/a.png")  # beside a.jpg
-    run("translate", "--checkpoint", trained[0] / "checkpoint.pt", "--input", tmp_path / "in")
+    run("translate", "--checkpoint", trained / "checkpoint.pt", "--input", tmp_path / "in")
     out = {str(p.relative_to("out")): Image.open(p).size for p in Path("out").rglob("*.png")}
     assert out == {
         "a.jpg.png": (45, 31),
@@ -426,10 +413,10 @@ def test_translate_keeps_sizes_and_relative_paths_of_all_files(trained, tmp_path
 
 def test_each_direction_uses_its_own_generator(trained, tmp_path):
     picture = faces(tmp_path / "in", 1) / "0.jpg"
-    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
     for direction, name in (("AtoB", "G_AB"), ("BtoA", "G_BA")):
         out = tmp_path / f"{direction}.png"
-        options = ["--checkpoint", trained[0] / "checkpoint.pt", "--input", picture, "--out", out]
+        options = ["--checkpoint", trained / "checkpoint.pt", "--input", picture, "--out", out]
         cyclegan.main([str(o) for o in ["translate", *options, "--direction", direction]])
         G = cyclegan.build(state["config"][name])
         G.load_state_dict(state["nets"][name])
@@ -444,19 +431,19 @@ def test_each_direction_uses_its_own_generator(trained, tmp_path):
 )
 def test_translate_resizes_on_request(trained, tmp_path, option, size):
     Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
-    options = ["--checkpoint", trained[0] / "checkpoint.pt", "--input", "a.png", "--out", "b.png"]
+    options = ["--checkpoint", trained / "checkpoint.pt", "--input", "a.png", "--out", "b.png"]
     cyclegan.main([str(o) for o in ["translate", *options, *option.split()]])
     assert Image.open("b.png").size == size
 
 
 def test_an_official_file_is_taken_wherever_a_checkpoint_is(trained, tmp_path):
-    state = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
     official = {"G_A": "G_AB", "G_B": "G_BA", "D_A": "D_B", "D_B": "D_A"}
     for theirs, ours in official.items():
         (tmp_path / "pth").mkdir(exist_ok=True)
         torch.save(state["nets"][ours], tmp_path / f"pth/latest_net_{theirs}.pth")
     picture = faces(tmp_path / "in", 1) / "0.jpg"
-    sources = (trained[0] / "checkpoint.pt", trained[0], "pth/latest_net_G_B.pth", "pth")
+    sources = (trained / "checkpoint.pt", trained, "pth/latest_net_G_B.pth", "pth")
     for checkpoint in sources:
         options = [
             "--checkpoint",
@@ -483,14 +470,14 @@ def test_an_official_file_is_taken_wherever_a_checkpoint_is(trained, tmp_path):
     faces(tmp_path / "d/trainA"), faces(tmp_path / "d/trainB", domain=1)
     options = f"--data d {TINY} --checkpoint pth --epochs 1 --lr 1e-12 --out r".split()
     cyclegan.main(options)
-    start, end = weights_of(trained[0]), weights_of(tmp_path / "r/cyclegan-d-000")
+    start, end = weights_of(trained), weights_of(tmp_path / "r/cyclegan-d-000")
     assert all(torch.allclose(start[k], end[k], atol=1e-8) for k in start)
 
 
 def test_evaluate_says_its_protocol_and_agrees_with_the_end_of_training(trained):
-    text = run("evaluate", "--checkpoint", trained[0] / "checkpoint.pt", "--out", "scores.json")
+    text = run("evaluate", "--checkpoint", trained / "checkpoint.pt", "--out", "scores.json")
     assert "protocol: " in text and "32x32" in text and "FID" in text
-    last = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     scores = json.loads(Path("scores.json").read_text())
     for direction in ("AtoB", "BtoA"):
         assert scores[direction]["n_real"] == scores[direction]["n_fake"] == 100
@@ -556,7 +543,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(capsys
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
-    good = (trained[0] / "checkpoint.pt").read_bytes()
+    good = (trained / "checkpoint.pt").read_bytes()
     Path("cut.pt").write_bytes(good[: len(good) // 2])
     Path("start.pt").write_bytes(good[:1000])
     Path("text.pt").write_text("not a checkpoint")
@@ -601,7 +588,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_by_name(capsys, tmp_path, o
 
 
 def test_checkpoints_that_do_not_suit_the_command_are_refused(trained, capsys, tmp_path):
-    ours = trained[0] / "checkpoint.pt"
+    ours = trained / "checkpoint.pt"
     state = torch.load(ours, weights_only=True)
     torch.save(state["nets"]["D_B"], "latest_net_D_A.pth")
     torch.save({"model.0.weight": torch.zeros(4, 3, 4, 4)}, "short.pth")
@@ -616,13 +603,13 @@ def test_checkpoints_that_do_not_suit_the_command_are_refused(trained, capsys, t
         ),
         (["evaluate", "--checkpoint", ours, "--size", "30"], "--size 30"),
         ([*small, "--checkpoint", ours, "--channels-A", "1", "--channels-B", "1"], "channels"),
-        (["--resume", trained[0], "--batch", "4"], "--batch was 2"),
+        (["--resume", trained, "--batch", "4"], "--batch was 2"),
     ]
-    before = (trained[0] / "args.json").read_bytes()
+    before = (trained / "args.json").read_bytes()
     for args, message in cases:
         line = fails(capsys, *args)
         assert any(m in line for m in message.split("|")), line
-    assert (trained[0] / "args.json").read_bytes() == before
+    assert (trained / "args.json").read_bytes() == before
 
 
 def test_scores_of_a_single_test_picture_and_without_any(capsys, tmp_path):
@@ -656,10 +643,10 @@ def test_resuming_may_change_length_pool_and_precision_and_remembers_it(tmp_path
 
 @pytest.mark.parametrize("other", ["--norm batch", "--ngf 3", "--G unet_128", "--dropout"])
 def test_resuming_with_other_networks_is_refused(trained, capsys, other):
-    before = (trained[0] / "args.json").read_bytes()
+    before = (trained / "args.json").read_bytes()
     option = other.split()[0]
-    assert f"--resume: {option} was" in fails(capsys, "--resume", trained[0], *other.split())
-    assert (trained[0] / "args.json").read_bytes() == before
+    assert f"--resume: {option} was" in fails(capsys, "--resume", trained, *other.split())
+    assert (trained / "args.json").read_bytes() == before
 
 
 def test_a_reader_that_has_read_enough_ends_a_command_in_one_line():
@@ -670,29 +657,29 @@ def test_a_reader_that_has_read_enough_ends_a_command_in_one_line():
 
 def test_a_picture_is_not_scaled_beyond_memory(trained, capsys):
     faces(Path("in"), 1)
-    here = ["translate", "--checkpoint", trained[0], "--input", "in", "--size", 10**7]
+    here = ["translate", "--checkpoint", trained, "--input", "in", "--size", 10**7]
     assert "10000000 x 10000000 pixels" in fails(capsys, *here)
 
 
 def test_a_run_goes_on_from_the_last_kept_checkpoint_if_that_is_all(trained, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(trained[0], folder)
+    shutil.copytree(trained, folder)
     (folder / "checkpoint.pt").unlink()
     (folder / "checkpoint-0000200.pt").write_bytes(b"an older one")
     run("translate", "--checkpoint", folder, "--input", faces(tmp_path / "in", 1), "--out", "out")
     assert "resumed at step 400" in run("--resume", folder)
-    assert (folder / "log.jsonl").read_bytes() == (trained[0] / "log.jsonl").read_bytes()
+    assert (folder / "log.jsonl").read_bytes() == (trained / "log.jsonl").read_bytes()
 
 
 def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("args.json", "log.jsonl"):
-        (folder / name).write_bytes((trained[0] / name).read_bytes())
+        (folder / name).write_bytes((trained / name).read_bytes())
     log = (folder / "log.jsonl").read_bytes()
     (folder / "checkpoint.pt").write_bytes(b"PK damaged")
     assert fails(capsys, "--resume", folder).endswith("not a checkpoint, or a damaged one.")
-    shutil.copy(trained[0] / "checkpoint-0000400.pt", folder)
+    shutil.copy(trained / "checkpoint-0000400.pt", folder)
     error = fails(capsys, "--resume", folder)
     assert error.endswith("Remove it to go on from checkpoint-0000400.pt beside it.")
     assert (folder / "log.jsonl").read_bytes() == log
@@ -717,7 +704,7 @@ def test_unreadable_pictures_are_named_and_skipped_by_translate(trained, capsys,
     folder = faces(tmp_path / "in", 2)
     (folder / "text.png").write_text("hello")
     (folder / "cut.jpg").write_bytes((folder / "0.jpg").read_bytes()[:300])
-    options = ["--checkpoint", trained[0] / "checkpoint.pt", "--input", folder]
+    options = ["--checkpoint", trained / "checkpoint.pt", "--input", folder]
     cyclegan.main([str(o) for o in ["translate", *options]])
     captured = capsys.readouterr()
     assert "text.png" in captured.err and "cut.jpg" in captured.err
@@ -730,7 +717,7 @@ def test_unreadable_pictures_are_named_and_skipped_by_translate(trained, capsys,
 def test_translate_never_replaces_its_input(trained, capsys, tmp_path):
     Image.new("RGB", (16, 16), "red").save("a.png")
     before = Path("a.png").read_bytes()
-    options = ["translate", "--checkpoint", trained[0] / "checkpoint.pt", "--input"]
+    options = ["translate", "--checkpoint", trained / "checkpoint.pt", "--input"]
     assert "PNG files" in fails(capsys, *options, "a.png", "--out", "b.jpg")
     for where in (["a.png", "--out", "a.png"], ["a.png", "--out", "."], [".", "--out", "."]):
         assert "original" in fails(capsys, *options, *where)

@@ -344,22 +344,11 @@ def test_adam_with_the_epsilon_of_tensorflow_takes_its_steps():
 # ---- runs ----
 
 
-@pytest.fixture(scope="module", autouse=True)
-def training(tmp_path_factory):
-    """A run of the real script on toy faces that grows from 8 to 16 pixels."""
-    out = tmp_path_factory.mktemp("trained")
-    options = "--size 16 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --map-layers 2"
-    options += " --train-kimg 3 --fade-kimg 1 --r1-gamma 0.5 --ema-kimg 0.5 --lr 0.004 --seed 0"
-    command = script("--data", "toy", "--out", out, *options.split(), "--kimg", 6, "--every", 2)
-    with commands.begun(command) as printed:
-        yield out / "stylegan-toy-000", printed
-
-
-@pytest.fixture(scope="module")
-def trained(training):
-    folder, printed = training
-    printed()
-    return folder
+training, trained = commands.trained_beside_the_tests(  # it grows from 8 to 16 pixels
+    stylegan,
+    "--size 16 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --map-layers 2 --kimg 6"
+    " --train-kimg 3 --fade-kimg 1 --r1-gamma 0.5 --ema-kimg 0.5 --lr 0.004 --seed 0 --every 2",
+)
 
 
 @pytest.fixture(scope="module")

@@ -439,23 +439,11 @@ def test_crossovers_are_uniform_over_the_layers_and_one_in_ten_batches_is_not_mi
 # ---- train ----
 
 
-@pytest.fixture(scope="module", autouse=True)
-def training(tmp_path_factory):
-    """A short toy run by the command line."""
-    out = tmp_path_factory.mktemp("trained")
-    options = "--size 16 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --map-layers 2"
-    options += " --batch 32 --mbstd-group 4 --r1-gamma 0.5 --ema-kimg 0.5 --lr 0.004 --seed 0"
-    command = script("--data", "toy", "--out", out, *options.split(), "--kimg", 2, "--every", 1)
-    with commands.begun(command) as printed:
-        yield out / "stylegan2-toy-000", printed
-
-
-@pytest.fixture(scope="module")
-def trained(training):
-    """Its folder."""
-    folder, printed = training
-    printed()
-    return folder
+training, trained = commands.trained_beside_the_tests(
+    stylegan2,
+    "--size 16 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --map-layers 2 --kimg 2"
+    " --batch 32 --mbstd-group 4 --r1-gamma 0.5 --ema-kimg 0.5 --lr 0.004 --seed 0 --every 1",
+)
 
 
 @pytest.fixture(scope="module")

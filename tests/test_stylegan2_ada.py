@@ -487,22 +487,11 @@ def test_transfer_is_five_times_as_quick_and_takes_the_architecture_of_the_file(
 # ---- train ----
 
 
-@pytest.fixture(scope="module", autouse=True)
-def training(tmp_path_factory):
-    """A short toy run with ADA by the command line."""
-    out = tmp_path_factory.mktemp("trained")
-    options = "--size 16 --subset 60 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16"
-    options += " --batch 32 --lr 0.004 --r1-gamma 0.5 --ema-kimg 0.5 --ada-kimg 4 --kimg 2"
-    with commands.begun(script("--out", out, *options.split(), "--every", 1)) as printed:
-        yield out / "stylegan2_ada-toy-000", printed
-
-
-@pytest.fixture(scope="module")
-def trained(training):
-    """Its folder."""
-    folder, printed = training
-    printed()
-    return folder
+training, trained = commands.trained_beside_the_tests(
+    stylegan2_ada,
+    "--size 16 --subset 60 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --kimg 2"
+    " --batch 32 --lr 0.004 --r1-gamma 0.5 --ema-kimg 0.5 --ada-kimg 4 --every 1",
+)
 
 
 @pytest.fixture(scope="module")
