@@ -2768,6 +2768,13 @@ def write_json(path, data):
         f.write((json.dumps(data, indent=1) + "\n").encode())
 
 
+def kept_beside(path):
+    """What a message says of a damaged checkpoint.pt: which kept one would take its place."""
+    newest = Path(path).name == "checkpoint.pt"
+    kept = sorted(Path(path).parent.glob("checkpoint-*.pt")) if newest else None
+    return f" Move it away to go on from {kept[-1].name} beside it." if kept else ""
+
+
 def load_checkpoint(path, model):
     """One of our checkpoints, or the plain state dict of an official .pth; nothing in it is run.
     Of a dict of state dicts, as StarGAN v2's, the names are joined: "generator.from_rgb.weight".
@@ -2779,9 +2786,7 @@ def load_checkpoint(path, model):
     if not path.is_file():
         problem = "a folder without checkpoints" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {problem}. Name a .pt or .pth file.")
-    kept = [p for p in sorted(path.parent.glob("checkpoint-*.pt")) if p.name != path.name]
-    hint = f" Remove it to go on from {kept[-1].name} beside it." if kept else ""
-    damaged = f"{path}: not a checkpoint, or a damaged one.{hint}"
+    damaged = f"{path}: not a checkpoint, or a damaged one.{kept_beside(path)}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -3605,7 +3610,8 @@ def read_official(path):
     except UserError:
         raise
     except Exception:  # a damaged file leads to a dozen kinds, MemoryError and RecursionError too
-        raise UserError(f"{path}: not an official checkpoint, or a damaged one.") from None
+        problem = "not an official checkpoint, or a damaged one"
+        raise UserError(f"{path}: {problem}.{kept_beside(path)}") from None
     if not nets:
         raise UserError(f"{path} holds no network under a name of the official releases.")
     return nets

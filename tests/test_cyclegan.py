@@ -681,8 +681,10 @@ def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys
     assert fails(capsys, "--resume", folder).endswith("not a checkpoint, or a damaged one.")
     shutil.copy(trained / "checkpoint-0000400.pt", folder)
     error = fails(capsys, "--resume", folder)
-    assert error.endswith("Remove it to go on from checkpoint-0000400.pt beside it.")
+    assert error.endswith("Move it away to go on from checkpoint-0000400.pt beside it.")
     assert (folder / "log.jsonl").read_bytes() == log
+    error = fails(capsys, "translate", "--checkpoint", folder / "log.jsonl", "--input", folder)
+    assert error.endswith("not a checkpoint, or a damaged one.")  # not to be moved away
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):

@@ -1140,7 +1140,10 @@ def test_resuming_with_a_damaged_checkpoint_keeps_what_was_there(trained, capsys
         (folder / name).write_bytes((trained / name).read_bytes())
     (folder / "checkpoint.pt").write_bytes(b"PK damaged")
     log = (folder / "log.jsonl").read_bytes()
-    assert "damaged" in fails(capsys, "--resume", folder)
+    (folder / "checkpoint-0000063.pt").touch()
+    way_out = "damaged one. Move it away to go on from checkpoint-0000063.pt beside it."
+    for command in (["--resume", folder], ["generate", "--checkpoint", folder]):
+        assert fails(capsys, *command).endswith(way_out)
     torch.save({"some.weight": torch.zeros(3)}, folder / "checkpoint.pt")
     assert "holds no run" in fails(capsys, "--resume", folder)
     assert (folder / "log.jsonl").read_bytes() == log
