@@ -13,6 +13,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 def pytest_collection_modifyitems(items):
-    """Within a file, tests of the run that goes on beside the others wait until these are done."""
+    """Within a file, tests of its trained run come last: it may go on beside the others."""
     files = {path: k for k, path in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: (files[item.path], "trained" in item.fixturenames))
