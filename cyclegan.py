@@ -367,8 +367,8 @@ def generator_phase(G_AB, G_BA, D_A, D_B, real_A, real_B, args, run):
             fake_B, idt_B = forward_both(G_AB, real_A, real_B)
             fake_A, idt_A = forward_both(G_BA, real_B, real_A)
             # sec. 5.2: a picture that is already in the target domain should stay as it is.
-            # The official code names these after the generator (its idt_A is our idt_B) and so
-            # weights each with "the other" lambda; here every term on domain A has lambda_A.
+            # The official code names these after the generator, and its idt_A is our idt_B. The
+            # sum is the same: every term on domain A has lambda_A.
             losses["idt_A"] = F.l1_loss(idt_A, real_A)
             losses["idt_B"] = F.l1_loss(idt_B, real_B)
         else:
@@ -407,23 +407,24 @@ def train_step(nets, opts, pools, real_A, real_B, args, run):
 
     nets: G_AB, G_BA, D_A, D_B; opts: Adam of the generators, Adam of the discriminators; pools:
     past fake_A, past fake_B; real_A, real_B: (N, C, H, W) in [-1, 1]. Returns {name: loss}, before
-    weighting. `run` gives autocast(), rand(n) uniform in [0, 1), backward(loss), and graph(phase,
-    optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
-    the optimizer. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
+    weighting. `run` gives autocast(), rand(n) uniform in [0, 1), backward(loss), which adds
+    gradients, and graph(phase, optimizer) -> a function of phase's arguments: the phase, from no
+    gradients on, and a step of the optimizer with their means over all processes. A GPU repeats
+    both as one CUDA graph, so that all that changes must be tensors.
     """
     (G_AB, G_BA, D_A, D_B), (opt_G, opt_D), (pool_A, pool_B) = nets, opts, pools
 
     # ---- G_AB and G_BA; the discriminators only pass gradients on -----------------------------
     D_A.requires_grad_(False)
     D_B.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)
-    losses, fake_A, fake_B = phase(G_AB, G_BA, D_A, D_B, real_A, real_B, args, run)
+    update_G = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
+    losses, fake_A, fake_B = update_G(G_AB, G_BA, D_A, D_B, real_A, real_B, args, run)
 
     # ---- D_A and D_B, on the fakes made before that update and older ones ---------------------
     D_A.requires_grad_(True)
     D_B.requires_grad_(True)
-    phase = run.graph(discriminator_phase, opt_D)
-    return losses | phase(D_A, D_B, pool_A, pool_B, real_A, real_B, fake_A, fake_B, args, run)
+    update_D = run.graph(discriminator_phase, opt_D)
+    return losses | update_D(D_A, D_B, pool_A, pool_B, real_A, real_B, fake_A, fake_B, args, run)
 
 
 def new_networks(args):

@@ -57,7 +57,7 @@ from common import UserError
 # =============================================================================
 
 LR, BETAS = 0.002, (0.0, 0.99)  # Adam, before the correction for lazy regularization
-R1_EVERY, PL_EVERY = 16, 4  # lazy regularization, StyleGAN2 sec. 3.1
+R1_EVERY, PL_EVERY = 16, 4  # lazy regularization, StyleGAN2 sec. 3.1; official code
 R1_IMG, R1_SEG = 10.0, 1000.0  # D reacts to masks far more strongly than to images, sec. 3.4
 PL_WEIGHT, PL_DECAY, PL_SHRINK = 0.5, 0.01, 2  # official code; path lengths of half a batch
 LAMBDA_MASK = 100.0  # of mask_loss
@@ -615,13 +615,13 @@ def discriminator_phase(G, D, real, seg, args, run, noise):
     """Gradients of D: -log D(x) - log(1 - D(G(z))). Returns both losses and mean logits (4,)."""
     with torch.no_grad():
         fake = G.synthesis(mix(G, len(real), args, run), noise)
-    on_real = D(real, seg)
-    of_real = logistic_loss(on_real, real=True).mean()
-    run.backward(of_real)
-    on_fake = D(fake.img, None if seg is None else fake.seg)
-    of_fake = logistic_loss(on_fake, real=False).mean()
-    run.backward(of_fake)
-    return torch.stack([of_real, of_fake, on_real.mean(), on_fake.mean()]).detach()
+    logits_real = D(real, seg)
+    loss_real = logistic_loss(logits_real, real=True).mean()
+    run.backward(loss_real)
+    logits_fake = D(fake.img, None if seg is None else fake.seg)
+    loss_fake = logistic_loss(logits_fake, real=False).mean()
+    run.backward(loss_fake)
+    return torch.stack([loss_real, loss_fake, logits_real.mean(), logits_fake.mean()]).detach()
 
 
 def r1_phase(D, real, seg, args, run):
@@ -665,40 +665,34 @@ def train_step(G, D, opts, pl_mean, real, seg, step, args, run, noise="random"):
     opts: of G's mapping network, of the rest of G, and of D; pl_mean: (), moved in place; real:
     (N, 3, size, size) in [-1, 1]; seg: (N, K, size, size), 1 where the region is, else -1, or None:
     D sees images alone (adaptation, sec. 4.4); noise: see RenderLayer, in training run.randn. `run`
-    gives rand, randn, mean, backward, and graph(phase, *optimizers) -> a function of phase's
-    arguments: the phase, which leaves gradients, and a step of the optimizers. A GPU repeats both
-    as one CUDA graph, so that all that changes must be tensors.
+    gives rand, randn, mean, backward(loss), which adds gradients, and graph(phase, *optimizers) ->
+    a function of phase's arguments: the phase, from no gradients on, and a step of the optimizers
+    with their means over all processes, 0 where there are none. A GPU repeats both as one CUDA
+    graph, so that all that changes must be tensors.
     """
     losses, n, (opt_mapping, opt_G, opt_D) = {}, len(real), opts
 
     # ---- D: images with their segmentations ----------------------------------------------------
     D.requires_grad_(True)
-    phase = run.graph(discriminator_phase, opt_D)
-    found = phase(G, D, real, seg, args, run, noise)
+    update_D = run.graph(discriminator_phase, opt_D)  # the phase, then a step of opt_D
+    found = update_D(G, D, real, seg, args, run, noise)
     losses["D_real"], losses["D_fake"], losses["D/real"], losses["D/fake"] = found
     if step % args.r1_every == 0 and (args.r1_img or args.r1_seg):
-        found = run.graph(r1_phase, opt_D)(D, real, seg, args, run)
+        regularize_D = run.graph(r1_phase, opt_D)
+        found = regularize_D(D, real, seg, args, run)
         losses |= zip(("reg/r1_img", "reg/r1_seg"), found, strict=False)
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_mapping, opt_G)
-    losses["G"], losses["mask"] = phase(G, D, n, seg is not None, args, run, noise)
+    update_G = run.graph(generator_phase, opt_mapping, opt_G)
+    losses["G"], losses["mask"] = update_G(G, D, n, seg is not None, args, run, noise)
     if step % args.pl_every == 0 and args.pl_weight:
         # The codes are given: the mapping network has no part in this.
-        phase = run.graph(path_length_phase, opt_G)
-        found = phase(G, pl_mean, max(1, n // PL_SHRINK), args, run, noise)
+        regularize_G = run.graph(path_length_phase, opt_G)
+        found = regularize_G(G, pl_mean, max(1, n // PL_SHRINK), args, run, noise)
         losses["reg/pl"], losses["reg/pl_length"] = found
         losses["reg/pl_mean"] = pl_mean.clone()
     return losses
-
-
-@torch.no_grad()
-def update_w_avg(G, n=10_000):
-    """Sets the mean of w, for truncation, to that of n latents."""
-    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["w_dim"]))
-    z = z.to(G.mapping.w_avg)
-    G.mapping.w_avg.copy_(G.mapping(z)[:, 0].mean(0))
 
 
 @torch.no_grad()
@@ -724,7 +718,8 @@ def lazy(lr, every):
 
 
 def new_networks(args, size, regions):
-    """{"G", "D", "G_ema"} with fresh weights."""
+    """{"G", "D", "G_ema"} with fresh weights. Sides of masks that were left out, args.coarse_size
+    and min_size, are set from that of images."""
     channels = channel_table(args.channel_base, args.channel_max, size)
     args.coarse_size = args.coarse_size or min(64, size // 2)
     args.min_size = args.min_size or min(16, args.coarse_size // 2)
@@ -780,7 +775,7 @@ def train(args):
         for net in (G.position, G.local):
             net.requires_grad_(False)
     adam_G, adam_D = lazy(args.lr, args.pl_every), lazy(args.lr, args.r1_every)  # rate, betas
-    # Two of G, since path length moves all of it but the mapping network.
+    # Two of G: path length moves all of it but the mapping network, whose moments stay, too.
     opts = {"mapping": run.adam([G.mapping], *adam_G), "G": run.adam(trained, *adam_G)}
     opts |= {"D": run.adam([D], *adam_D)}
     pl_mean = torch.zeros((), device=run.device)
@@ -1041,6 +1036,14 @@ def load_networks(args, path):
         return from_official(arrays, options | {k: v for k, v in typed.items() if v is not None})
 
     return common.load_gan(path, "semantic_stylegan", build, official)
+
+
+@torch.no_grad()
+def update_w_avg(G, n=10_000):
+    """Sets the mean of w, for truncation, to that of n latents."""
+    z = torch.from_numpy(np.random.RandomState(123).randn(n, G.config["w_dim"]))
+    z = z.to(G.mapping.w_avg)
+    G.mapping.w_avg.copy_(G.mapping(z)[:, 0].mean(0))
 
 
 def load_generator(args):

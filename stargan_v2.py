@@ -52,8 +52,9 @@ from common import UserError
 LR, LR_F = 1e-4, 1e-6  # of G, D, E and of F, appendix: training details
 BETAS, WEIGHT_DECAY = (0.0, 0.99), 1e-4  # Adam; the decay is added to the gradient
 EMA_BETA = 0.999  # of the averages of G, F and E
-LAMBDA_STY, LAMBDA_CYC, R1_GAMMA = 1.0, 1.0, 1.0  # Eq. (5)
+LAMBDA_STY, LAMBDA_CYC = 1.0, 1.0  # Eq. (5)
 LAMBDA_DS = 2.0  # likewise, at first: it falls to 0; 1 for CelebA-HQ, see PRESETS
+R1_GAMMA = 1.0  # appendix: training details
 ITERS, BATCH = 100_000, 8
 CROP_PROB = 0.5  # of a random part of the picture instead of the whole
 OUTPUTS = 10  # translations of a test picture to each domain, appendix: evaluation
@@ -487,35 +488,35 @@ def train_step(nets, ema, opts, batch, lambda_ds, args, run, masks_of=no_masks):
     nets, opts: of G, F, E, D; ema: the averages of G, F, E; batch: pictures (N, C, size, size) in
     [-1, 1], two references of one domain for each; their domains y (N,) and y_ref (N,), to which
     latents lead, too; lambda_ds: as of this step; masks_of(picture): G's masks. `run` gives randn,
-    autocast, backward, and graph(phase, *optimizers, key) -> a function of phase's arguments: the
-    phase, which leaves gradients, and a step of the optimizers. A GPU repeats both as one CUDA
-    graph, for each key, so that all that changes must be tensors.
+    autocast, backward(loss), which adds gradients, and graph(phase, *optimizers, key) -> a function
+    of phase's arguments: the phase, from no gradients on, and a step of the optimizers with their
+    means over all processes. A GPU repeats both as one CUDA graph, for each key, so that all that
+    changes must be tensors.
     """
     (G, F, E, D), (opt_G, opt_F, opt_E, opt_D) = nets, opts
     real, ref, ref2, y, y_ref = batch
     z, z2 = (run.randn(len(real), F.config["z_dim"]) for _ in range(2))
     masks = masks_of(real)  # once for all phases
     lambda_ds = real.new_full((), lambda_ds)  # what changes must be a tensor
-    rest = (y_ref, masks, masks_of, lambda_ds, args, run)
 
     # ---- D, in the style of a latent, then of a reference -------------------------------------
     D.requires_grad_(True)
     losses = {}
     for guide, given in (("latent", z), ("ref", ref)):
-        phase = run.graph(discriminator_phase, opt_D, key=guide)  # then a step of opt_D
-        losses |= phase(guide, nets, real, y, given, y_ref, masks, args, run)
+        update_D = run.graph(discriminator_phase, opt_D, key=guide)  # then a step of opt_D
+        losses |= update_D(guide, nets, real, y, given, y_ref, masks, args, run)
 
     # ---- G, F and E, in the style of a latent; D only passes gradients on ---------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G, opt_F, opt_E)
-    losses |= phase("latent", nets, real, y, z, z2, *rest)
+    update = run.graph(generator_phase, opt_G, opt_F, opt_E)
+    losses |= update("latent", nets, real, y, z, z2, y_ref, masks, masks_of, lambda_ds, args, run)
 
     # ---- G alone, in the style of a reference -------------------------------------------------
     # E learns to read styles off pictures in the phase above only; its author found results worse
     # when it also learns from this one (clovaai/stargan-v2, issue 44). So it passes gradients on.
     E.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)
-    losses |= phase("ref", nets, real, y, ref, ref2, *rest)
+    update = run.graph(generator_phase, opt_G)
+    losses |= update("ref", nets, real, y, ref, ref2, y_ref, masks, masks_of, lambda_ds, args, run)
     E.requires_grad_(True)
 
     # ---- the averages, with which samples, scores and translations are made -------------------

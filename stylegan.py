@@ -652,7 +652,7 @@ def mixed_ws(G, z, c, z2, crossover):
 
 def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer of those that are grown and
-    of fresh latents above; one layer for all samples."""
+    of fresh latents above; one layer for all samples of all processes."""
     if args.mixing == 0 or G.num_ws == 1:
         return G.mapping(z, c)
     gate, place = run.rand(2, shared=True)
@@ -670,16 +670,16 @@ def discriminator_phase(G, D, real, real_c, args, run, noise):
         with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
             fake = G.synthesis.grown(mix(G, z, c, args, run), noise)
         row = {}
-        for name, img, gamma, reg in (
-            ("D_fake", fake, args.r2_gamma, "reg/r2"), ("D_real", x, args.r1_gamma, "reg/r1"),
-        ):  # fmt: skip
+        for is_real, img, gamma in ((False, fake, args.r2_gamma), (True, x, args.r1_gamma)):
             img = img.detach().requires_grad_(gamma > 0)
             logits = D(img, c)
-            total = row[name] = discriminator_loss(logits, name == "D_real", args.loss).mean()
-            if gamma:
-                row[reg] = (r1_penalty(logits, img) * share_of(D, img)).mean()
-                total = total + gamma / 2 * row[reg]
-            run.backward(total * (len(x) / n))
+            loss = discriminator_loss(logits, is_real, args.loss).mean()
+            row["D_real" if is_real else "D_fake"] = loss
+            if gamma:  # R1 of real images; R2, the same of fakes
+                penalty = (r1_penalty(logits, img) * share_of(D, img)).mean()
+                row["reg/r1" if is_real else "reg/r2"] = penalty
+                loss = loss + gamma / 2 * penalty
+            run.backward(loss * (len(x) / n))
         if args.gp_lambda:
             u = run.rand(len(x), 1, 1, 1)
             row["reg/gp"] = gradient_penalty(D, x, fake, u, c, args.gp_target).mean()
@@ -712,24 +712,26 @@ def train_step(G, D, G_ema, opts, real, real_c, sample_c, ema_beta, args, run, n
 
     opts: of G and D; real: (N, C, res, res) in [-1, 1] at the resolution that was grown to;
     real_c: (N, c_dim), of the fakes that D sees, too, or None; sample_c(n): labels of n fakes;
-    noise: see Epilogue, in training run.randn. `run` gives rand, randn, backward, and graph(phase,
-    optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
-    the optimizer. A GPU repeats phases as CUDA graphs, so that all that changes must be tensors.
+    noise: see Epilogue, in training run.randn. `run` gives rand, randn, backward(loss), which adds
+    gradients, and graph(phase, optimizer) -> a function of phase's arguments: the phase, from no
+    gradients on, and a step of the optimizer with their means over all processes, 0 where there are
+    none; what overflowed in float16 is made finite. A GPU repeats phases as CUDA graphs, so that
+    all that changes must be tensors.
     """
     opt_G, opt_D = opts
 
     # ---- D, with R1 or WGAN-GP in every step --------------------------------------------------
     D.requires_grad_(True)
-    phase = run.graph(discriminator_phase, opt_D)  # the phase, then a step of opt_D
-    losses = phase(G, D, real, real_c, args, run, noise)
+    update_D = run.graph(discriminator_phase, opt_D)  # the phase, then a step of opt_D
+    losses = update_D(G, D, real, real_c, args, run, noise)
 
     # ---- the average of G, of which samples and scores are made: G as it was before this step --
     update_ema(G_ema, G, ema_beta)
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)
-    return losses | {"G": phase(G, D, len(real), sample_c, args, run, noise)}
+    update_G = run.graph(generator_phase, opt_G)
+    return losses | {"G": update_G(G, D, len(real), sample_c, args, run, noise)}
 
 
 SWITCHES = ("use_styles", "pixel_norm", "instance_norm", "const_input")  # of G, by --config

@@ -570,7 +570,7 @@ def mixed_ws(G, z, c, z2, crossover):
 
 def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer and of fresh latents above;
-    one layer for all samples."""
+    one layer for all samples of all processes."""
     if args.mixing == 0:
         return G.mapping(z, c)
     gate, place = run.rand(2, shared=True)
@@ -615,11 +615,11 @@ def discriminator_phase(G, D, real, real_c, sample_c, args, run, noise):
     for (z, c), (x, x_c) in zip(latents, rounds(args.batch_gpu, real, real_c), strict=True):
         with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
             fake = G.synthesis(mix(G, z, c, args, run), noise)
-        on_fake = logistic_loss(D(fake, c), real=False).mean()
-        run.backward(on_fake)
-        on_real = logistic_loss(D(x, x_c), real=True).mean()
-        run.backward(on_real)
-        losses.append(torch.stack([on_fake.detach(), on_real.detach()]))
+        loss_fake = logistic_loss(D(fake, c), real=False).mean()
+        run.backward(loss_fake)
+        loss_real = logistic_loss(D(x, x_c), real=True).mean()
+        run.backward(loss_real)
+        losses.append(torch.stack([loss_fake.detach(), loss_real.detach()]))
     return torch.stack(losses).mean(0)
 
 
@@ -640,28 +640,30 @@ def train_step(G, D, opts, pl_mean, real, real_c, sample_c, step, args, run, noi
 
     opts: of G and D; pl_mean: (), moved in place; real: (N, C, H, W) in [-1, 1]; real_c: (N, c_dim)
     or None; sample_c(n): labels of n fakes; noise: see SynthesisLayer, in training run.randn. `run`
-    gives rand, randn, mean, backward, and graph(phase, optimizer) -> a function of phase's
-    arguments: the phase, which leaves gradients, and a step of the optimizer. A GPU repeats both as
-    one CUDA graph, so that all that changes must be tensors.
+    gives rand, randn, mean, backward(loss), which adds gradients, and graph(phase, optimizer) -> a
+    function of phase's arguments: the phase, from no gradients on, and a step of the optimizer with
+    their means over all processes, 0 where there are none; what overflowed in float16 is made
+    finite. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
     """
     losses, n, (opt_G, opt_D) = {}, len(real), opts
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
-    losses["G"] = phase(G, D, n, sample_c, args, run, noise)
+    update_G = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
+    losses["G"] = update_G(G, D, n, sample_c, args, run, noise)
     if args.pl_weight and step % args.pl_every == 0:
-        phase = run.graph(path_length_phase, opt_G)
-        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise)
+        regularize_G = run.graph(path_length_phase, opt_G)
+        losses["reg/pl"] = regularize_G(G, pl_mean, n, sample_c, args, run, noise)
         losses["reg/pl_mean"] = pl_mean.clone()
 
     # ---- D, on fakes of the new G -------------------------------------------------------------
     D.requires_grad_(True)
-    phase = run.graph(discriminator_phase, opt_D)
-    both = phase(G, D, real, real_c, sample_c, args, run, noise)
+    update_D = run.graph(discriminator_phase, opt_D)
+    both = update_D(G, D, real, real_c, sample_c, args, run, noise)
     losses["D_fake"], losses["D_real"] = both
     if args.r1_gamma and step % args.r1_every == 0:
-        losses["reg/r1"] = run.graph(r1_phase, opt_D)(D, real, real_c, args, run)
+        regularize_D = run.graph(r1_phase, opt_D)
+        losses["reg/r1"] = regularize_D(D, real, real_c, args, run)
     return losses
 
 

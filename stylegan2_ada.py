@@ -45,7 +45,7 @@ from common import UserError
 # =============================================================================
 
 BETAS = (0.0, 0.99)  # Adam, StyleGAN2 appendix B
-R1_EVERY, PL_EVERY = 16, 4  # lazy regularization, StyleGAN2 sec. 3.1
+R1_EVERY, PL_EVERY = 16, 4  # lazy regularization, StyleGAN2 sec. 3.1; official code
 PL_WEIGHT, PL_DECAY, PL_SHRINK = 2.0, 0.01, 2  # path lengths of half a batch
 MIXING = 0.9  # style mixing, StyleGAN sec. 3.1
 W_AVG_BETA = 0.995
@@ -902,7 +902,7 @@ def mixed_ws(G, z, c, z2, crossover):
 
 def mix(G, z, c, args, run):
     """ws of z, or with probability --mixing, of z up to a random layer and of fresh latents above;
-    one layer for all samples."""
+    one layer for all samples of all processes."""
     if args.mixing == 0:
         return G.mapping(z, c)
     gate, place = run.rand(2, shared=True)
@@ -943,7 +943,7 @@ def path_length_phase(G, pl_mean, n, sample_c, args, run, noise):
 def discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise):
     """Gradients of D: -log(1 - D(T(G(z)))) - log D(T(x)), and with --bcr-weight the consistency
     under S. Returns {name: value} and D's logits (N, 1) of real images."""
-    rows, seen_real, n = [], [], len(real)
+    rows, logits_real, n = [], [], len(real)
     latents = rounds(args.batch_gpu, run.randn(n, G.config["z_dim"]), sample_c(n))
     for (z, c), (x, x_c) in zip(latents, rounds(args.batch_gpu, real, real_c), strict=True):
         with torch.no_grad():  # in training mode: w_avg moves here, too, as officially
@@ -953,31 +953,31 @@ def discriminator_phase(G, D, T, S, real, real_c, sample_c, args, run, noise):
             seen = T(img, run)
             logits = D(seen, label)
             loss = logistic_loss(logits, real=kind == "real")
-            row[f"loss/D_{kind}"] = loss.detach()
+            row[f"D_{kind}"] = loss.detach()
             row |= {f"D/{kind}": logits.detach(), f"D/sign_{kind}": logits.detach().sign()}
             if args.bcr_weight:
                 moved = consistency_loss(D, S, seen, label, logits, run)
                 row[f"reg/bcr_{kind}"] = moved.detach()
                 loss = loss + args.bcr_weight * moved
             run.backward(loss.mean())
-        seen_real.append(row["D/real"])
+        logits_real.append(row["D/real"])
         rows.append({name: values.mean() for name, values in row.items()})
     stats = {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}
-    return stats, torch.cat(seen_real)
+    return stats, torch.cat(logits_real)
 
 
 def r1_phase(D, T, real, real_c, args, run):
     """Gradients of D for R1 on the real images, with respect to what T gets, not what it makes of
     it. Returns the penalty and D's logits (N, 1)."""
-    losses, seen_real = [], []
+    losses, logits_real = [], []
     for x, c in rounds(args.batch_gpu, real, real_c):
         x = x.detach().requires_grad_(True)
         logits = D(T(x, run), c)
         penalty = r1_penalty(logits, x).mean()
         run.backward(penalty * (args.r1_gamma / 2) * args.r1_every)
         losses.append(penalty.detach())
-        seen_real.append(logits.detach())
-    return torch.stack(losses).mean(), torch.cat(seen_real)
+        logits_real.append(logits.detach())
+    return torch.stack(losses).mean(), torch.cat(logits_real)
 
 
 @torch.no_grad()
@@ -1000,34 +1000,36 @@ def train_step(
     opts: of G and D; T, S: AugmentPipe, S for --bcr-weight; pl_mean (), signs (2,), the sum and the
     number of signs since the last change of p, and T.p: moved in place; real: (N, C, H, W) in
     [-1, 1]; real_c: (N, c_dim) or None; sample_c(n): labels of n fakes; noise: see SynthesisLayer,
-    in training run.randn. `run` gives rand, randn, maximum, mean, backward, and graph(phase,
-    optimizer) -> a function of phase's arguments: the phase, which leaves gradients, and a step of
-    the optimizer. A GPU repeats both as one CUDA graph, so that all that changes must be tensors.
+    in training run.randn. `run` gives rand, randn, maximum, mean, backward(loss), which adds
+    gradients, and graph(phase, optimizer) -> a function of phase's arguments: the phase, from no
+    gradients on, and a step of the optimizer with their means over all processes, 0 where there are
+    none; what overflowed in float16 is made finite. A GPU repeats both as one CUDA graph, so that
+    all that changes must be tensors.
     """
     n, (opt_G, opt_D) = len(real), opts
 
     # ---- G; D only passes gradients on --------------------------------------------------------
     D.requires_grad_(False)
-    phase = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
-    losses = {"G": phase(G, D, T, n, sample_c, args, run, noise)}
+    update_G = run.graph(generator_phase, opt_G)  # the phase, then a step of opt_G
+    losses = {"G": update_G(G, D, T, n, sample_c, args, run, noise)}
     if args.pl_weight and step % args.pl_every == 0:  # of images as they are: G alone is judged
-        phase = run.graph(path_length_phase, opt_G)
-        losses["reg/pl"] = phase(G, pl_mean, n, sample_c, args, run, noise)
+        regularize_G = run.graph(path_length_phase, opt_G)
+        losses["reg/pl"] = regularize_G(G, pl_mean, n, sample_c, args, run, noise)
         losses["reg/pl_mean"] = pl_mean.clone()
 
     # ---- D, on fakes of the new G -------------------------------------------------------------
     D.requires_grad_(True)
-    phase = run.graph(discriminator_phase, opt_D)
-    stats, logits = phase(G, D, T, S, real, real_c, sample_c, args, run, noise)
+    update_D = run.graph(discriminator_phase, opt_D)
+    stats, logits_real = update_D(G, D, T, S, real, real_c, sample_c, args, run, noise)
     losses |= stats
-    signs[0] += logits.sign().sum()
-    signs[1] += logits.numel()
     if args.r1_gamma and step % args.r1_every == 0:
-        losses["reg/r1"], logits = run.graph(r1_phase, opt_D)(D, T, real, real_c, args, run)
-        signs[0] += logits.sign().sum()
-        signs[1] += logits.numel()
+        regularize_D = run.graph(r1_phase, opt_D)
+        losses["reg/r1"], more = regularize_D(D, T, real, real_c, args, run)
+        logits_real = torch.cat([logits_real, more])
 
     # ---- p: is D too sure of the training images? ---------------------------------------------
+    signs[0] += logits_real.sign().sum()
+    signs[1] += logits_real.numel()
     losses["ada/p"] = T.p.clone()
     if (step + 1) % args.ada_every == 0:
         total, count = run.mean(signs)
@@ -1082,7 +1084,7 @@ def new_networks(args, size, c_dim, half):
 @torch.no_grad()
 def overfitting(D, T, sets, size):
     """What Fig. 1 shows: {"D/train", "D/heldout", "D/generated"}, mean logits through T, and r_v,
-    Eq. (1), unless D takes fakes for more real than training images.
+    Eq. (1), where pictures are held out and D takes training images for more real than fakes.
 
     sets: {name: uint8 images (N, C, H, W), labels (N, c_dim) or None}, N a multiple of `size`, of
     which D sees so many at once as in training (minibatch std).

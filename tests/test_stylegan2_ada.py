@@ -669,7 +669,7 @@ def test_r_t_is_the_mean_sign_of_all_real_logits_since_the_last_change(monkeypat
     monkeypatch.setattr(stylegan2_ada, "generator_phase", lambda *args: torch.zeros(1))
     monkeypatch.setattr(
         stylegan2_ada, "discriminator_phase",
-        lambda *args: ({"loss/D_real": torch.zeros(1)}, torch.tensor(next(given))[:, None]),
+        lambda *args: ({"D_real": torch.zeros(1)}, torch.tensor(next(given))[:, None]),
     )  # fmt: skip
     monkeypatch.setattr(
         stylegan2_ada, "r1_phase",
