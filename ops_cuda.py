@@ -274,13 +274,11 @@ FUSED_ACT = r"""
 
 struct Act { int kind; float alpha, gain, clamp; };  // kind: index in ACTIVATIONS; clamp < 0: none
 
-// f, f' and f'' at u of an activation, without gain and clamp.
+// f, f' and f'' at u of a smooth kind, without gain and clamp.
 __device__ __forceinline__ void curve(const Act& a, float u, float& f, float& f1, float& f2) {
     f = u; f1 = 1; f2 = 0;
-    if (a.kind == 0) return;
     float s = 1 / (1 + expf(-u)), e;
     switch (a.kind) {
-        case 1: case 2: f1 = u > 0 ? 1 : a.alpha; f = u * f1; break;
         case 3: f = tanhf(u); f1 = 1 - f * f; f2 = -2 * f * f1; break;
         case 4: f = s; f1 = s * (1 - s); f2 = f1 * (1 - 2 * s); break;
         case 5: if (u <= 0) { f = expm1f(u); f1 = f2 = f + 1; } break;
@@ -293,13 +291,17 @@ __device__ __forceinline__ void curve(const Act& a, float u, float& f, float& f1
         case 8: f = u * s; f1 = s + f * (1 - s); f2 = s * (1 - s) * (2 + u * (1 - 2 * s)); break;
     }
 }
+// A NaN stays one, and has slope 0, as in PyTorch: a network that diverged has to show it.
 __device__ __forceinline__ float limit(const Act& a, float y) {
-    return a.clamp < 0 ? y : fminf(fmaxf(y, -a.clamp), a.clamp);
+    return (a.clamp >= 0) & (fabsf(y) > a.clamp) ? copysignf(a.clamp, y) : y;
+}
+__device__ __forceinline__ bool limited(const Act& a, float y) {
+    return (a.clamp >= 0) & !(fabsf(y) < a.clamp);
 }
 // The slope dy/du: of the piecewise linear kinds from y, so that u need not be kept.
 __device__ __forceinline__ float slope(const Act& a, float y) {
     float s = (a.kind > 0) & (y * a.gain <= 0) ? a.alpha : 1;
-    return (a.clamp >= 0) & (fabsf(y) >= a.clamp) ? 0 : s * a.gain;
+    return limited(a, y) ? 0 : s * a.gain;
 }
 
 // One thread walks over slots (V elements each) of one channel (NCHW), or of V channels (CL,
@@ -384,7 +386,8 @@ __global__ void __launch_bounds__(256) fused_act_kernel(Grid g, Act a, Tensors<T
             for (int j = 0; j < V; j++) {
                 int k = CL ? j : 0;
                 float u = to_float(xs[i].v[j]) * scale[k] + b[k] + ns[i][CL ? 0 : j] * strength[k];
-                float f = (a.kind > 0) & (u <= 0) ? u * a.alpha : u, f1, f2;
+                float below = a.kind == 1 ? 0 : u * a.alpha;  // relu: 0 of minus infinity, too
+                float f = (a.kind > 0) & (u <= 0) ? below : u, f1, f2;
                 if (V == 1 && a.kind > 2) curve(a, u, f, f1, f2);
                 v[j] = limit(a, f * a.gain);
             }
@@ -470,10 +473,10 @@ __global__ void __launch_bounds__(256, 2) fused_act_grad_kernel(Grid g, Act a, T
                 int k = CL ? j : 0;
                 float gy = to_float(gys[i].v[j]), x = to_float(xs[i].v[j]);
                 float n = ns[i][CL ? 0 : j], m = slope(a, to_float(ys[i].v[j])), m2 = 0;
-                if (V == 1 && !t.y) {
+                if (V == 1 && a.kind > 2) {
                     float f, f1, f2;
                     curve(a, x * scale[k] + n * strength[k] + b[k], f, f1, f2);
-                    float open = a.clamp >= 0 && fabsf(f * a.gain) >= a.clamp ? 0 : a.gain;
+                    float open = limited(a, f * a.gain) ? 0 : a.gain;
                     m = f1 * open; m2 = f2 * open;
                 }
                 float s = gy * m;
@@ -541,12 +544,12 @@ def fused_act(
 ):  # fmt: skip
     """y = clamp(gain * f(x * scale + noise * strength + b)), in one pass.
 
-    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W) or (H, W); strength: () or (C,); b: (C,),
-    each of them may be None. act: a key of ACTIVATIONS, which holds the defaults of alpha (the
-    slope below 0 of lrelu, not negative) and gain; clamp: None or the largest |y|. Returns the
-    type of x.
+    x: (N, C, H, W); scale: (N, C); noise: (N, 1, H, W), (1, 1, H, W) or (H, W); strength: () or
+    (C,); b: (C,), each of them may be None. act: a key of ACTIVATIONS, which holds the defaults of
+    alpha (the slope below 0 of lrelu, not negative) and gain; clamp: None or the largest |y|.
+    Returns the type of x. Raises ValueError for other shapes.
     """
-    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
+    alpha = slope_below_0(act, alpha)
     gain = ACTIVATIONS[act].gain if gain is None else float(gain)
     check_shapes(x, scale, noise, strength, b)
     library = kernels(x, impl)
@@ -559,6 +562,11 @@ def fused_act(
         None if t is None else t.float() for t in (scale, noise, strength, b)
     )
     return FusedAct.apply(x, scale, noise, strength, b, spec)
+
+
+def slope_below_0(act, alpha):
+    """alpha, or its default; only lrelu has one to choose."""
+    return float(alpha) if act == "lrelu" and alpha is not None else ACTIVATIONS[act].alpha
 
 
 def check_shapes(x, scale, noise, strength, b):
@@ -1019,7 +1027,8 @@ def norm_act(
 
     x: (N, C, H, W), more than one pixel; scale and shift: both (C,), both (N, C) as in AdaIN, or
     None; act: "linear", "relu" or "lrelu", of gain 1, with alpha the slope below 0 of lrelu, 0.2;
-    pad: by reflection, on all sides; residual: None or of y's shape. Returns the type of x.
+    pad: by reflection, on all sides; residual: None or of y's shape. Returns the type of x. Raises
+    ValueError for other shapes and kinds.
     """
     N, C, H, W = x.shape
     if act not in PIECEWISE or H * W == 1 or not 0 <= pad < min(H, W):
@@ -1027,7 +1036,7 @@ def norm_act(
             f"act {act!r}, padding {pad} of {tuple(x.shape)}: linear, relu or lrelu, padding below"
             " both sides, and more than one pixel are needed"
         )
-    alpha = ACTIVATIONS[act].alpha if alpha is None else float(alpha)
+    alpha = slope_below_0(act, alpha)
     given = [None if t is None else tuple(t.shape) for t in (scale, shift, residual)]
     if given[0] != given[1] or given[0] not in (None, (C,), (N, C)):
         raise ValueError(f"scale {given[0]}, shift {given[1]}: {(N, C)} or {(C,)} is needed")
@@ -1059,7 +1068,8 @@ def through(layers, x, residual=None):
         if not isinstance(layer, torch.nn.InstanceNorm2d):
             normed = layers and isinstance(layers[0], torch.nn.InstanceNorm2d)
             normed = normed and isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
-            x = without_bias(layer, x) if normed else layer(x)
+            plain = normed and layer.padding_mode == "zeros"
+            x = without_bias(layer, x) if plain else layer(x)
             continue
         if layer.affine or layer.track_running_stats:
             raise ValueError(f"{layer} has weights or running statistics")
@@ -1067,7 +1077,8 @@ def through(layers, x, residual=None):
         if layers and isinstance(layers[0], torch.nn.ReLU | torch.nn.LeakyReLU):
             slope = getattr(layers.pop(0), "negative_slope", 0.0)
         if layers and isinstance(layers[0], torch.nn.ReflectionPad2d):
-            pad = layers.pop(0).padding[0]
+            if len(set(layers[0].padding)) == 1:  # on all sides alike
+                pad = layers.pop(0).padding[0]
         added, residual = (None, residual) if layers else (residual, None)
         x = norm_act(x, act="lrelu", alpha=slope, pad=pad, residual=added, eps=layer.eps)
     return x if residual is None else x + residual
@@ -1452,6 +1463,7 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl=Non
 
     f: (n,) separable, (h, w), or None: one tap of 1; never trained. up, down: int or (x, y);
     padding: of the upsampled image, int, (x, y) or (left, right, above, below), negative: crop.
+    Raises ValueError where the filter does not fit into the image.
     Source: Karras et al. 2019, StyleGAN2, sec. 4; for the filter, Zhang 2019 (arXiv:1904.11486).
     """
     f = torch.ones(1, device=x.device) if f is None else f
@@ -1491,12 +1503,12 @@ class Upfirdn2d(Function):
         fast = f.ndim == 1 and taps in ((4,) if odd else (2, 3, 4, 12)) and len(factors) == 1
         fast = fast and factors <= {(1, 1), (2, 1), (1, 2)}
         fast = fast and not (last and C % V) and x.data_ptr() % 16 == 0
-        full = f if fast or f.ndim == 2 else f.outer(f)
+        full = (f if fast or f.ndim == 2 else f.outer(f)).contiguous()
         shape = (C, H, W, OH, OW, FH, FW, *up, *down, *pad, flip_filter, odd)
         launch(
             kernels(x, "cuda").upfirdn2d, x, DTYPES[x.dtype], last, taps if fast else 0,
             N if last else N * C, (ctypes.c_int * 15)(*shape), gain, pointer(x),
-            pointer(full.contiguous()), pointer(y),
+            pointer(full), pointer(y),
         )  # fmt: skip
         return y
 
@@ -2131,10 +2143,11 @@ def warp(x, G, reach, f, impl=None):
     down; the output's n-th pixel from the centre lies at n / 2. f: 12 taps, of sum 1; half of its
     length in pixels of x is the rim around the output. reach: (2, 2), whole numbers up to W - 1 and
     H - 1: pixels beyond the image (x, y) to the left and up, to the right and down, that reflection
-    fills; beyond is 0. Twice differentiable in x; the others get no gradient.
+    fills; beyond is 0. Twice differentiable in x; the others get no gradient. Raises ValueError for
+    other shapes.
     """
-    if len(f) != 12:
-        raise ValueError(f"a lowpass of 12 taps is needed, not {len(f)}")
+    if tuple(f.shape) != (12,):
+        raise ValueError(f"a lowpass of 12 taps is needed, not {tuple(f.shape)}")
     if tuple(G.shape) != (len(x), 2, 3) or tuple(reach.shape) != (2, 2):
         raise ValueError(f"G {tuple(G.shape)}, reach {tuple(reach.shape)} for {tuple(x.shape)}")
     if any(t.device != x.device for t in (G, reach, f)):

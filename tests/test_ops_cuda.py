@@ -251,12 +251,6 @@ both_orders = pytest.mark.parametrize(
     "device", ["gpu", "emulated", "emulated backwards"], indirect=True, scope="module"
 )
 
-TYPES = {
-    torch.float32: 2e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}  # tolerance, of the largest
-
 
 def second_order(function, inputs, v):
     """y, first gradients of sum(y v), and gradients of their weighted squares, by v, too."""
@@ -298,7 +292,7 @@ def compare(function, inputs, dtype, device, last, derivatives=second_order):
             assert value.abs().max() == 0, f"{name} is missing"
             continue
         worst = (mine[name].double() - value).abs().max().item()
-        allowed = TYPES[dtype] * max(value.abs().max().item(), 1e-3)
+        allowed = ops.ROUNDING[dtype] * max(value.abs().max().item(), 1e-3)
         assert worst <= allowed, f"{name}: off by {worst:.3g} of {value.abs().max():.3g}"
 
 
@@ -307,7 +301,7 @@ SHAPES = [(2, 16, 4, 4), (3, 5, 7, 3), (1, 8, 1, 1), (2, 24, 9, 8), (1, 1, 33, 4
 
 @both_orders
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ops.ROUNDING, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_of_fused_act_equals_its_reference(device, shape, dtype, last):
     torch.manual_seed(0)
@@ -376,6 +370,30 @@ def test_the_kernel_knows_every_activation(device, act, clamp):
     compare(run, inputs, torch.float32, device, True)
 
 
+@pytest.mark.parametrize("dtype", ops.ROUNDING, ids=str)
+@pytest.mark.parametrize("act", ops.ACTIVATIONS)
+def test_values_that_are_not_finite_pass_as_in_the_reference(device, act, dtype):
+    values = torch.tensor([math.nan, math.inf, -math.inf, 0.5], device=device, dtype=dtype)
+    for pixels, clamp in itertools.product((8, 3), (None, 2.0)):  # vectors, one by one
+        results = []
+        for impl in ("cuda", "ref"):
+            x = values[None, :, None, None].expand(1, 4, 1, pixels).clone().requires_grad_()
+            y = ops.bias_act(x, act=act, clamp=clamp, impl=impl)
+            y.sum().backward()
+            known = clamp and act in ops.PIECEWISE  # else PyTorch's slopes at a NaN are of any kind
+            results.append([y, x.grad if known else x.grad[:, 1:]])
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [ops.fused_act, ops.norm_act])
+def test_alpha_is_that_of_lrelu_alone(device, function):
+    x = torch.randn(2, 4, 3, 4, device=device)
+    for act in ("linear", "relu"):
+        for impl in ("cuda", "ref"):
+            y = function(x, act=act, alpha=0.5, impl=impl)
+            torch.testing.assert_close(y, function(x, act=act, impl="ref"))
+
+
 @pytest.mark.parametrize("act", ["lrelu", "swish"])
 @pytest.mark.parametrize(
     ("shape", "dim"), [((5, 7), 1), ((4, 3, 6), 2), ((6, 2, 2), 0), ((2, 3, 2, 2, 2), 1)]
@@ -394,7 +412,7 @@ NORMED = [(2, 16, 9, 8), (3, 5, 7, 4), (1, 8, 1, 6), (2, 1, 3, 5), (2, 300, 3, 2
 
 @both_orders
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ops.ROUNDING, ids=str)
 @pytest.mark.parametrize("shape", NORMED, ids=str)
 def test_the_kernels_of_norm_act_equal_their_reference(device, shape, dtype, last):
     torch.manual_seed(0)
@@ -462,7 +480,7 @@ FACTORS = [(1, 1), (2, 1), (1, 2), ((2, 1), (1, 3)), (2, 2)]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ops.ROUNDING, ids=str)
 @pytest.mark.parametrize("f", FILTERS)
 @pytest.mark.parametrize(("up", "down"), FACTORS, ids=str)
 def test_the_kernel_of_upfirdn2d_equals_its_reference(device, f, up, down, dtype, last):
@@ -480,7 +498,7 @@ def test_the_kernel_of_upfirdn2d_equals_its_reference(device, f, up, down, dtype
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ops.ROUNDING, ids=str)
 @pytest.mark.parametrize("function", [ops.pool2, ops.double], ids=["pool2", "double"])
 def test_the_kernel_of_two_taps_equals_torch_s_pooling_and_doubling(device, function, dtype, last):
     torch.manual_seed(0)
@@ -489,7 +507,7 @@ def test_the_kernel_of_two_taps_equals_torch_s_pooling_and_doubling(device, func
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", ops.ROUNDING, ids=str)
 @pytest.mark.parametrize("function", [ops.box_then_blur, ops.blur_then_box])
 def test_box_and_blur_are_one_pass_with_odd_edges(device, function, dtype, last):
     torch.manual_seed(0)
@@ -519,6 +537,23 @@ def test_convolutions_between_sides_equal_their_steps(device, function, blur, la
 
     with common.exact_float32(torch.device(device)):
         compare(run, {"x": x, "w": w}, torch.float32, device, last)
+
+
+def test_a_filter_may_be_a_view(device):
+    x, f = torch.randn(1, 4, 9, 8, device=device), torch.rand(3, 5, device=device).T
+    mine, wanted = (ops.upfirdn2d(x, f, padding=2, impl=impl) for impl in ("cuda", "ref"))
+    torch.testing.assert_close(mine, wanted)
+
+
+def test_layers_around_a_norm_keep_their_own_padding(device):
+    layers = [
+        torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), torch.nn.InstanceNorm2d(4),
+        torch.nn.ReLU(), torch.nn.ReflectionPad2d((1, 0, 2, 0)), torch.nn.InstanceNorm2d(4),
+        torch.nn.ReflectionPad2d(1), torch.nn.InstanceNorm2d(4),
+    ]  # fmt: skip
+    layers, x = torch.nn.Sequential(*layers).to(device), torch.randn(2, 3, 9, 8, device=device)
+    with common.exact_float32(torch.device(device)):
+        torch.testing.assert_close(ops.through(layers, x), layers(x), rtol=1e-4, atol=1e-4)
 
 
 def test_long_columns_are_walked_in_bands(device):
