@@ -1410,7 +1410,7 @@ class ImageSet:
         image = self.kept.get(i)
         if image is None:
             image = self.load(i)
-            if image.nbytes <= self.room[0]:
+            if i not in self.kept and image.nbytes <= self.room[0]:  # of another thread, meanwhile
                 self.room[0] -= image.nbytes
                 self.kept[i] = image
         return image
@@ -2169,7 +2169,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.copies = None
+        self.copies, self.ahead = None, collections.deque()
         self.forget_graphs()
 
         self.steps_done, self.elapsed, self.stopped, self.next_line = 0, 0.0, False, 0.0
@@ -2192,9 +2192,10 @@ class Run:
     def batches(self, item, start, stop):
         """Yields (step, tensors): this rank's share of batches start .. stop - 1.
 
-        item(n) -> uint8 arrays (H, W, C), or label vectors (c_dim,), a pure function of n; batch k
-        is made of items images(k) ... The tensors are floats (batch / world, C, H, W) in [-1, 1],
-        or (batch / world, c_dim), on the device.
+        item(n) -> uint8 arrays (H, W, C) of pictures, others of labels, as vectors or maps, a pure
+        function of n; batch k is made of items images(k) ... The tensors are on the device:
+        pictures as floats (batch / world, C, H, W) in [-1, 1], labels (batch / world, ...) as they
+        are.
         """
 
         def make(k):
@@ -2223,8 +2224,10 @@ class Run:
                     raise KeyboardInterrupt(f"{done}; continue with --resume {self.folder}")
 
     def on_device(self, batch):
-        """Floats on the device of uint8 images (N, C, H, W); label vectors as they are. A GPU
-        copies them while it is still busy with the step before, on a stream of their own."""
+        """Floats on the device of uint8 images (N, C, H, W); labels as they are. A GPU copies them
+        while it is still busy with the step before, on a stream of their own. Then this waits until
+        it is two steps behind at most: a loop that only starts graphs would soon be far ahead, and
+        fill its memory with batches."""
         device = self.device
 
         def moved(x):
@@ -2240,6 +2243,9 @@ class Run:
         now.wait_stream(self.copies)
         for x in batch:
             x.record_stream(now)
+        self.ahead.append(now.record_event(torch.cuda.Event(blocking=True)))
+        if len(self.ahead) > 2:
+            self.ahead.popleft().synchronize()
         return batch
 
     def images(self, step):
@@ -2310,8 +2316,8 @@ class Run:
     def graph(self, phase, *optimizers, key=None):
         """phase, and a step of each optimiser with the gradients that it left, as one function of
         phase's arguments, with its result. On a single GPU it becomes a CUDA graph, but for steps
-        of optimisers that are not capturable: see `graph` for what phase may do. Made once for the
-        same phase, key and optimisers."""
+        of optimisers that are not capturable, where `records` says no, and with loss scaling: see
+        `graph` for what phase may do. Made once for the same phase, key and optimisers."""
         key = (phase, key, *optimizers)
         if key not in self.graphs:
 
@@ -2341,10 +2347,6 @@ class Run:
     def backward(self, loss):
         """Adds gradients of the loss."""
         self.scaler.scale(loss).backward()
-
-    def step(self, *optimizers):
-        """One step of each with the gradients, which are then gone."""
-        self.step_with(self.gradients(optimizers), optimizers)
 
     def trained(self, optimizers):
         """The parameters of the optimisers that require gradients."""
@@ -2417,13 +2419,16 @@ class Run:
         self.sums = {}
         for name, value in means.items():
             if not math.isfinite(value):
-                last = (self.folder and last_checkpoint(self.folder)) or "none yet"
-                raise UserError(
-                    f"{name} became {value} by step {self.steps_done}; last good checkpoint {last}."
-                    " Lower the learning rate, or use --precision fp32."
-                )
+                self.diverged(f"{name} became {value}")
         if self.rank == 0:
             self.write_log(means)
+
+    def diverged(self, what):
+        last = (self.folder and last_checkpoint(self.folder)) or "none yet"
+        raise UserError(
+            f"{what} by step {self.steps_done}; last good checkpoint {last}. Lower the learning"
+            " rate, or use --precision fp32."
+        )
 
     def write_log(self, means):
         done, seconds = self.steps_done, time.monotonic() - self.began
@@ -2479,12 +2484,14 @@ class Run:
         if self.rank == 0:
             self.folder = make_run_folder(self.model, self.args, self.script)
             self.claim = claimed(self.folder)
+            for part in self.folder.glob("checkpoint*.part"):  # a run was killed as it wrote this
+                part.unlink()
             drop_later_lines(self.folder / "log.jsonl", self.steps_done)
             drop_later_lines(self.folder / "metrics.jsonl", self.steps_done)
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(self.folder)
+                self.tensorboard = SummaryWriter(self.folder, purge_step=self.steps_done + 1)
         begins = f", resumed at step {self.steps_done}" if path else ", with no checkpoint: anew"
         resumed = begins if self.args.resume else ""
         self.say(f"run folder {self.folder}, on {self.device} in {self.precision}{resumed}")
@@ -2563,6 +2570,9 @@ class Run:
     def save(self, keep=False):
         """Writes checkpoint.pt, with `keep` also checkpoint-<step>.pt. Call on all ranks."""
         self.flush()
+        for name, net in self.nets.items():  # losses are those of the weights before this step
+            if not all(p.isfinite().all() for p in net.parameters()):
+                self.diverged(f"{name} is not finite")
         mine, ranks = self.rank_state(), [None] * self.world
         if self.world > 1:
             dist.gather_object(mine, ranks if self.rank == 0 else None)

@@ -569,7 +569,7 @@ def train(args):
     if given:
         common.copy_matching(nets, given, run.say)
     if args.w_hpf > 0:
-        resumed = run.weights is not None and run.weights != args.checkpoint
+        resumed = args.resume and common.last_checkpoint(args.resume)  # which holds its FAN
         nets["FAN"] = given.get("FAN") or (common.FAN() if resumed else common.load_fan(args.fan))
     nets = {name: net.to(run.device, memory_format=run.order) for name, net in nets.items()}
     masks_of = nets["FAN"].masks if args.w_hpf > 0 else no_masks

@@ -5,16 +5,18 @@ At the papers' sizes on a GPU, at the toy presets' on a CPU (--full: the papers'
 the kernels that take longest. The columns:
 
     images/s           over training steps one after another, regularizers at their intervals, the
-                       average of G included; CycleGAN: pairs; generation: the network alone,
-                       StarGAN v2 and SemanticStyleGAN: as their commands do it
+                       average of G included, the loader and the log not: their batch stays on the
+                       device; CycleGAN: pairs; generation: the network alone, StarGAN v2 and
+                       SemanticStyleGAN: what their commands compute; all with TF32 and cuDNN's
+                       search of algorithms as in training, which commands that generate leave off
     original, target   how many times the official code's images/s on one H200, and what is aimed
                        at; both stand in ROWS, and tell nothing about other GPUs
     ms                 of each phase, when it is waited for
     busy, kernels      the share of the time in which the GPU runs something, and kernels per call,
                        by torch.profiler after the timing
     GiB                peak of what torch holds of a GPU's memory after the first call, in which
-                       cuDNN tries algorithms, some of which want much; of the process on a CPU;
-                       the official code's
+                       cuDNN tries algorithms, some of which want much; on a CPU, of the process
+                       so far; the official code's
 
 StyleGAN has no original here: it should not be slower than stylegan2.py at the same size. A row
 that fails says why, and the others go on.
@@ -27,7 +29,6 @@ import functools
 import gc
 import json
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -427,7 +428,7 @@ def measured(work, device, repeats, profile):
         found |= {"busy": spent / t, "kernels": kernels} if kernels else {}
         found |= {"longest": longest(events, n, profile)}
         return found | {"GiB": torch.cuda.max_memory_reserved() / 2**30}
-    return found | {"GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return found | {"GiB": common.memory_gb(device)}
 
 
 COLUMNS = ("what", "images/s", "original", "target", "ms", "busy", "kernels", "GiB")
@@ -497,7 +498,7 @@ def main(argv=None):
             print(row_text(name, found, original), flush=True)
             for line in found.get("longest", ()):
                 print(line, flush=True)
-        except (RuntimeError, common.UserError) as e:  # memory runs out, and the like
+        except (RuntimeError, ValueError, common.UserError) as e:  # memory runs out, and the like
             failed += 1
             why = next(iter(str(e).splitlines()), type(e).__name__)
             print(f"| {name} | {why} |{' - |' * 6}", flush=True)

@@ -507,6 +507,21 @@ def test_batches_are_all_pictures_that_can_be_read_and_need_not_be_held(tmp_path
     assert np.array_equal(found, data.all())
 
 
+def test_a_picture_that_two_threads_load_at_once_takes_its_room_once(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    class Twice(common.ImageSet):
+        def load(self, i):
+            if self.first.pop("time", False):
+                self.array(i)  # what another thread does meanwhile
+            return super().load(i)
+
+    data = Twice(Folder(tmp_path), lambda img: img)
+    data.first, data.room = {"time": True}, [100]
+    data.array(0)
+    assert list(data.kept) == [0] and data.room == [100 - 48]
+
+
 def test_stems_of_files_do_not_coincide():
     names = ["a.jpg", "a.png", "a.jpg.png", "b.bmp"]
     assert common.stems_of(names) == ["a.jpg", "a.png", "a.jpg.png", "b"]

@@ -542,6 +542,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(capsys
     assert "became" in line and "last good checkpoint" in line
 
 
+def test_weights_that_are_not_finite_are_not_saved(capsys, tmp_path):
+    faces(tmp_path / "d/trainA", 4), faces(tmp_path / "d/trainB", 4)
+    options = ["--data", "d", *TINY.split(), "--epochs", "1", "--every", "2", "--lr", "3e38"]
+    line = fails(capsys, *options)  # of the first step, whose losses are those of good weights
+    assert "G_AB is not finite by step 1; last good checkpoint none yet" in line
+    assert not list(Path("runs").glob("*/*.pt"))
+
+
+def test_a_resumed_run_removes_what_killed_ones_left_half_written(tmp_path):
+    faces(tmp_path / "d/trainA", 4), faces(tmp_path / "d/trainB", 4)
+    main("--data", "d", *TINY.split(), "--epochs", 1)
+    folder = Path("runs/cyclegan-d-000")
+    (folder / "checkpoint-0000001.pt.4242.part").write_bytes(b"half of it")
+    main("--resume", folder, "--epochs", 2)
+    assert not list(folder.glob("*.part"))
+
+
 def test_damaged_and_foreign_checkpoints_are_refused(trained, capsys, tmp_path):
     good = (trained / "checkpoint.pt").read_bytes()
     Path("cut.pt").write_bytes(good[: len(good) // 2])

@@ -275,6 +275,20 @@ def memory(device):
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@needs_gpu
+def test_no_more_than_a_few_batches_wait_for_a_busy_gpu():
+    args = types.SimpleNamespace(batch=1, device="cuda", precision=None, seed=0)
+    run = common.Run("bench", args, "")
+    batch = torch.zeros(16, 3, 512, 512, dtype=torch.uint8).pin_memory()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(20):
+        run.on_device([batch])
+        torch.cuda._sleep(10**8)  # a step of some 50 ms
+    held = torch.cuda.memory_stats()["active_bytes.all.peak"] - before
+    assert held < 8 * 4 * batch.nbytes  # as floats; they are made by way of others
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_recorded_training_holds_no_more_memory_after_thousands_of_steps(
     device, monkeypatch, tmp_path

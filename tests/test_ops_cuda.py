@@ -1079,10 +1079,13 @@ def test_a_row_of_the_bench_is_compared_with_the_original_if_there_is_one():
     assert bench.row_text("train", on_cpu) == "| train | 87.0 | - | - | 11.49 | - | - | 0.50 |"
 
 
-def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError, common.UserError])
+def test_the_bench_takes_the_rows_that_are_named_and_survives_one_that_fails(
+    monkeypatch, capsys, error
+):
     def measured(work, device, repeats, profile):
         if work[1] == "generate":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+            raise error("CUDA out of memory. Tried\nmore")
         return {"images/s": 1.0, "ms": "", "GiB": 1.0, "longest": ["a kernel"] * profile}
 
     monkeypatch.setattr(bench, "work_of", lambda *row: row)
