@@ -1468,10 +1468,14 @@ class ImageSet:
 
     def all(self, n=None):
         """All pictures that can be read, or those of the first n, uint8 (N, C, H, W)."""
-        return stack(self.arrays(n))
+        return self.some(range(len(self))[:n])
 
-    def arrays(self, n):
-        images = {name: self.array(i) for i, name in enumerate(self.names[:n])}
+    def some(self, indices):
+        """Those of some indices that can be read."""
+        return stack(self.arrays(indices))
+
+    def arrays(self, indices):
+        images = {self.names[i]: self.array(i) for i in indices}
         good = [image for name, image in images.items() if name not in self.bad]
         return good or list(images.values())
 
@@ -1631,9 +1635,9 @@ class LabelledSet(ImageSet):
         label = square(self.size, False, label, Image.Resampling.NEAREST)
         return np.dstack([pixels(self.prepare(img)), label])
 
-    def all(self, n=None):
-        """All pairs that can be read, or those of the first n: uint8 (N, 3, H, W), (N, H, W)."""
-        arrays = self.arrays(n)
+    def some(self, indices):
+        """Pairs of some indices that can be read: uint8 (N, 3, H, W), (N, H, W)."""
+        arrays = self.arrays(indices)
         images = stack([both[:, :, :3] for both in arrays])
         return images, torch.from_numpy(np.stack([both[:, :, 3] for both in arrays]))
 
@@ -1905,14 +1909,16 @@ def split(n, subset, seed):
     return np.sort(order[:subset]), np.sort(order[subset:])
 
 
-def one_hot(args, source):
-    """Labels of a source, float32 (N, c_dim): classes as one-hot vectors, vectors as they are."""
+def one_hot(args, source, classes=0):
+    """Labels of a source, float32 (N, c_dim): classes as one-hot vectors, of so many at least, or
+    vectors as they are."""
     labels = source.labels()
     if labels is None:
-        raise UserError(f"--cond: {args.data} has no labels; a dataset.json holds them.")
+        raise UserError(f"--data {args.data} has no labels; a dataset.json holds them.")
     values = np.array([labels[name] for name in source.names])
     if values.ndim == 1:
-        return F.one_hot(torch.from_numpy(values)).float().numpy()
+        classes = max(classes, values.max() + 1)
+        return F.one_hot(torch.from_numpy(values), classes).float().numpy()
     return values.astype(np.float32)
 
 
@@ -5444,11 +5450,19 @@ def sample(G, z, c=None, batch=32, **options):
     return in_batches(lambda z, c: to_uint8(G(z, c, **options)), device, batch, z, c)
 
 
+def reals_of(N, n, labels):
+    """Which n of N pictures samples are compared with: the first ones, as in the papers, whose
+    files are in no order; with labels evenly spaced ones, as classes may follow one another."""
+    n = min(n, N)
+    return range(n) if labels is None else np.linspace(0, N - 1, n).round().astype(int).tolist()
+
+
 def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
     """Prints and keeps fd8 of n samples against at most as many pictures, with fid = (network, m)
     also FID of m samples against all pictures, and keeps `more` numbers beside them."""
     if run.rank == 0:
-        real, fake = data.all(n), sample(G, *sample_inputs(G, labels, 10_000, n), batch)
+        real = data.some(reals_of(len(data), n, labels))
+        fake = sample(G, *sample_inputs(G, labels, 10_000, n), batch)
         row = {"n_real": len(real), "n_fake": n, "fd8": fd8(real, fake)}
         if fid:
             net, m = fid
@@ -5496,7 +5510,7 @@ def load_generator(args, load_networks):
         raise UserError(f"--class {label}: the checkpoint {has}.")
     if c_dim and label is None and "label" in vars(args):
         raise UserError(f"the checkpoint is conditional: pass --class, 0 to {c_dim - 1}.")
-    c = torch.eye(c_dim)[[label]] if label is not None else None
+    c = F.one_hot(torch.tensor([label]), c_dim).float() if label is not None else None
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # what is not float16 is float32
     return G.eval().requires_grad_(False), c, saved
 
@@ -5544,6 +5558,8 @@ def generate(args, G, c):
         print(f"{out / 'mixing.png'}: layers {layers} of the columns' seeds in the rows'")
         return
     if args.projected:
+        if Path(args.projected).resolve() == (out / "latents.npz").resolve() and not args.film:
+            raise UserError(f"--projected {args.projected} would be written over: change --out.")
         ws = load_array(args.projected, "w", (None, G.num_ws, G.config["w_dim"]))
         load_noise(args.projected, G)
         ws, names = ws.to(device), [f"projected{k:04d}" for k in range(len(ws))]
@@ -5572,7 +5588,7 @@ def timelapse(args):
     run = Path(args.checkpoint)
     run = run.parent if run.is_file() else run
     batch = read_json(run / "args.json", "--checkpoint").get("batch")
-    grids = sorted(p for p in run.glob("samples/*.png") if p.stem.isdigit())
+    grids = sorted(p for p in run.glob("samples/*.png") if p.stem.isdecimal())
     if len(grids) < 2 or not isinstance(batch, int):
         raise UserError(f"--checkpoint {run}: a film needs a run with two sample grids or more.")
 
@@ -5623,8 +5639,9 @@ def sample_scores(args, n, fakes, n_real, real, device, pairs=None, paths=PPL2, 
     """The scores in --metrics of n untruncated samples, fakes(rng, m) -> m uint8 images, against
     n_real pictures, real(i) -> uint8 (H, W, C).
 
-    pairs(m, space): see perceptual_path_length; paths: {name: its options}; how: a remark. Without
-    its network a score is left out; path is ppl with a distance of pixels, which needs none.
+    pairs(rng, m, space): as perceptual_path_length's, drawn from rng; paths: {name: its options};
+    how: a remark. Without its network a score is left out; path is ppl with a distance of pixels,
+    which needs none.
     """
     if min(n, n_real) < 2:
         raise UserError(f"--samples {n}: scores compare at least 2 with 2 pictures, here {n_real}.")
@@ -5667,7 +5684,9 @@ def sample_scores(args, n, fakes, n_real, real, device, pairs=None, paths=PPL2, 
     for kind, distance in distances.items():
         for name, options in paths.items():
             torch.manual_seed(args.seed)  # of the noise maps
-            draw = functools.partial(pairs, space=options["space"])
+            draw = functools.partial(
+                pairs, np.random.default_rng(args.seed), space=options["space"]
+            )
             options = dict(n=n, batch=args.batch, seed=args.seed) | options
             row[name.replace("ppl", kind)] = perceptual_path_length(draw, distance, **options)
             row["n_paths"] = options["n"]
@@ -5688,14 +5707,17 @@ def evaluate_generator(args, load_networks, build, paths=PPL2, full=False):
     toy = TOY_CLASSES if G.config["c_dim"] else TOY_FACES
     source = open_images(args.data, args.size, toy)
     images, _ = square_pictures(args, source, G.config["img_channels"])
-    labels = one_hot(args, source) if G.config["c_dim"] else None
+    labels = one_hot(args, source, G.config["c_dim"]) if G.config["c_dim"] else None
+    if labels is not None and labels.shape[1] != G.config["c_dim"]:
+        has = f"labels of {labels.shape[1]} numbers or classes"
+        raise UserError(f"--data {args.data} has {has}, the checkpoint of {G.config['c_dim']}.")
     n = number_of_samples(args, source)
-    n_real = min(args.reals or (len(images) if full else n), len(images))
+    chosen = reals_of(len(images), args.reals or (len(images) if full else n), labels)
     if args.samples or source.is_toy:
         paths = {name: options | dict(n=n) for name, options in paths.items()}
 
     def real(i):
-        return crop_and_flip(images[i], None, mirror, item_rng(args.seed, 0, i))
+        return crop_and_flip(images[chosen[i]], None, mirror, item_rng(args.seed, 0, chosen[i]))
 
     def random_z(rng, m):
         """z and the labels of random images."""
@@ -5706,9 +5728,7 @@ def evaluate_generator(args, load_networks, build, paths=PPL2, full=False):
     def fakes(rng, m):
         return sample(G, *random_z(rng, m), args.batch, noise="random")
 
-    rng = np.random.default_rng(args.seed)
-
-    def pairs(m, space):
+    def pairs(rng, m, space):
         """Ends of m paths in Z or W, and how to render points of them: one label, one noise for
         both."""
         z, c = (None if t is None else t.to(device) for t in random_z(rng, 2 * m))
@@ -5721,12 +5741,12 @@ def evaluate_generator(args, load_networks, build, paths=PPL2, full=False):
         return a, b, lambda ws: exact.synthesis(ws, "const")
 
     how = f", {'mirrored at random' if mirror else 'not mirrored'}"
-    found = sample_scores(args, n, fakes, n_real, real, device, pairs, paths, how)
+    found = sample_scores(args, n, fakes, len(chosen), real, device, pairs, paths, how)
     if "ls" in metrics_of(args):
         found |= separability(args, G, source, random_z)
     if not found:
         raise UserError("no score is left to compute.")
-    row = {"n_real": n_real, "n_fake": n} | found
+    row = {"n_real": len(chosen), "n_fake": n} | found
     print(describe_scores(row))
     if args.out:
         write_json(args.out, row)

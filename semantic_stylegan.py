@@ -890,7 +890,7 @@ def see_through_of(args, regions):
         return [k for k, name in enumerate(regions) if name in SEE_THROUGH]
     found = []
     for name in filter(None, (name.strip() for name in args.see_through.split(","))):
-        k = regions.index(name) if name in regions else int(name) if name.isdigit() else -1
+        k = regions.index(name) if name in regions else int(name) if name.isdecimal() else -1
         if not 0 < k < len(regions):
             some = f"names of {', '.join(regions[1:])}, or numbers from 1 to {len(regions) - 1}"
             raise UserError(f"--see-through {name}: {some}.")
@@ -1130,7 +1130,7 @@ def mixed(args, G, ws):
     for entry in filter(None, args.mix.split(",")):
         what, equals, seed = entry.partition("=")
         name, _, part = what.strip().partition(".")
-        if not (equals and seed.strip().isdigit()) or part not in ("", "structure", "texture"):
+        if not (equals and seed.strip().isdecimal()) or part not in ("", "structure", "texture"):
             raise UserError(f"--mix {entry}: REGION=SEED, REGION.structure=SEED or .texture=SEED.")
         other = ws_of(G, [int(seed)], args.psi).expand_as(ws)
         if name == "base":
@@ -1324,10 +1324,13 @@ def invert(args):
     device, size, out = G.mapping.w_avg.device, G.config["size"], Path(args.out)
     prepare = functools.partial(common.squeezed, size, resample=Image.Resampling.LANCZOS)
     names, images = common.read_pictures(args.input, prepare, "RGB", "--input")
+    stems, kinds = common.stems_of(names), ("inverted", "tuned")
+    written = [out / f"{stem}-{kind}.png" for stem in stems for kind in kinds]
+    common.keep_originals([*written, out / "inversions.png"], "--out", args.input)
     lpips = common.lpips_or_explain(args, size, device)
     start = G.mapping.w_avg[None] if args.space == "w" else G.mapping.w_avg.repeat(G.num_ws, 1)
     found, made, scores = [], {}, []
-    for name, stem, image in zip(names, common.stems_of(names), images, strict=True):
+    for name, stem, image in zip(names, stems, images, strict=True):
         real = common.to_float(image[None], device)
         perceptual = common.distance_to(real, lpips)
 

@@ -829,6 +829,7 @@ def project(args):
     G, c, _ = common.load_generator(args, load_networks)
     device, size, out = next(G.parameters()).device, G.config["img_resolution"], Path(args.out)
     target = common.read_square(args.input, size, G.config["img_channels"])
+    common.keep_originals([out / "target.png", out / "projected.png"], "--out", args.input)
     real = common.to_float(target[None], device)
     lpips = common.lpips_or_explain(args, size, device)
     distance = common.distance_to(real, lpips)

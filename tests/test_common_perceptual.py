@@ -675,3 +675,19 @@ def test_progress_takes_names_from_both_logs(tmp_path):
     ]
     common.save_curves(tmp_path / "nowhere", panels, batch=500)
     assert (tmp_path / "nowhere/progress.png").exists()
+
+
+def test_a_path_length_does_not_depend_on_which_other_scores_are_asked_for(monkeypatch):
+    monkeypatch.setattr(common, "load_or_explain", lambda *args, **options: common.pixel_distance)
+
+    def pairs(rng, m, space):
+        a, b = torch.from_numpy(rng.standard_normal((2, m, 3, 1, 1))).float()
+        return a, b, lambda x: x.expand(-1, -1, 32, 32)
+
+    def scores(metrics):
+        args = dict(metrics=metrics, known_metrics="path,ppl", batch=4, seed=0, size=32, data="d")
+        args = argparse.Namespace(**args, vgg=None, lpips=None)
+        return common.sample_scores(args, 8, None, 8, None, torch.device("cpu"), pairs)
+
+    both = scores("path,ppl")
+    assert both["ppl2_wend"] == scores("ppl")["ppl2_wend"] == both["path2_wend"] > 0

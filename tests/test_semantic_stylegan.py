@@ -949,6 +949,8 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         path.unlink()
     Path("images/labels").rmdir()
     goblins("goblins")
+    Path("p").mkdir()
+    Image.new("RGB", (16, 16)).save("p/inversions.png")
     np.savez("other.npz", w=np.zeros((1, 4, 32)))
     np.savez("none.npz", v=np.zeros(3))
     torch.save({"model": "cyclegan", "nets": {}}, "cyclegan.pt")
@@ -993,6 +995,8 @@ def test_mistakes_in_options_end_in_one_line(trained, capsys):
         (["generate", *net, "--seeds", "a-b"], "'a-b' is no seed"),
         (["generate", *net, "--mix", "hair"], "--mix hair: REGION=SEED"),
         (["generate", *net, "--mix", "hair=x"], "--mix hair=x: REGION=SEED"),
+        (["generate", *net, "--mix", "hair=²"], "--mix hair=²: REGION=SEED"),
+        (["invert", *net, "--input", "p", "--out", "p"], "would replace an original"),
         (["generate", *net, "--mix", "hair.colour=5"], "--mix hair.colour=5: REGION=SEED"),
         (["generate", *net, "--mix", "beard=5"], "no region 'beard'; there are background"),
         (["generate", *net, "--film", "beard"], "--film: no beard"),

@@ -784,6 +784,22 @@ def test_evaluate_without_downloads_says_what_is_left_out(trained, conditional):
     assert scores["n_real"] == scores["n_fake"] == 100 and f"fd8 {scores['fd8']:.3f}" in text
     main("evaluate", "--checkpoint", conditional, *options, "--metrics", "fd8")
     assert json.loads(Path("scores.json").read_text())["fd8"] > 0
+    data = labelled_zip("two.zip", [0, 1, 0, 1])  # of the model's three classes
+    main("evaluate", "--checkpoint", conditional, *options, "--metrics", "fd8", "--data", data)
+    assert json.loads(Path("scores.json").read_text())["n_real"] == 4
+
+
+def test_pictures_of_all_classes_are_scored_though_files_are_sorted_by_class(conditional):
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            common.ImageSet, "__getitem__", lambda self, i: read.append(i) or self.array(i)
+        )
+        main("evaluate", "--checkpoint", conditional, "--samples", 3, "--metrics", "fd8")
+    source = common.open_data("toy", size=8, toy=common.TOY_CLASSES)
+    assert len({source.labels()[source.names[i]] for i in read[-3:]}) == 3
+    assert read[-3:] == common.reals_of(len(source.names), 3, labels=True)
+    assert [*common.reals_of(5, 3, None)] == [0, 1, 2] and len(common.reals_of(5, 9, True)) == 5
 
 
 # ---- official files ----
@@ -1023,8 +1039,11 @@ def test_an_official_network_with_something_wrong_is_refused(capsys, change, pro
 
 def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
     faces("d"), faces("wide", size=(20, 16)), faces("mixed"), faces("mixed/b", size=(12, 12))
-    labelled_zip("half.zip", [0, 1, None, 2])
+    labelled_zip("five.zip", [0, 4, 1]), labelled_zip("half.zip", [0, 1, None, 2])
     Path("text.png").write_text("hello")
+    Path("p").mkdir()
+    Image.new("RGB", (20, 20)).save("p/target.png")
+    np.savez("p/latents.npz", w=np.zeros((1, 6, 16)))
     np.savez("other.npz", w=np.zeros((1, 4, 16)))
     np.savez("none.npz", v=np.zeros(3))
     np.savez("empty.npz", w=np.zeros((0, 4, 16)))
@@ -1061,10 +1080,12 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["generate", *net, "--projected", "empty.npz"], "w is (0, 4, 16)"),
         (["generate", *net, "--projected", "no.npz"], "no.npz"),
         (["generate", *net, "--projected", "text.png"], "text.png"),
+        (["generate", *net, "--projected", "p/latents.npz", "--out", "p"], "be written over"),
         (["generate", *net, "--mix-rows", "1"], "--mix-cols"),
         (["project", *net], "--input"),
         (["project", *net, "--input", "no.png"], "no.png"),
         (["project", *net, "--input", "text.png"], "text.png"),
+        (["project", *net, "--input", "p/target.png", "--out", "p"], "replace an original"),
         (["project", *net, "--input", "d"], "--input d: Is a directory."),
         (["edit", *net], "--direction"),
         (
@@ -1078,7 +1099,11 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["evaluate", *net, "--metrics", "nonsense"], "nonsense"),
         (["evaluate", *net, "--data", "nowhere"], "nowhere"),
         (["evaluate", *net, "--samples", 1, "--metrics", "fd8"], "--samples"),
-        (["evaluate", "--checkpoint", conditional, "--data", "d"], "no labels"),
+        (["evaluate", "--checkpoint", conditional, "--data", "d"], "--data d has no labels"),
+        (
+            ["evaluate", "--checkpoint", conditional, "--data", "five.zip"],
+            "of 5 numbers or classes",
+        ),
     ]
     commands.each_ends_in_one_line(fails, capsys, cases)
 
