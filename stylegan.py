@@ -1099,10 +1099,12 @@ def figure_noise(args, G, c, realisations=100):
         generator.manual_seed(seed)
         return common.synthesize(G, ws, draw, generators=[generator])
 
-    grey = torch.stack([
-        pictures(noise(), seed).float().mean(1, keepdim=True) for seed in range(realisations)
-    ])  # fmt: skip
-    deviation = (4 * grey.std(0, correction=0)).clamp(max=255).round().byte().expand(-1, 3, -1, -1)
+    total = squares = 0
+    for seed in range(realisations):
+        grey = pictures(noise(), seed).double().mean(1, keepdim=True)
+        total, squares = total + grey, squares + grey.square()
+    variance = squares / realisations - (total / realisations).square()
+    deviation = (4 * variance.relu().sqrt()).clamp(max=255).round().byte().expand(-1, 3, -1, -1)
     return {
         "noise": pictures(noise()), "again": pictures(noise(), 1),
         "deviation x 4": deviation[:, : G.config["img_channels"]], "none": pictures("none"),
