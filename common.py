@@ -90,6 +90,8 @@ class UserError(Exception):
 def exit_status(main):
     """Runs main(); the exit status of the script, after one line on stderr if it went wrong."""
     script = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be in another encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9):
             raise UserError(f"torch {torch.__version__} is too old: install 2.9 or newer.")
@@ -619,6 +621,8 @@ def _checked_members(archive, z):
             problem += f" (at most {most:,})"
         if problem:
             raise UserError(f"{archive} is refused: its member {name!r} {problem}.")
+    if not any(is_image(info.filename) for info in infos):
+        raise UserError(f"{archive} holds no pictures of these kinds: {' '.join(SUFFIXES)}.")
     return [i for i in infos if is_image(i.filename) or _is_wanted(i.filename, (".json", ".txt"))]
 
 
@@ -670,6 +674,7 @@ def _load(file, name, convert):
             W, H = img.size
             if W * H > MAX_PIXELS:
                 raise BadImage(name, f"{W} x {H} pixels, at most {MAX_PIXELS:,} are accepted")
+            img.info["raw mode"] = img.tile[0].args if img.tile else None
             img.load()
             with contextlib.suppress(Exception):  # damaged EXIF around a good picture
                 ImageOps.exif_transpose(img, in_place=True)
@@ -685,7 +690,7 @@ def _load(file, name, convert):
 
 def _to_8bit(img, mode):
     if img.mode.startswith("I"):  # 16 bits: 65535 -> 255. (Pillow itself reads 16-bit RGB as 8.)
-        x = np.asarray(img).astype(np.int64)
+        x = np.asarray(img).astype(np.int32)
         if x.min() < 0 or x.max() > 65535:
             raise ValueError("32-bit pixels; save it with 8 or 16 bits")
         img = Image.fromarray(((x + 128) // 257).astype(np.uint8))
@@ -711,7 +716,9 @@ def decode_labels(file, name):
     def indices(img):  # not convert("L"), which would turn a palette's indices into luminance
         if img.mode not in ("L", "P", "1"):
             raise ValueError(f"mode {img.mode}; a label map holds indices, in mode L, P or 1")
-        return np.array(img, dtype=np.uint8)
+        # Pillow stretches grey of 2 and 4 bits to 0 ... 255.
+        step = {"L;2": 255 // 3, "L;4": 255 // 15}.get(img.info["raw mode"], 1)
+        return np.array(img, dtype=np.uint8) // step
 
     return _load(file, name, indices)
 
@@ -1699,7 +1706,7 @@ def labelled_pictures(args, source, part="train"):
 def mirror_table(names):
     """The class in a mirrored picture of each index up to NO_CLASS: "left eye" and "right eye", or
     l_eye and r_eye, change places. uint8."""
-    pairs = [("l", "r"), ("L", "R"), ("left", "right"), ("Left", "Right")]
+    pairs = [("l", "r"), ("L", "R"), ("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")]
     other = dict(pairs) | {right: left for left, right in pairs}
     table = np.arange(NO_CLASS + 1, dtype=np.uint8)
     for k, name in enumerate(names):
@@ -2761,6 +2768,8 @@ def write_whole(path):
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"cannot write {path}: it is a device or a pipe, which would be replaced.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
@@ -2842,7 +2851,7 @@ def load_networks(path, model, build, from_official):
         return nets, dict(state["args"])
     except Exception as e:  # a strange file: build() may raise anything
         problem = (str(e).splitlines() or [type(e).__name__])[0]
-        kind = state["model"] if "config" in state else model
+        kind = state["model"] if isinstance(state.get("model"), str) else model
         raise UserError(f"{path} does not hold {kind} networks: {problem}.") from None
 
 
@@ -3660,7 +3669,7 @@ def noise_name(m):
 
 TENSORFLOW = (  # pattern in a variable's name, ours
     (r"^dlatent_avg", "mapping.w_avg"),
-    (r"^synthesis/noise(\d+)", noise_name),
+    (r"^synthesis/noise(\d{1,2})", noise_name),
     (r"^synthesis/4x4/Conv/", "synthesis/4x4/Conv1/"),
     (r"(\d+)x\d+/", r"b\1."),
     (r"Conv([01])(_up|_down)?/", r"conv\1."),
@@ -3677,11 +3686,11 @@ ROSINALITY_G = (
     (r"^latent_avg", "mapping.w_avg"),
     (r"^style\.(\d+)", lambda m: f"mapping.fc{int(m[1]) - 1}"),
     (r"^input\.input", "synthesis.b4.const"),
-    (r"^noises\.noise_(\d+)", noise_name),
+    (r"^noises\.noise_(\d{1,2})", noise_name),
     (r"^conv1", "synthesis.b4.conv1"),
-    (r"^convs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1]) // 2}.conv{int(m[1]) % 2}"),
+    (r"^convs\.(\d{1,2})", lambda m: f"synthesis.b{8 << int(m[1]) // 2}.conv{int(m[1]) % 2}"),
     (r"^to_rgb1", "synthesis.b4.torgb"),
-    (r"^to_rgbs\.(\d+)", lambda m: f"synthesis.b{8 << int(m[1])}.torgb"),
+    (r"^to_rgbs\.(\d{1,2})", lambda m: f"synthesis.b{8 << int(m[1])}.torgb"),
     (r"\.conv\.modulation\.", ".affine."),
     (r"\.conv\.weight", ".weight"),
     (r"\.noise\.weight", ".noise_strength"),
@@ -3692,7 +3701,7 @@ ROSINALITY_G = (
 def rosinality_D(res):
     return (
         (r"^convs\.0\.\d", f"b{res}.fromrgb"),
-        (r"^convs\.(\d+)", lambda m: f"b{2 * res >> int(m[1])}"),
+        (r"^convs\.(\d{1,2})", lambda m: f"b{2 * res >> int(m[1])}"),
         (r"conv([12])\.\d", lambda m: f"conv{int(m[1]) - 1}"),
         (r"skip\.1", "skip"),
         (r"^final_conv\.\d", "b4.conv"),

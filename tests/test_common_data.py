@@ -286,6 +286,33 @@ def test_zip_bombs_are_refused_unpacked_or_read_in_place(tmp_path, monkeypatch):
     assert files_below(tmp_path) == ["a.zip"]
 
 
+def test_a_zip_without_pictures_is_not_unpacked_and_so_not_removed(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"readme.txt": b"hello", "inner.zip": b"PK"})
+    with pytest.raises(UserError, match="a.zip holds no pictures of these kinds: .jpg"):
+        common.unpack(path, tmp_path / "a")
+    assert files_below(tmp_path) == ["a.zip"]
+
+
+def test_a_file_name_in_another_encoding_can_be_printed():
+    code = "import common; common.exit_status(lambda: print('\\udce9.png'))"  # byte e9, not UTF-8
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        env=strict,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "\\udce9.png\n", done.stderr
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: it is a device or a pipe"):
+        common.write_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_damaged_zip_leaves_no_folder_behind(tmp_path):
     path = make_zip(tmp_path / "a.zip", {f"{i}.png": BODY for i in range(3)})
     whole = path.read_bytes()
@@ -461,6 +488,14 @@ def test_label_maps_keep_their_indices_whatever_their_palette():
         got = decode_labels(encoded(img), "a.png")
         assert got.dtype == np.uint8 and np.array_equal(got, x)
     assert decode_labels(encoded(Image.fromarray(x > 0)), "a").tolist() == [[0, 1], [1, 1]]
+    for bits in (2, 4):  # of grey, which Pillow reads but does not write
+        header, rows = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0), {2: b"\x1b", 4: b"\x01\x23"}
+        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + rows[bits])), (b"IEND", b""))
+        png = b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+        assert decode_labels(png, "a.png").tolist() == [[0, 1, 2, 3]]
     with pytest.raises(BadImage, match="a.png: mode RGB; a label map holds indices"):
         decode_labels(encoded(noise()), "a.png")
 
