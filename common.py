@@ -674,7 +674,7 @@ def _load(file, name, convert):
             W, H = img.size
             if W * H > MAX_PIXELS:
                 raise BadImage(name, f"{W} x {H} pixels, at most {MAX_PIXELS:,} are accepted")
-            img.info["raw mode"] = img.tile[0].args if img.tile else None
+            img.info["raw mode"] = img.tile[0][3] if img.tile else None
             img.load()
             with contextlib.suppress(Exception):  # damaged EXIF around a good picture
                 ImageOps.exif_transpose(img, in_place=True)
