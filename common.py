@@ -674,7 +674,8 @@ def _load(file, name, convert):
             W, H = img.size
             if W * H > MAX_PIXELS:
                 raise BadImage(name, f"{W} x {H} pixels, at most {MAX_PIXELS:,} are accepted")
-            img.info["raw mode"] = img.tile[0][3] if img.tile else None
+            how = img.tile[0][3] if img.tile else None  # as the file packs pixels, and more
+            img.info["raw mode"] = how[0] if isinstance(how, tuple) else how
             img.load()
             with contextlib.suppress(Exception):  # damaged EXIF around a good picture
                 ImageOps.exif_transpose(img, in_place=True)
@@ -2768,9 +2769,9 @@ def write_whole(path):
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"cannot write {path}: it is a device or a pipe, which would be replaced.")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"cannot write {path}: a device or a pipe, which would be replaced.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             yield f
