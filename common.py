@@ -2887,18 +2887,22 @@ def is_ours(path):
         return False
 
 
-def in_batches(function, device, batch, *inputs, generators=()):
-    """function(*inputs) of tensors, on the device but `batch` rows at a time, gathered on the CPU.
-    None among the inputs stays None. Whole batches are one CUDA graph; generators: see there."""
-    recorded, results = graph(function, device, generators), []
-    recorded = recorded if len(inputs[0]) >= 2 * batch else function
+def each_batch(function, device, batch, *inputs, generators=()):
+    """function(*inputs) of tensors, on the device but `batch` rows at a time: yields tuples of what
+    it returns, a tensor or a tuple of them, on the CPU. None among the inputs stays None. Whole
+    batches are one CUDA graph; generators: see there."""
+    recorded = graph(function, device, generators) if len(inputs[0]) >= 2 * batch else function
     for k in range(0, len(inputs[0]), batch):
         # Copies: those of the recording are written over.
         part = [None if x is None else x[k : k + batch].to(device, copy=True) for x in inputs]
         found = (recorded if len(part[0]) == batch else function)(*part)
         found = found if isinstance(found, tuple) else (found,)
-        results.append([t.to("cpu", copy=True) for t in found])  # the next ones overwrite them
-    columns = [torch.cat(column) for column in zip(*results, strict=True)]
+        yield tuple(t.to("cpu", copy=True) for t in found)  # the next ones overwrite them
+
+
+def in_batches(*args, **options):
+    """What each_batch yields as one: the tensor, or a list of them."""
+    columns = [torch.cat(column) for column in zip(*each_batch(*args, **options), strict=True)]
     return columns if len(columns) > 1 else columns[0]
 
 
@@ -3010,8 +3014,8 @@ INFERNO = (  # ten colours, evenly spaced, of matplotlib's map of this name (CC0
 
 
 def color_labels(labels):
-    """Labels (N, H, W), integers to 255, -> pictures (N, 3, H, W), uint8, in SEG_COLORS."""
-    return SEG_COLORS.to(labels.device)[labels.long()].permute(0, 3, 1, 2)
+    """Labels (..., H, W), integers to 255, -> pictures (..., 3, H, W), uint8, in SEG_COLORS."""
+    return SEG_COLORS.to(labels.device)[labels.long()].movedim(-1, -3)
 
 
 def heat(x):
@@ -5433,6 +5437,8 @@ def project(
 # A generator G here has config (z_dim, c_dim, img_resolution, ...), num_ws, mapping(z, c, psi,
 # cutoff) -> ws (N, num_ws, w_dim) and synthesis(ws, noise) -> images in [-1, 1].
 
+MOST_IN_GRID = 256  # of the pictures of `generate`
+
 
 def count(net):
     """How many parameters a network has."""
@@ -5468,21 +5474,21 @@ def reals_of(N, n, labels):
 
 
 def score_samples(run, G, data, labels, batch, n=500, fid=None, **more):
-    """Prints and keeps fd8 of n samples against at most as many pictures, with fid = (network, m)
-    also FID of m samples against all pictures, and keeps `more` numbers beside them."""
+    """Prints and keeps fd8 of n samples against at most as many pictures, with fid = (network, m,
+    real_statistics of all pictures) also FID of m samples, and keeps `more` numbers beside them."""
     if run.rank == 0:
         real = data.some(reals_of(len(data), n, labels))
         fake = sample(G, *sample_inputs(G, labels, 10_000, n), batch)
         row = {"n_real": len(real), "n_fake": n, "fd8": fd8(real, fake)}
         if fid:
-            net, m = fid
+            net, m, statistics = fid
 
             def fakes():
                 for k in range(0, m, batch):
                     inputs = sample_inputs(G, labels, 10_000 + k, min(batch, m - k))
                     yield sample(G, *inputs, batch, noise="random")
 
-            row["fid"] = fid_kid(functools.partial(data.batches, batch), fakes, net)
+            row["fid"] = fid_kid(statistics, fakes, net)
         run.save_scores(row | more)
         run.say(describe_scores(row))
 
@@ -5526,12 +5532,21 @@ def load_generator(args, load_networks):
 
 
 @torch.no_grad()
-def synthesize(G, ws, noise="const", batch=16, generators=()):
-    """uint8 images (N, C, H, W) of ws, on the CPU. generators: of a `noise` that draws."""
+def each_image(G, ws, noise="const", batch=16, generators=()):
+    """Yields the uint8 image (C, H, W) of each row of ws, on the CPU, computed `batch` at a time.
+    generators: of a `noise` that draws."""
     device = next(G.parameters()).device
-    return in_batches(
-        lambda ws: to_uint8(G.synthesis(ws, noise)), device, batch, ws, generators=generators
-    )
+
+    def images(ws):
+        return to_uint8(G.synthesis(ws, noise))
+
+    for (batch_of_images,) in each_batch(images, device, batch, ws, generators=generators):
+        yield from batch_of_images
+
+
+def synthesize(G, ws, *args, **options):
+    """The images of each_image as one tensor (N, C, H, W)."""
+    return torch.stack(list(each_image(G, ws, *args, **options)))
 
 
 @torch.no_grad()
@@ -5580,17 +5595,17 @@ def generate(args, G, c):
     if args.film:
         ends = zip(ws, ws.roll(-1, 0), strict=True)
         path = [a.lerp(b, k / args.frames) for a, b in ends for k in range(args.frames)]
-        pieces = torch.stack(path).split(16)
-        pictures = (to_picture(x) for w in pieces for x in synthesize(G, w, args.noise))
-        save_film(out / args.film, pictures)
+        save_film(out / args.film, map(to_picture, each_image(G, torch.stack(path), args.noise)))
         print(f"{out / args.film}: {len(path)} frames through {len(ws)} latents and back")
         return
-    images = synthesize(G, ws, args.noise)
-    for name, image in zip(names, images, strict=True):
+    first = []
+    for name, image in zip(names, each_image(G, ws, args.noise), strict=True):
         save_png(out / f"{name}.png", to_picture(image))
-    save_png(out / "grid.png", grid(images, max(1, round(len(images) ** 0.5))))
+        if len(first) < MOST_IN_GRID:
+            first.append(image)
+    save_png(out / "grid.png", grid(torch.stack(first), max(1, round(len(first) ** 0.5))))
     save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
-    print(f"{len(images)} pictures, grid.png and latents.npz (w) are in {out}")
+    print(f"{len(ws)} pictures, grid.png and latents.npz (w) are in {out}")
 
 
 def timelapse(args):
@@ -5671,26 +5686,34 @@ def sample_scores(args, n, fakes, n_real, real, device, pairs=None, paths=PPL2, 
         f" {args.data} at {args.size}x{args.size}{how}"
     )
     metrics, row = metrics_of(args), {}
+
+    # Networks come first: samples take hours, and what is wrong with a file shows at once.
+    inception = vgg = None
+    if "fid" in metrics:
+        inception = load_inception_or_explain(args.inception, device)
+    without_pr = "precision and recall are left out"
+    without_ppl = "perceptual path length is left out"
+    if "pr" in metrics:
+        vgg = load_or_explain(without_pr, load_vgg16, args.vgg, device=device)
+    distances = {"path": pixel_distance} if "path" in metrics else {}
+    if "ppl" in metrics and args.size < 32:
+        print(f"{without_ppl}: it needs images of 32 pixels or more")
+    elif "ppl" in metrics:
+        lpips = load_or_explain(without_ppl, load_lpips, args.vgg, args.lpips, device=device)
+        distances |= {"ppl": lpips} if lpips else {}
+
     if "fd8" in metrics:
         row["fd8"] = fd8(all_reals, all_fakes)
-    if "fid" in metrics and (net := load_inception_or_explain(args.inception, device)):
-        row["fid"] = fid_kid(all_reals, all_fakes, net, args.fid_resize)
-    without = "precision and recall are left out"
-    if "pr" in metrics and (vgg := load_or_explain(without, load_vgg16, args.vgg, device=device)):
+    if inception:
+        row["fid"] = fid_kid(all_reals, all_fakes, inception, args.fid_resize)
+    if vgg:
         most = max(200_000 // args.batch, 1)  # batches of pictures, as officially
         some = (itertools.islice(images(), most) for images in (all_reals, all_fakes))
         features = [vgg_features(images, vgg).to(device) for images in some]
         if min(map(len, features)) < 4:
-            print(f"{without}: they need 4 images or more on either side")
+            print(f"{without_pr}: they need 4 images or more on either side")
         else:
             row["precision"], row["recall"] = precision_recall(*features)
-    distances = {"path": pixel_distance} if "path" in metrics else {}
-    without, files = "perceptual path length is left out", (args.vgg, args.lpips)
-    if "ppl" in metrics and args.size < 32:
-        print(f"{without}: it needs images of 32 pixels or more")
-    elif "ppl" in metrics:
-        lpips = load_or_explain(without, load_lpips, *files, device=device)
-        distances |= {"ppl": lpips} if lpips else {}
     for kind, distance in distances.items():
         for name, options in paths.items():
             torch.manual_seed(args.seed)  # of the noise maps

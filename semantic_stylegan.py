@@ -1092,10 +1092,10 @@ def swapped(G, ws, other, k, part="both", alpha=1.0):
 
 
 @torch.no_grad()
-def pictures(G, ws, shown=None, batch=16):
-    """A Picture of ws, with constant noise, on the CPU: img uint8 (N, 3, size, size), seg and
-    coarse the region of each pixel, uint8 (N, size, size) and of the masks, depth as it is.
-    shown: (K,) of 0 and 1, regions to draw, None for all."""
+def each_picture(G, ws, shown=None, batch=16):
+    """Yields a Picture of each `batch` rows of ws, with constant noise, on the CPU: img uint8
+    (N, 3, size, size), seg and coarse the region of each pixel, uint8 (N, size, size) and of the
+    masks, depth as it is. shown: (K,) of 0 and 1, regions to draw, None for all."""
     device = G.mapping.w_avg.device
     shown = None if shown is None else shown.to(device)
 
@@ -1104,7 +1104,12 @@ def pictures(G, ws, shown=None, batch=16):
         labels = (x.argmax(1).to(torch.uint8) for x in (p.seg, p.coarse))
         return common.to_uint8(p.img), *labels, p.depth
 
-    return Picture(*common.in_batches(found, device, batch, ws))
+    yield from map(Picture._make, common.each_batch(found, device, batch, ws))
+
+
+def pictures(*args, **options):
+    """What each_picture yields as one Picture."""
+    return Picture(*map(torch.cat, zip(*each_picture(*args, **options), strict=True)))
 
 
 def locality_of_swap(G, ws, other, k):
@@ -1143,14 +1148,18 @@ def mixed(args, G, ws):
 
 def save_faces(G, out, ws, names, found):
     """images/, labels/ and classes.txt, which `train --data` reads, seg/, latents.npz, and grid.png
-    of the first 64."""
-    colors = common.color_labels(found.seg)
-    for name, image, labels, color in zip(names, found.img, found.seg, colors, strict=True):
+    of the first 64. found: an iterable of their Pictures."""
+    faces, first = (face for p in found for face in zip(p.img, p.seg, p.coarse, strict=True)), []
+    for name, (image, labels, coarse) in zip(names, faces, strict=True):
+        color = common.color_labels(labels)
         common.save_png(out / "images" / f"{name}.png", common.to_picture(image))
         common.save_png(out / "labels" / f"{name}.png", Image.fromarray(labels.numpy()))
         common.save_png(out / "seg" / f"{name}.png", common.to_picture(color))
-    coarse = F.interpolate(common.color_labels(found.coarse[:64]), found.img.shape[2])
-    sheet = {"image": found.img[:64], "segmentation": colors[:64], "masks": coarse}
+        if len(first) < 64:
+            first.append((image, color, common.color_labels(coarse)))
+    images, colors, coarse = map(torch.stack, zip(*first, strict=True))
+    sheet = {"image": images, "segmentation": colors}
+    sheet["masks"] = F.interpolate(coarse, images.shape[2])
     common.save_sheet(out / "grid.png", sheet, names[:64])
     with common.write_whole(out / "classes.txt") as f:
         f.write("".join(f"{name}\n" for name in G.config["regions"]).encode())
@@ -1167,7 +1176,7 @@ def generate(args):
     if args.film:
         films(args, G, ws[:1], shown)
         return
-    save_faces(G, Path(args.out), ws, names, pictures(G, ws, shown))
+    save_faces(G, Path(args.out), ws, names, each_picture(G, ws, shown))
     print(f"{len(ws)} faces: images, labels, seg, grid.png and latents.npz (w) are in {args.out}")
 
 
@@ -1260,7 +1269,7 @@ def edit(args):
     region = sum((before.seg == k) | (found.seg == k) for k in numbers) > 0
     shares, outside = common.locality(before.img, found.img, region)
     out = Path(args.out)
-    save_faces(G, out, edited, names, found)
+    save_faces(G, out, edited, names, [found])
     sheet = {"before": before.img} | steps
     sheet |= {"difference": common.difference(before.img, found.img)}
     sheet |= other | {"segmentation": common.color_labels(found.seg)}

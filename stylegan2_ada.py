@@ -1163,7 +1163,7 @@ def train(args):
     pl_mean = torch.zeros((), device=run.device)
     signs = torch.zeros(2, dtype=torch.float64, device=run.device)
 
-    inception = None
+    fid = inception = None
     if args.fid_samples and run.rank == 0:
         inception = common.load_inception_or_explain(args.inception, run.device)
     examples = common.sample_inputs(nets["G"], labels, args.seed)
@@ -1179,6 +1179,8 @@ def train(args):
     )
     if N < args.batch:
         run.say(f"only {N} images: a batch of {args.batch} holds each more than once")
+    if inception:  # statistics of the real pictures are found once
+        fid = inception, args.fid_samples, common.real_statistics(pictures.batches, inception)
 
     def snapshot():
         """Samples, scores and curves of this moment."""
@@ -1194,7 +1196,6 @@ def train(args):
                 c = None if labels is None else torch.from_numpy(labels[some])
                 sets[name] = (common.stack([pictures[i] for i in some]), c)
         row = overfitting(D, T, sets, n)
-        fid = (inception, args.fid_samples) if inception else None
         common.score_samples(run, G_ema, pictures, labels, n, fid=fid, **row)
         common.save_curves(run.folder, CURVES, args.batch)
         if args.aug == "ada" and T.p > LEAKS:

@@ -624,6 +624,24 @@ def test_generate_writes_pictures_a_grid_and_latents(trained):
     assert pixels("again/projected0003.png") == pixels("out/seed0007.png")
 
 
+def test_pictures_of_many_seeds_are_written_as_they_are_made(trained, monkeypatch):
+    each_batch, written = common.each_batch, []
+
+    def spy(*args, **options):
+        for found in each_batch(*args, **options):
+            written.append(len(list(Path("out").glob("seed*"))))
+            yield found
+
+    monkeypatch.setattr(common, "each_batch", spy)
+    monkeypatch.setattr(common, "MOST_IN_GRID", 9)
+    main("generate", "--checkpoint", trained, "--seeds", "0-39")
+    assert written == [0, 16, 32] and len(list(Path("out").glob("seed*"))) == 40
+    assert Image.open("out/grid.png").width == Image.open("out/grid.png").height
+    assert len(np.load("out/latents.npz")["w"]) == 40
+    main("generate", "--checkpoint", trained, "--seeds", "38-39", "--out", "last")
+    assert pixels("last/seed0039.png") == pixels("out/seed0039.png")
+
+
 def pixels(path):
     return Image.open(path).tobytes()
 
@@ -787,6 +805,16 @@ def test_evaluate_without_downloads_says_what_is_left_out(trained, conditional):
     data = labelled_zip("two.zip", [0, 1, 0, 1])  # of the model's three classes
     main("evaluate", "--checkpoint", conditional, *options, "--metrics", "fd8", "--data", data)
     assert json.loads(Path("scores.json").read_text())["n_real"] == 4
+
+
+@pytest.mark.parametrize("option", ["--inception", "--vgg"])
+def test_a_file_that_is_no_network_is_refused_before_samples_are_made(
+    trained, capsys, monkeypatch, option
+):
+    monkeypatch.setattr(common, "fd8", None)
+    Path("no.pth").write_bytes(b"no network")
+    said = fails(capsys, "evaluate", "--checkpoint", trained, "--samples", 20, option, "no.pth")
+    assert "no.pth" in said
 
 
 def test_pictures_of_all_classes_are_scored_though_files_are_sorted_by_class(conditional):
