@@ -389,12 +389,12 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: use cuda, cuda:1 or cpu.")
-    device = torch.device(name)
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if name != "cpu" and int(name[5:] or 0) >= count:
         raise UserError(
             f"--device {name}: this machine has {count} CUDA devices; use --device cpu."
         )
+    device = torch.device(name)
     if device.index is not None:
         torch.cuda.set_device(device)
     return device
@@ -491,7 +491,7 @@ def _disk_errors(folder, needed=None):
 
 def _fetch(url, part, size):
     """One try of one address, going on where part ends. OSError when cut off: try again."""
-    have = part.stat().st_size if part.exists() else 0
+    have, most = part.stat().st_size if part.exists() else 0, size or MAX_DOWNLOAD
     if have == size:
         return
     headers = {"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -512,17 +512,22 @@ def _fetch(url, part, size):
             raise OSError("answered with another range than asked for")
         total = size if answer.length is None else have + answer.length
         shown, of = 0, f" of {total / 1e6:.1f}" if total else ""
+        chunk = answer.read(2**18)
+        if have == 0 and chunk.lstrip().startswith(b"<"):
+            raise Refused("answered with a web page instead of the file")
+        if max(have + len(chunk), total or 0) > most:
+            raise Refused(f"offers more than {most:,} bytes")
         with open(part, "ab" if have else "wb") as f:
-            while chunk := answer.read(2**18):
-                if have == 0 and chunk.lstrip().startswith(b"<"):
-                    raise Refused("answered with a web page instead of the file")
+            while chunk:
                 have += len(chunk)
-                if max(have, total or 0) > (size or MAX_DOWNLOAD):
-                    raise Refused(f"offers more than {size or MAX_DOWNLOAD:,} bytes")
+                if have > most:
+                    part.unlink()
+                    raise Refused(f"sent more than {most:,} bytes")
                 f.write(chunk)
                 if time.monotonic() > shown + 0.5:
                     shown = time.monotonic()
                     print(f"\r{part.stem}: {have / 1e6:.1f}{of} MB", end="", file=sys.stderr)
+                chunk = answer.read(2**18)
         print(f"\r{part.stem}: {have / 1e6:.1f}{of} MB", file=sys.stderr)
     if have < (total or 0):
         raise OSError(f"cut off after {have:,} of {total:,} bytes")
@@ -536,7 +541,6 @@ def _try_address(url, part, size):
             with _disk_errors(part.parent, size):
                 return _fetch(url, part, size)
         except Refused as e:
-            part.unlink(missing_ok=True)
             return str(e)
         except (OSError, http.client.HTTPException, ValueError) as e:
             reason = str(getattr(e, "reason", e)) or type(e).__name__
@@ -573,9 +577,10 @@ def download(urls, path, sha256=None, size=None):
                 break
             problems.append(f"{url}: {problem}")
         else:
+            kept = ", what has arrived is kept" if sha256 and part.exists() else ""
             raise UserError(
                 f"{path.name} could not be fetched ({'; '.join(problems)}). Check the network and "
-                f"run again, what has arrived is kept. {by_hand}"
+                f"run again{kept}. {by_hand}"
             )
         found = sha256_of(part)
         if sha256 and not found.startswith(sha256):

@@ -212,6 +212,24 @@ def test_the_next_address_is_tried_after(tmp_path, bad, reason):
     assert not (tmp_path / "b.zip").exists()
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(status=429, ranges=False),
+        dict(body=b"<html>Sign in</html>", ranges=False),
+        dict(body=BODY + b"more"),
+    ],
+)
+def test_what_arrived_is_kept_where_an_address_then_refuses(tmp_path, bad):
+    (tmp_path / "a.zip.part").write_bytes(BODY[:150_000])
+    with server(**bad) as (url, _), pytest.raises(UserError, match="what has arrived is kept"):
+        common.download([url], tmp_path / "a.zip", SHA, len(BODY))
+    assert (tmp_path / "a.zip.part").read_bytes() == BODY[:150_000]
+    with pytest.raises(UserError) as e:  # parts without a checksum are not gone on with
+        common.download([closed_port()], tmp_path / "a.zip")
+    assert "has arrived" not in str(e.value)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_ends_a_download_with_the_folder_and_the_bytes_needed(tmp_path):
     (tmp_path / "a.zip.part").symlink_to("/dev/full")  # every write to it is a real ENOSPC

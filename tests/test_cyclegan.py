@@ -513,6 +513,7 @@ def test_mistakes_in_options_end_in_one_line(capsys, tmp_path):
         (["--beta1", "1.5"], "not a number from 0 to below 1"),
         (["--gan-mode", "wgangp", "--preprocess", "none"], "that crops"),
         (["--device", "warp"], "--device warp"),
+        (["--device", "cuda:1000"], "CUDA devices"),
         (["--resume", "nowhere"], "--resume nowhere"),
         (["--data", "d", *small, "--checkpoint", "none.pt"], "none.pt"),
         (["translate", "--checkpoint", "none.pt", "--input", "d"], "none.pt"),
