@@ -5569,7 +5569,9 @@ def generate(args, G, c):
     out, device = Path(args.out), next(G.parameters()).device
     ws_of = functools.partial(ws_of_seeds, G, c, psi=args.psi, cutoff=args.cutoff)
 
-    if args.mix_rows or args.mix_cols:  # the style-mixing table of StyleGAN, Fig. 3
+    if args.mix_rows or args.mix_cols or args.mix_layers:  # the table of StyleGAN, Fig. 3
+        if args.film or args.projected:
+            raise UserError("a mixing table goes without --film and --projected.")
         layers = args.mix_layers or list(range(round(0.39 * G.num_ws)))  # 0-6 of 18, as officially
         if not (args.mix_rows and args.mix_cols and layers) or max(layers) >= G.num_ws:
             raise UserError(

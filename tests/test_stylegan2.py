@@ -1110,6 +1110,8 @@ def test_mistakes_in_options_end_in_one_line(capsys, trained, conditional):
         (["generate", *net, "--projected", "text.png"], "text.png"),
         (["generate", *net, "--projected", "p/latents.npz", "--out", "p"], "be written over"),
         (["generate", *net, "--mix-rows", "1"], "--mix-cols"),
+        (["generate", *net, "--mix-layers", "1"], "--mix-rows"),
+        (["generate", *net, "--mix-rows", "1", "--film", "f.webp"], "goes without --film"),
         (["project", *net], "--input"),
         (["project", *net, "--input", "no.png"], "no.png"),
         (["project", *net, "--input", "text.png"], "text.png"),
