@@ -80,8 +80,8 @@ FP16_BLOCKS, CLAMP = 4, 256.0  # not the paper's: float16 as StyleGAN2-ADA has i
 
 # What a plain `python stylegan.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64)
-TOY |= dict(kimg=140, train_kimg=20, fade_kimg=10, batches="8:32,16:32", lr=0.002, r1_gamma=1.0)
-TOY |= dict(ema_kimg=2.0, every=10)
+TOY |= dict(kimg=110, train_kimg=20, fade_kimg=10, batches="8:16,16:16", batch=16, lr=0.003)
+TOY |= dict(r1_gamma=0.3, ema_kimg=2.0, every=10)
 
 # =============================================================================
 # Networks

@@ -56,7 +56,7 @@ FP16_BLOCKS, CLAMP = 4, 256.0  # resolutions in half precision, and the limit of
 # What a plain `python stylegan2.py` trains: small enough for two CPU cores and a few minutes.
 TOY = dict(size=32, channel_base=512, channel_max=64, z_dim=64, w_dim=64, map_layers=2)
 TOY |= dict(noise_inputs=False)  # cartoons have no stochastic detail: noise would stay as specks
-TOY |= dict(kimg=60, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ema_rampup=0.05, every=10)
+TOY |= dict(kimg=60, batch=16, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ema_rampup=0.05, every=10)
 
 # =============================================================================
 # Networks

@@ -86,7 +86,7 @@ def auto_config(res, gpus, batch=None):
 # What a plain `python stylegan2_ada.py` trains: 200 faces, on two CPU cores in minutes.
 TOY = dict(size=32, subset=200, channel_base=512, channel_max=64, z_dim=64, w_dim=64)
 TOY |= dict(noise_inputs=False)  # cartoons have no stochastic detail: noise would stay as specks
-TOY |= dict(kimg=60, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ada_kimg=30, every=5)
+TOY |= dict(kimg=60, batch=16, lr=0.003, r1_gamma=0.3, ema_kimg=2.0, ada_kimg=30, every=5)
 
 # =============================================================================
 # Networks

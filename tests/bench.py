@@ -92,8 +92,8 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
     ],
 }
 TOY = {  # side and batch of the presets
-    "cyclegan": (64, 2), "semantic_stylegan": (32, 8), "stargan_v2": (32, 8), "stylegan": (32, 32),
-    "stylegan2": (32, 32), "stylegan2_ada": (32, 32),
+    "cyclegan": (64, 2), "semantic_stylegan": (32, 8), "stargan_v2": (32, 8), "stylegan": (32, 16),
+    "stylegan2": (32, 16), "stylegan2_ada": (32, 16),
 }
 # fmt: on
 

@@ -347,7 +347,8 @@ def test_adam_with_the_epsilon_of_tensorflow_takes_its_steps():
 training, trained = commands.trained_beside_the_tests(  # it grows from 8 to 16 pixels
     stylegan,
     "--size 16 --channel-base 256 --channel-max 16 --z-dim 16 --w-dim 16 --map-layers 2 --kimg 6"
-    " --train-kimg 3 --fade-kimg 1 --r1-gamma 0.5 --ema-kimg 0.5 --lr 0.004 --seed 0 --every 2",
+    " --batch 32 --batches 8:32,16:32 --train-kimg 3 --fade-kimg 1 --r1-gamma 0.5 --ema-kimg 0.5"
+    " --lr 0.004 --seed 0 --every 2",
 )
 
 
