@@ -492,6 +492,9 @@ def _disk_errors(folder, needed=None):
 def _fetch(url, part, size):
     """One try of one address, going on where part ends. OSError when cut off: try again."""
     have, most = part.stat().st_size if part.exists() else 0, size or MAX_DOWNLOAD
+    if have > most:
+        part.unlink()
+        have = 0
     if have == size:
         return
     headers = {"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -5442,7 +5445,7 @@ def project(
 # A generator G here has config (z_dim, c_dim, img_resolution, ...), num_ws, mapping(z, c, psi,
 # cutoff) -> ws (N, num_ws, w_dim) and synthesis(ws, noise) -> images in [-1, 1].
 
-MOST_IN_GRID = 256  # of the pictures of `generate`
+MOST_IN_GRID = 64  # of the pictures of `generate`
 
 
 def count(net):
@@ -5612,7 +5615,8 @@ def generate(args, G, c):
             first.append(image)
     save_png(out / "grid.png", grid(torch.stack(first), max(1, round(len(first) ** 0.5))))
     save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
-    print(f"{len(ws)} pictures, grid.png and latents.npz (w) are in {out}")
+    shown = f" of the first {len(first)}" if len(first) < len(ws) else ""
+    print(f"{len(ws)} pictures, grid.png{shown} and latents.npz (w) are in {out}")
 
 
 def timelapse(args):

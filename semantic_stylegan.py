@@ -1177,7 +1177,8 @@ def generate(args):
         films(args, G, ws[:1], shown)
         return
     save_faces(G, Path(args.out), ws, names, each_picture(G, ws, shown))
-    print(f"{len(ws)} faces: images, labels, seg, grid.png and latents.npz (w) are in {args.out}")
+    grid = "grid.png of the first 64" if len(ws) > 64 else "grid.png"
+    print(f"{len(ws)} faces: images, labels, seg, {grid} and latents.npz (w) are in {args.out}")
 
 
 def films(args, G, ws, shown):

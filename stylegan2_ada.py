@@ -1180,7 +1180,8 @@ def train(args):
     if N < args.batch:
         run.say(f"only {N} images: a batch of {args.batch} holds each more than once")
     if inception:  # statistics of the real pictures are found once
-        fid = inception, args.fid_samples, common.real_statistics(pictures.batches, inception)
+        batches = functools.partial(pictures.batches, args.batch_gpu)
+        fid = inception, args.fid_samples, common.real_statistics(batches, inception)
 
     def snapshot():
         """Samples, scores and curves of this moment."""

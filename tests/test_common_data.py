@@ -167,7 +167,9 @@ def test_a_part_longer_than_the_file_is_thrown_away_and_a_complete_one_is_used(t
         assert (tmp_path / "a.zip").read_bytes() == BODY
         (tmp_path / "b.zip.part").write_bytes(BODY)
         common.download([url], tmp_path / "b.zip", SHA, len(BODY))
-        assert len(requests) == 2 and requests[1] is None
+        (tmp_path / "c.zip.part").write_bytes(BODY + b"more")
+        common.download([url], tmp_path / "c.zip", SHA, len(BODY))
+        assert requests == [f"bytes={len(BODY) + 4}-", None, None]
 
 
 def test_a_wrong_hash_is_shown_beside_the_right_one_and_the_file_is_deleted(tmp_path):

@@ -602,6 +602,26 @@ def test_generate_writes_pictures_label_maps_and_latents(trained, capsys):
     assert np.array_equal(np.asarray(Image.open("out/seg/seed0007.png")), colors)
 
 
+def test_faces_of_many_seeds_are_written_as_they_are_made(trained, monkeypatch, capsys):
+    each_batch, written = common.each_batch, []
+
+    def spy(*args, **options):
+        for found in each_batch(*args, **options):
+            written.append(len(list(Path("out").glob("images/*"))))
+            yield found
+
+    monkeypatch.setattr(common, "each_batch", spy)
+    main("generate", "--checkpoint", trained, "--seeds", "0-69")
+    assert written == [0, 16, 32, 48, 64]
+    assert all(len(names_in(f"out/{kind}")) == 70 for kind in ("images", "labels", "seg"))
+    assert "70 faces" in (said := capsys.readouterr().out) and "of the first 64" in said
+    assert len(np.load("out/latents.npz")["w"]) == 70
+    main("generate", "--checkpoint", trained, "--seeds", "69", "--out", "last")
+    for kind in ("images", "labels", "seg"):
+        last, mine = (np.asarray(Image.open(f"{o}/{kind}/seed0069.png")) for o in ("last", "out"))
+        assert (last == mine).mean() > 0.99
+
+
 def test_mixing_takes_regions_of_other_seeds_and_nothing_else(trained):
     mix = "hair=5, skin.texture=7,nose.structure=5"
     main("generate", "--checkpoint", trained, "--seeds", "0-1", "--psi", 1, "--mix", mix)
