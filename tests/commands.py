@@ -60,6 +60,19 @@ def of(paper):
     return script, run, main, fails
 
 
+def written_before_each_batch(monkeypatch, pattern):
+    """A list that grows by how many such files there are, for every batch that a command makes."""
+    each_batch, written = common.each_batch, []
+
+    def spy(*args, **options):
+        for found in each_batch(*args, **options):
+            written.append(len(list(Path().glob(pattern))))
+            yield found
+
+    monkeypatch.setattr(common, "each_batch", spy)
+    return written
+
+
 def trained_beside_the_tests(paper, options):
     """The fixtures training, a real run on toy data that goes on beside the tests of a file, and
     trained, its folder once it has ended. What it prints is in printed.txt beside the folder."""

@@ -603,14 +603,7 @@ def test_generate_writes_pictures_label_maps_and_latents(trained, capsys):
 
 
 def test_faces_of_many_seeds_are_written_as_they_are_made(trained, monkeypatch, capsys):
-    each_batch, written = common.each_batch, []
-
-    def spy(*args, **options):
-        for found in each_batch(*args, **options):
-            written.append(len(list(Path("out").glob("images/*"))))
-            yield found
-
-    monkeypatch.setattr(common, "each_batch", spy)
+    written = commands.written_before_each_batch(monkeypatch, "out/images/*")
     main("generate", "--checkpoint", trained, "--seeds", "0-69")
     assert written == [0, 16, 32, 48, 64]
     assert all(len(names_in(f"out/{kind}")) == 70 for kind in ("images", "labels", "seg"))

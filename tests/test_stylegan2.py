@@ -625,14 +625,7 @@ def test_generate_writes_pictures_a_grid_and_latents(trained):
 
 
 def test_pictures_of_many_seeds_are_written_as_they_are_made(trained, monkeypatch):
-    each_batch, written = common.each_batch, []
-
-    def spy(*args, **options):
-        for found in each_batch(*args, **options):
-            written.append(len(list(Path("out").glob("seed*"))))
-            yield found
-
-    monkeypatch.setattr(common, "each_batch", spy)
+    written = commands.written_before_each_batch(monkeypatch, "out/seed*")
     monkeypatch.setattr(common, "MOST_IN_GRID", 9)
     main("generate", "--checkpoint", trained, "--seeds", "0-39")
     assert written == [0, 16, 32] and len(list(Path("out").glob("seed*"))) == 40
