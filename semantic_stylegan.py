@@ -1148,19 +1148,20 @@ def mixed(args, G, ws):
 
 def save_faces(G, out, ws, names, found):
     """images/, labels/ and classes.txt, which `train --data` reads, seg/, latents.npz, and grid.png
-    of the first 64. found: an iterable of their Pictures."""
-    faces, first = (face for p in found for face in zip(p.img, p.seg, p.coarse, strict=True)), []
+    of the first MOST_IN_GRID. found: an iterable of their Pictures."""
+    faces = (face for p in found for face in zip(p.img, p.seg, p.coarse, strict=True))
+    first = []
     for name, (image, labels, coarse) in zip(names, faces, strict=True):
         color = common.color_labels(labels)
         common.save_png(out / "images" / f"{name}.png", common.to_picture(image))
         common.save_png(out / "labels" / f"{name}.png", Image.fromarray(labels.numpy()))
         common.save_png(out / "seg" / f"{name}.png", common.to_picture(color))
-        if len(first) < 64:
+        if len(first) < common.MOST_IN_GRID:
             first.append((image, color, common.color_labels(coarse)))
     images, colors, coarse = map(torch.stack, zip(*first, strict=True))
     sheet = {"image": images, "segmentation": colors}
     sheet["masks"] = F.interpolate(coarse, images.shape[2])
-    common.save_sheet(out / "grid.png", sheet, names[:64])
+    common.save_sheet(out / "grid.png", sheet, names[: len(first)])
     with common.write_whole(out / "classes.txt") as f:
         f.write("".join(f"{name}\n" for name in G.config["regions"]).encode())
     common.save_arrays(out / "latents.npz", w=ws.cpu().numpy(), names=np.array(names))
@@ -1177,8 +1178,9 @@ def generate(args):
         films(args, G, ws[:1], shown)
         return
     save_faces(G, Path(args.out), ws, names, each_picture(G, ws, shown))
-    grid = "grid.png of the first 64" if len(ws) > 64 else "grid.png"
-    print(f"{len(ws)} faces: images, labels, seg, {grid} and latents.npz (w) are in {args.out}")
+    shown = f" of the first {common.MOST_IN_GRID}" if len(ws) > common.MOST_IN_GRID else ""
+    files = f"images, labels, seg, grid.png{shown} and latents.npz (w)"
+    print(f"{len(ws)} faces: {files} are in {args.out}")
 
 
 def films(args, G, ws, shown):

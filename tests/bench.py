@@ -91,10 +91,6 @@ ROWS = {  # what, side, batch, precision; the official code's images/s and GiB, 
         ("train", 1024, 8, MIXED, 22.5, 12.9, 67), ("train", 1024, 16, MIXED, 24.2, 24.9, 73),
     ],
 }
-TOY = {  # side and batch of the presets
-    "cyclegan": (64, 2), "semantic_stylegan": (32, 8), "stargan_v2": (32, 8), "stylegan": (32, 16),
-    "stylegan2": (32, 16), "stylegan2_ada": (32, 16),
-}
 # fmt: on
 
 
@@ -104,7 +100,9 @@ def rows_of(paper, full):
         return ROWS[paper]
     loading = [row for row in ROWS[paper] if row[3] is None]
     kinds = dict.fromkeys(row[0] for row in ROWS[paper] if row[3])
-    return loading + [(what, *TOY[paper], None) for what in kinds]
+    toy = OF[paper][0].TOY
+    side = toy.get("size") or toy["crop_size"]
+    return loading + [(what, side, toy["batch"], None) for what in kinds]
 
 
 # What is measured. call(k): iteration k; the first has every phase, `cycle` of them as many of each

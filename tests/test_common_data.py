@@ -510,17 +510,9 @@ def test_label_maps_keep_their_indices_whatever_their_palette():
             for kind, data in chunks
         )
         assert decode_labels(png, "a.png").tolist() == [[0, 1, 2, 3]]
-        tags = (
-            (256, 4),
-            (257, 1),
-            (258, bits),
-            (262, 1),
-            (273, 200),
-            (278, 1),
-            (279, len(rows[bits])),
-        )
+        tags = {256: 4, 257: 1, 258: bits, 262: 1, 273: 200, 278: 1, 279: len(rows[bits])}
         tiff = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
-        tiff += b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+        tiff += b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
         tiff = tiff.ljust(200, b"\0") + rows[bits]
         assert decode_labels(tiff, "a.tif").tolist() == [[0, 1, 2, 3]]
     with pytest.raises(BadImage, match="a.png: mode RGB; a label map holds indices"):
